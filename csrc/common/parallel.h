@@ -1,0 +1,91 @@
+// Threads: OpenMP through torch's own runtime, or std::thread with -DMBM_STD_THREADS (for
+// ThreadSanitizer, which reports false races in libgomp). One thread opens no parallel region.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#if defined(MBM_STD_THREADS)
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace mbm {
+namespace {  // one copy per kernel file: these inline into code of one ISA
+
+// body(thread, team): `team` threads run it once each, 1 <= team <= num_threads. Work must be
+// cut by fixed chunks, never by `team`, wherever the order of a sum could change.
+template <class Body>
+inline void parallel_region(int num_threads, const Body& body) {
+  if (num_threads <= 1) {
+    body(0, 1);
+    return;
+  }
+#if defined(MBM_STD_THREADS)
+  std::vector<std::thread> threads;
+  for (int t = 1; t < num_threads; ++t) threads.emplace_back([&body, t, num_threads] { body(t, num_threads); });
+  body(0, num_threads);
+  for (auto& thread : threads) thread.join();
+#elif defined(_OPENMP)
+#pragma omp parallel num_threads(num_threads)
+  body(omp_get_thread_num(), omp_get_num_threads());
+#else
+  body(0, 1);
+#endif
+}
+
+// body(begin, end) over [0, n) in pieces of `grain` indices handed out in turn: the pieces, hence
+// the results, are the same for any thread count.
+template <class Body>
+inline void parallel_for(int num_threads, int64_t n, int64_t grain, const Body& body) {
+  const int64_t pieces = (n + grain - 1) / grain;
+  const int team_wanted = pieces < num_threads ? static_cast<int>(pieces) : num_threads;
+  std::atomic<int64_t> next{0};
+  parallel_region(team_wanted, [&](int, int) {
+    for (;;) {
+      const int64_t piece = next.fetch_add(1, std::memory_order_relaxed);
+      if (piece >= pieces) return;
+      const int64_t begin = piece * grain;
+      body(begin, begin + grain < n ? begin + grain : n);
+    }
+  });
+}
+
+// A sense-counting barrier for teams of a few threads: spins, then yields, since a container may
+// run two threads on one core.
+class Barrier {
+ public:
+  // `team` is what parallel_region passed to the body: OpenMP may grant fewer threads than asked.
+  void wait(int team) {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+      if (spins < 2000) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};
+};
+
+}  // namespace
+}  // namespace mbm
