@@ -1,0 +1,340 @@
+"""A convolutional encoder, a GRU decoder and attention between them, for short image captions.
+
+B batch, T target length, S positions of the feature map, D feature, E embedding, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from mbm_kernels.models.generation import beam_search, greedy_search
+from mbm_kernels.models.layers import Layers, layers_named
+
+
+@dataclass(frozen=True)
+class CaptionerSize:
+    """Widths of one size; the three channels halve the picture's side each."""
+
+    channels: tuple[int, int, int]
+    features: int
+    embedding: int
+    hidden: int
+    attention: int
+    heads: int
+
+
+SIZES = {
+    "student": CaptionerSize((24, 48, 96), 128, 64, 192, 128, 4),
+    "teacher": CaptionerSize((48, 96, 192), 256, 128, 384, 256, 8),
+}
+POSITION_FEATURES = 16
+STRIDE = 8  # three 2x2 poolings
+
+
+class CaptionerOutput(NamedTuple):
+    """hidden [B, T, H], features [B, S, D] and attention weights [B, T, S]."""
+
+    hidden: Tensor
+    features: Tensor
+    weights: Tensor
+
+
+class EncodedImages(NamedTuple):
+    """What decoding needs of the pictures, computed once.
+
+    features [B, S, D], summary [B, D], key (projected, [B, S, A] or [B, N, S, D/N]), value, and
+    the decoder's first state [B, H].
+    """
+
+    features: Tensor
+    summary: Tensor
+    key: Tensor
+    value: Tensor
+    state: Tensor
+
+
+def position_table(side: int, width: int) -> Tensor:
+    """Sines and cosines of the row and the column, [side * side, width], values in [-1, 1]."""
+    place = (torch.arange(side, dtype=torch.float32) + 0.5) / side
+    frequency = math.pi * 2.0 ** torch.arange(width // 4, dtype=torch.float32) / 2
+    angle = place[:, None] * frequency  # [side, width / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=-1)  # [side, width / 2]
+    rows = wave[:, None].expand(side, side, -1)
+    columns = wave[None, :].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(side * side, width)
+
+
+class ImageEncoder(nn.Module):
+    """Three pooled convolutions, one residual one, and a layer that joins each place's position."""
+
+    positions: Tensor
+
+    def __init__(self, size: CaptionerSize, image_size: int, layers: Layers) -> None:
+        super().__init__()
+        widths = (3, *size.channels)
+        self.blocks = nn.ModuleList(
+            layers.conv_bias_act(c, k, 3, padding=1, activation="relu", max_pool=2)
+            for c, k in zip(widths, widths[1:], strict=False)
+        )
+        last = widths[-1]
+        self.residual = layers.conv_bias_act(last, last, 3, padding=1, activation="relu")
+        self.join_position = layers.concat_linear((last, POSITION_FEATURES), size.features)
+        self.norm = nn.LayerNorm(size.features)
+        table = position_table(image_size // STRIDE, POSITION_FEATURES)
+        self.register_buffer("positions", table, persistent=False)
+        for conv in (*self.blocks, self.residual):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # channels_last: 1.3 times faster than NCHW over forward and backward on a CPU.
+        x = (images - 0.5).contiguous(memory_format=torch.channels_last) * 4.0
+        for block in self.blocks:
+            x = block(x)
+        x = self.residual(x, residual=x)
+        flat = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, K], a view under channels_last
+        return self.norm(torch.relu(self.join_position(flat, self.positions)))
+
+
+class DotAttention(nn.Module):
+    """Multi-head scaled dot attention of states over features, weights averaged over heads."""
+
+    def __init__(self, query_dim: int, key_dim: int, heads: int, layers: Layers) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_proj = nn.Linear(query_dim, key_dim)
+        self.key_proj = nn.Linear(key_dim, key_dim)
+        self.value_proj = nn.Linear(key_dim, key_dim)
+        self.attend_dot = layers.attend_dot
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, *, D / N]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        context, weights = self.attend_dot(
+            self.split(self.query_proj(query)), key, value, need_weights="mean"
+        )
+        return context.transpose(1, 2).flatten(2), weights
+
+    def forward(self, query: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.split(self.key_proj(features)), self.split(self.value_proj(features))
+        return self.attend(query, key, value)
+
+
+class Captioner(nn.Module):
+    """Image captioner whose attention follows the recurrence.
+
+    The GRU runs a whole sequence as one call; its states then query the feature map, so every
+    operation of a training step is called once.
+
+    Args:
+        vocab_size: number of token ids.
+        size: "student" or "teacher" (widths in ``SIZES``).
+        attention: "additive" or "dot".
+        layers: "mbm" for this package's modules, "stock" for PyTorch's; the state_dict is the same.
+        image_size: side of the pictures in pixels, a multiple of 8.
+        pad_id, bos_id, eos_id: token ids.
+
+    Raises:
+        ValueError: for an unknown name or an unusable number.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        size: str = "student",
+        attention: str = "additive",
+        layers: str = "mbm",
+        image_size: int = 64,
+        pad_id: int = 0,
+        bos_id: int = 1,
+        eos_id: int = 2,
+    ) -> None:
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size: got {size!r}, expected one of {sorted(SIZES)}")
+        if attention not in ("additive", "dot"):
+            raise ValueError(f"attention: got {attention!r}, expected 'additive' or 'dot'")
+        if image_size < STRIDE or image_size % STRIDE:
+            raise ValueError(
+                f"image_size: got {image_size}, expected a positive multiple of {STRIDE}"
+            )
+        if not max(pad_id, bos_id, eos_id) < vocab_size:
+            raise ValueError(
+                f"vocab_size: got {vocab_size}, expected more than the ids "
+                f"pad {pad_id}, bos {bos_id}, eos {eos_id}"
+            )
+        table, widths = layers_named(layers), SIZES[size]
+        self.settings = {
+            "vocab_size": vocab_size,
+            "size": size,
+            "attention": attention,
+            "image_size": image_size,
+            "pad_id": pad_id,
+            "bos_id": bos_id,
+            "eos_id": eos_id,
+        }
+        self.layers, self.table = layers, table
+        self.image_size, self.vocab_size = image_size, vocab_size
+        self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+
+        d, e, h = widths.features, widths.embedding, widths.hidden
+        self.encoder = ImageEncoder(widths, image_size, table)
+        self.embedding = nn.Embedding(vocab_size, e, padding_idx=pad_id)
+        self.first_state = nn.Linear(d, h)
+        self.join_input = table.concat_linear((d, e), h)
+        self.gru = table.gru(h, h, batch_first=True)
+        if attention == "additive":
+            self.attention = table.additive_attention(h, d, widths.attention)
+        else:
+            self.attention = DotAttention(h, d, widths.heads, table)
+        self.join_output = table.concat_linear((h, d), h)
+        self.head = nn.Linear(h, vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gru.hidden_size
+
+    @property
+    def feature_size(self) -> int:
+        return self.encoder.norm.normalized_shape[0]
+
+    def forward(self, images: Tensor, tokens: Tensor) -> CaptionerOutput:
+        """Hidden states for teacher forcing.
+
+        Args:
+            images: float [B, 3, Y, X], values in [0, 1].
+            tokens: int64 [B, T], the words before each prediction, beginning with ``bos_id``.
+
+        Returns:
+            hidden [B, T, H], features [B, S, D], weights [B, T, S].
+
+        Raises:
+            ValueError: on a wrong shape. TypeError: on a wrong dtype.
+        """
+        self._check_images(images)
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"tokens: got {tokens.dtype}, expected torch.int64")
+        if tokens.dim() != 2 or tokens.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"tokens: got shape {tuple(tokens.shape)}, expected [B, T] with B = "
+                f"{images.shape[0]} as for images"
+            )
+        features = self.encoder(images)
+        summary = features.mean(dim=1)
+        first = torch.tanh(self.first_state(summary))
+        x = torch.relu(self.join_input(summary.unsqueeze(1), self.embedding(tokens)))
+        states, _ = self.gru(x, first.unsqueeze(0))
+        context, weights = self.attention(states, features)
+        hidden = torch.tanh(self.join_output(states, context))
+        return CaptionerOutput(hidden, features, weights)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary scores [..., V] of hidden states [..., H]."""
+        return self.head(hidden)
+
+    def encode(self, images: Tensor) -> EncodedImages:
+        """Everything of the pictures that decoding reuses at each step."""
+        self._check_images(images)
+        features = self.encoder(images)
+        summary = features.mean(dim=1)
+        key, value = self.attention.key_proj(features), features
+        if isinstance(self.attention, DotAttention):
+            key = self.attention.split(key)
+            value = self.attention.split(self.attention.value_proj(features))
+        state = torch.tanh(self.first_state(summary))
+        return EncodedImages(features, summary, key, value, state)
+
+    def step(
+        self, encoded: EncodedImages, tokens: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One word for K hypotheses of each picture, which share its keys as K queries.
+
+        Args:
+            tokens: int64 [B, K], the last words. state: [B, K, H].
+
+        Returns:
+            logits [B, K, V], the new state [B, K, H], weights [B, K, S].
+        """
+        x = self.join_input(encoded.summary.unsqueeze(1), self.embedding(tokens))
+        gru = self.gru
+        cell = self.table.gru_cell(
+            torch.relu(x).flatten(0, 1),
+            state.flatten(0, 1),
+            gru.weight_ih_l0,
+            gru.weight_hh_l0,
+            gru.bias_ih_l0,
+            gru.bias_hh_l0,
+        )
+        state = cell.unflatten(0, tokens.shape)
+        if isinstance(self.attention, DotAttention):
+            context, weights = self.attention.attend(state, encoded.key, encoded.value)
+        else:
+            query = self.attention.query_proj(state)
+            context, weights = self.table.attend_additive(
+                query, encoded.key, encoded.value, self.attention.v
+            )
+        hidden = torch.tanh(self.join_output(state, context))
+        return self.head(hidden), state, weights
+
+    @overload
+    def generate(
+        self,
+        images: Tensor,
+        max_length: int = ...,
+        beam: int = ...,
+        return_weights: Literal[False] = ...,
+    ) -> list[list[int]]: ...
+
+    @overload
+    def generate(
+        self, images: Tensor, max_length: int, beam: int, return_weights: Literal[True]
+    ) -> tuple[list[list[int]], list[Tensor]]: ...
+
+    @torch.no_grad()
+    def generate(
+        self, images: Tensor, max_length: int = 24, beam: int = 1, return_weights: bool = False
+    ) -> list[list[int]] | tuple[list[list[int]], list[Tensor]]:
+        """Captions as token ids, without ``bos_id`` and ``eos_id``.
+
+        Args:
+            images: float [B, 3, Y, X], values in [0, 1].
+            max_length: the most tokens of a caption.
+            beam: hypotheses kept per picture; 1 is greedy. The score is the log-probability
+                divided by the length; a tie goes to the earlier hypothesis and the lower id.
+            return_weights: also return the attention of each word, one [length, S] per picture.
+
+        Raises:
+            ValueError: if ``max_length`` or ``beam`` is below 1, or images have a wrong shape.
+        """
+        for name, number in (("max_length", max_length), ("beam", beam)):
+            if number < 1:
+                raise ValueError(f"{name}: got {number}, expected at least 1")
+        was_training = self.training
+        self.eval()
+        try:
+            encoded = self.encode(images)
+            if beam == 1:
+                tokens, weights = greedy_search(self, encoded, max_length)
+            else:
+                tokens, weights = beam_search(self, encoded, max_length, beam)
+        finally:
+            self.train(was_training)
+        return (tokens, weights) if return_weights else tokens
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, expected [B, 3, {side}, {side}]"
+            )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images: got {images.dtype}, expected floats in [0, 1]; divide bytes by 255"
+            )

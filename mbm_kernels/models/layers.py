@@ -1,0 +1,59 @@
+"""One table per kind of layer, so that a model is written once and built from ours or stock's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mbm_kernels.models import stock_layers
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Factories of modules and the functions that decoding calls step by step."""
+
+    conv_bias_act: Callable[..., nn.Module]
+    concat_linear: Callable[..., nn.Module]
+    gru: Callable[..., nn.GRU]
+    additive_attention: Callable[..., nn.Module]
+    gru_cell: Callable[..., Any]
+    attend_additive: Callable[..., Any]
+    attend_dot: Callable[..., Any]
+
+
+STOCK = Layers(
+    conv_bias_act=stock_layers.ConvBiasAct,
+    concat_linear=stock_layers.ConcatLinear,
+    gru=nn.GRU,
+    additive_attention=stock_layers.AdditiveAttention,
+    gru_cell=stock_layers.gru_cell,
+    attend_additive=stock_layers.additive_attention,
+    attend_dot=stock_layers.cross_attention,
+)
+
+
+def layers_named(name: str) -> Layers:
+    """The table for ``"mbm"`` or ``"stock"``.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    if name == "stock":
+        return STOCK
+    if name == "mbm":
+        import mbm_kernels
+        from mbm_kernels import nn as fused
+
+        return Layers(
+            conv_bias_act=fused.ConvBiasAct,
+            concat_linear=fused.ConcatLinear,
+            gru=fused.GRU,
+            additive_attention=fused.AdditiveAttention,
+            gru_cell=mbm_kernels.gru_cell,
+            attend_additive=mbm_kernels.additive_attention,
+            attend_dot=mbm_kernels.cross_attention,
+        )
+    raise ValueError(f"layers: got {name!r}, expected 'mbm' or 'stock'")
