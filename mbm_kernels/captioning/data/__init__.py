@@ -1,0 +1,7 @@
+"""Captioned pictures: `scenes`, drawn by this package, and `emoji`, real drawings."""
+
+from .base import CaptionSet, augment, collate, normalise
+from .load import NAMES, load
+from .tokenizer import WordTokenizer
+
+__all__ = ["NAMES", "CaptionSet", "WordTokenizer", "augment", "collate", "load", "normalise"]

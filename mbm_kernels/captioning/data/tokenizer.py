@@ -1,0 +1,124 @@
+"""Captions to integers and back, word by word, without loss."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .files import write_atomic
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+
+
+class WordTokenizer:
+    """A `tokenizers` WordLevel model: lower case, split at whitespace and punctuation.
+
+    A word that follows a space carries U+2581 before it, punctuation stands alone, so decoding
+    knows where the spaces were: "kiss: woman, man" is `▁kiss`, `:`, `▁woman`, `,`, `▁man`.
+    Runs of whitespace count as one space.
+    """
+
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    unk_id = 3
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        got = [tokenizer.token_to_id(token) for token in SPECIALS]
+        if got != [0, 1, 2, 3]:
+            raise ValueError(
+                f"WordTokenizer: got ids {got} for {' '.join(SPECIALS)}, expected [0, 1, 2, 3]; "
+                "make the tokenizer with WordTokenizer.train"
+            )
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def train(cls, captions: Iterable[str]) -> WordTokenizer:
+        """The words of the captions, most frequent first, ties by spelling.
+
+        Raises:
+            ValueError: there is no word in them.
+        """
+        normalizer = normalizers.Sequence(
+            [
+                normalizers.Replace(Regex(r"\s+"), " "),
+                normalizers.Strip(),
+                normalizers.Lowercase(),
+            ]
+        )
+        pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(prepend_scheme="always"),
+                pre_tokenizers.Punctuation(behavior="isolated"),
+            ]
+        )
+        words: Counter[str] = Counter()
+        for caption in captions:
+            pieces = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption))
+            words.update(piece for piece, _ in pieces)
+        if not words:
+            raise ValueError(
+                "WordTokenizer.train: got captions without a word, expected at least one; "
+                "pass the captions of the training split"
+            )
+        ordered = sorted(words, key=lambda word: (-words[word], word))
+        vocab = {token: index for index, token in enumerate((*SPECIALS, *ordered))}
+        # The specials are in the vocabulary but not "added tokens": no caption can spell one.
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SPECIALS[3]))
+        tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizer
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+        return cls(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, caption: str) -> list[int]:
+        """bos, the words, eos; a word never seen in training is unk_id."""
+        return [self.bos_id, *self._tokenizer.encode(caption).ids, self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first eos, without special tokens.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        words: list[str] = []
+        for index in ids:
+            if index == self.eos_id:
+                break
+            token = self._tokenizer.id_to_token(index) if index >= 0 else None
+            if token is None:
+                raise ValueError(
+                    f"WordTokenizer.decode: got id {index}, expected 0..{self.vocab_size - 1}; "
+                    "decode with the tokenizer that the model was trained with"
+                )
+            if index > self.unk_id:
+                words.append(token)
+        return str(self._tokenizer.decoder.decode(words)) if words else ""
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON, atomically."""
+        write_atomic(Path(path), self._tokenizer.to_str(pretty=True).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> WordTokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no tokenizer, or another kind of tokenizer.
+        """
+        content = Path(path).read_bytes()
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(
+                f"WordTokenizer.load: got {path}, which is no tokenizer file ({error}), "
+                "expected what WordTokenizer.save wrote; train the tokenizer again"
+            ) from error
+        return cls(tokenizer)
