@@ -31,7 +31,8 @@ inline void parallel_region(int num_threads, const Body& body) {
   }
 #if defined(MBM_STD_THREADS)
   std::vector<std::thread> threads;
-  for (int t = 1; t < num_threads; ++t) threads.emplace_back([&body, t, num_threads] { body(t, num_threads); });
+  for (int t = 1; t < num_threads; ++t)
+    threads.emplace_back([&body, t, num_threads] { body(t, num_threads); });
   body(0, num_threads);
   for (auto& thread : threads) thread.join();
 #elif defined(_OPENMP)

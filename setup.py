@@ -1,0 +1,153 @@
+"""Compiles csrc with ninja; never imports torch, so build isolation works.
+
+One ISA per file: every `csrc/*/*_cpu*.cpp` is compiled for a baseline, for AVX2+FMA and for
+AVX-512 (see csrc/common/isa.h) and picked at run time. `_C_cuda` is built when nvcc is found and
+MBM_CUDA is not 0.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+CXXFLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-g0"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    # -Wno-psabi: vector arguments change ABI between builds, which namespaces already separate.
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
+ISAS = {
+    "baseline": (4, ["-msse2"]),
+    "avx2": (8, ["-mavx2", "-mfma", "-mf16c"]),
+    "avx512": (
+        16,
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+        + ["-mprefer-vector-width=512"],
+    ),
+}
+CUDA_ARCHS = ("80", "90", "100")
+
+
+def find_ninja() -> str:
+    found = shutil.which("ninja")
+    if found:
+        return found
+    try:
+        import ninja
+    except ImportError:
+        raise SystemExit("setup.py: ninja not found; install it with: pip install ninja") from None
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def find_nvcc() -> str | None:
+    if os.environ.get("MBM_CUDA", "1") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def python_includes() -> list[str]:
+    import pybind11
+
+    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+
+
+class NinjaFile:
+    """A build.ninja of compile and link edges; ninja rebuilds what changed, headers included."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines = [
+            "ninja_required_version = 1.8",
+            "rule cc\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = CC $out",
+            "rule link\n  command = $cmd $in -o $out $libs\n  description = LINK $out",
+        ]
+
+    @staticmethod
+    def escape(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def compile(self, source: Path, tag: str, command: list[str]) -> Path:
+        name = "_".join(source.relative_to(CSRC).parts)
+        target = self.folder / f"{name}.{tag}.o"
+        self.lines.append(f"build {self.escape(target)}: cc {self.escape(source)}")
+        self.lines.append(f"  cmd = {shlex.join(command)}")
+        return target
+
+    def link(self, target: Path, objects: list[Path], command: list[str], libs: list[str]) -> None:
+        inputs = " ".join(self.escape(o) for o in objects)
+        self.lines.append(f"build {self.escape(target)}: link {inputs}")
+        self.lines.append(f"  cmd = {shlex.join(command)}\n  libs = {shlex.join(libs)}")
+
+    def run(self, verbose: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "build.ninja"
+        path.write_text("\n".join(self.lines) + "\n")
+        flags = ["-v"] if verbose else ["--quiet"] if ninja_is_quiet() else []
+        subprocess.run([find_ninja(), "-C", str(self.folder), *flags], check=True)
+
+
+def ninja_is_quiet() -> bool:
+    version = subprocess.run([find_ninja(), "--version"], capture_output=True, text=True).stdout
+    return tuple(int(part) for part in version.split(".")[:2]) >= (1, 11)
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tag = f"{sysconfig.get_config_var('SOABI')}-{ext.name.rpartition('.')[2]}"
+        ninja = NinjaFile(Path(self.build_temp).resolve() / tag)
+        if ext.name.endswith("_C_cpu"):
+            self.add_cpu(ninja, target)
+        else:
+            self.add_cuda(ninja, target)
+        try:
+            ninja.run(self.verbose > 1)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"setup.py: compiling {ext.name} failed, see above") from error
+
+    def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        base = [*cxx, *CXXFLAGS, f"-I{CSRC}"]
+        objects = []
+        for source in sorted(CSRC.glob("*/*_cpu*.cpp")):
+            for isa, (lanes, flags) in ISAS.items():
+                defines = [f"-DMBM_ISA={isa}", f"-DMBM_LANES={lanes}"]
+                objects.append(ninja.compile(source, isa, [*base, *flags, *defines]))
+        objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", base))
+        # -O1: the binding only converts arguments, and compiles twice as fast.
+        binding = [*base, "-O1", *python_includes()]
+        objects.append(ninja.compile(CSRC / "bind_cpu.cpp", "any", binding))
+        ninja.link(target, objects, [*cxx, "-shared", "-fopenmp"], [])
+
+    def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
+        nvcc = find_nvcc()
+        assert nvcc is not None
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+        gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        cuda = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", f"-I{CSRC}", *gencode]
+        objects = [ninja.compile(s, "cuda", cuda) for s in sorted(CSRC.glob("*/*_cuda*.cu"))]
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        binding = [*cxx, *CXXFLAGS, "-O1", f"-I{CSRC}", *python_includes()]
+        objects.append(ninja.compile(CSRC / "bind_cuda.cpp", "any", binding))
+        ninja.link(target, objects, [nvcc, "-shared", "-cudart", "static"], [])
+
+
+extensions = [Extension("mbm_kernels._C_cpu", sources=[])]
+if find_nvcc():
+    extensions.append(Extension("mbm_kernels._C_cuda", sources=[]))
+elif "build_ext" in sys.argv:
+    print("setup.py: no nvcc (or MBM_CUDA=0): building without _C_cuda", file=sys.stderr)
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
