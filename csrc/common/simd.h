@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if !defined(MBM_ISA) || !defined(MBM_LANES)
 #error "compile kernels with -DMBM_ISA=baseline|avx2|avx512 -DMBM_LANES=4|8|16"
 #endif
@@ -26,6 +30,19 @@ inline vf set1(float x) { return x - vf{}; }
 inline vf zero() { return vf{}; }
 
 // The first n lanes, 0 <= n <= kLanes; the rest read as 0. Touches no byte past p + n.
+#if defined(__AVX512F__) && MBM_LANES == 16
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline vf load_n(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store_n(float* p, vf v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+}
+#elif defined(__AVX2__) && MBM_LANES == 8
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline vf load_n(const float* p, int n) { return (vf)_mm256_maskload_ps(p, first_lanes(n)); }
+inline void store_n(float* p, vf v, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#else
 inline vf load_n(const float* p, int n) {
   alignas(64) float lanes[kLanes] = {};
   std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(n));
@@ -36,6 +53,7 @@ inline void store_n(float* p, vf v, int n) {
   store(lanes, v);
   std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(n));
 }
+#endif
 
 // Contracted to one rounding where the ISA has FMA (-ffp-contract=fast), two in the baseline.
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
@@ -55,6 +73,24 @@ inline float sum(vf v) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
+}
+// rows[i] += rows[i + width] for i a multiple of 2 width, lanes exchanged so that none is lost.
+template <int width>
+inline void fold_rows(vf* rows) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const vi odd = ((lane & width) != 0) & kLanes;  // lanes that come from rows[i + width]
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2 * width)
+    rows[i] = __builtin_shuffle(rows[i], rows[i + width], lane + odd) +
+              __builtin_shuffle(rows[i], rows[i + width], (lane ^ width) + odd);
+  if constexpr (2 * width < kLanes) fold_rows<2 * width>(rows);
+}
+// Lane i of the result is the sum of rows[i], 0 <= i < kLanes: 2 kLanes shuffles in registers,
+// where kLanes calls of sum() go through memory. Overwrites rows.
+inline vf sum_rows(vf* rows) {
+  fold_rows<1>(rows);
+  return rows[0];
 }
 inline float max_lane(vf v) {
   alignas(64) float lanes[kLanes];
