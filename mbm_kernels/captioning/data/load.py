@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import scenes
+from . import emoji, scenes
 from .base import CaptionSet
 
 NAMES = ("scenes", "emoji")
@@ -47,6 +47,4 @@ def load(
         raise ValueError(f"load: seed: got {seed}, expected 0 or more; the default is 0")
     if name == "scenes":
         return scenes.splits(seed=seed, image_size=image_size, limit=limit)
-    from . import emoji
-
     return emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
