@@ -1,0 +1,12 @@
+"""Fused convolution, GRU, attention and distillation-loss kernels for multimodal models."""
+
+from mbm_kernels import nn as nn
+from mbm_kernels._core.dispatch import backends as backends
+from mbm_kernels._core.dispatch import disabled as disabled
+from mbm_kernels._core.dispatch import set_backend as set_backend
+from mbm_kernels._core.errors import BackendUnavailableError as BackendUnavailableError
+from mbm_kernels.ops import *  # noqa: F403
+from mbm_kernels.ops import __all__ as _ops
+
+__version__ = "0.1.0"
+__all__ = ["BackendUnavailableError", "backends", "disabled", "nn", "set_backend", *_ops]

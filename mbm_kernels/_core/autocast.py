@@ -1,0 +1,35 @@
+"""Autocast for the public functions: inputs are cast once, kernels run with autocast off."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+
+def enabled(device: torch.device) -> bool:
+    # torch.is_autocast_enabled raises for device types that have no autocast.
+    kind = device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on for their device; float64 and integers stay."""
+    device = next(t.device for t in tensors if t is not None)
+    if not enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+        for t in tensors
+    )
+
+
+@contextmanager
+def off(device: torch.device) -> Iterator[None]:
+    if enabled(device):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield

@@ -1,0 +1,121 @@
+"""One wording for every error: what was got, what was expected, what to do.
+
+Checks run before any kernel. Values (of lengths, say) are read only where that costs no device
+synchronisation: on CPU tensors outside of compilation and tracing.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fail(
+    op: str,
+    name: str,
+    got: object,
+    expected: object,
+    remedy: str,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    raise error(f"{op}: {name}: got {got}; expected {expected}; {remedy}")
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(op: str, name: str, value: object, rank: int | Sequence[int] | None = None) -> Tensor:
+    """`value` if it is a Tensor of one of the ranks, else TypeError or ValueError."""
+    if not isinstance(value, Tensor):
+        fail(op, name, describe(value), "a torch.Tensor", "convert it first", TypeError)
+    if rank is not None:
+        ranks = (rank,) if isinstance(rank, int) else tuple(rank)
+        if value.dim() not in ranks:
+            wanted = " or ".join(str(r) for r in ranks)
+            fail(op, name, f"shape {list(value.shape)}", f"{wanted} dimensions", "reshape it")
+    return value
+
+
+def shape(op: str, name: str, value: Tensor, letters: str, sizes: Sequence[int]) -> None:
+    """`letters` names the dimensions, as in "B, H"; `sizes` are what they must be."""
+    if tuple(value.shape) != tuple(sizes):
+        expected = f"[{letters}] = {list(sizes)}"
+        fail(op, name, f"shape {list(value.shape)}", expected, "check which tensor belongs where")
+
+
+def same_floating(op: str, named: Iterable[tuple[str, Tensor | None]]) -> torch.dtype:
+    """All given tensors have one floating dtype and one device; returns the dtype."""
+    first_name, first = "", None
+    for name, value in named:
+        if value is None:
+            continue
+        if value.dtype not in FLOATING:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            fail(op, name, value.dtype, allowed, "convert it with .to(...)", TypeError)
+        if first is None:
+            first_name, first = name, value
+            continue
+        if value.dtype != first.dtype:
+            remedy = "convert one of them, or run under torch.autocast"
+            fail(op, name, value.dtype, f"{first.dtype} as {first_name}", remedy, TypeError)
+        if value.device != first.device:
+            fail(op, name, value.device, f"{first.device} as {first_name}", "move it with .to(...)")
+    assert first is not None
+    return first.dtype
+
+
+def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        fail(op, name, value.device, f"{like.device} as {like_name}", "move it with .to(...)")
+
+
+def choice(op: str, name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        fail(op, name, repr(value), f"one of {listed}", "check the spelling")
+
+
+def values_readable(value: Tensor) -> bool:
+    """Whether reading values is free: a real CPU tensor, nothing tracing."""
+    return (
+        value.device.type == "cpu"
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def lengths(op: str, name: str, value: object, batch: int, limit: int, letter: str) -> Tensor:
+    """int64 [B] with 0 <= length <= limit, on any device."""
+    value = tensor(op, name, value, 1)
+    if value.dtype != torch.int64:
+        fail(op, name, value.dtype, "int64", "convert it with .long()", TypeError)
+    shape(op, name, value, "B", (batch,))
+    if batch > 0 and values_readable(value):
+        low, high = (int(v) for v in torch.aminmax(value))
+        if low < 0 or high > limit:
+            got = f"values from {low} to {high}"
+            fail(op, name, got, f"0 <= length <= {letter} = {limit}", "clamp or correct them")
+    return value
+
+
+def mask(
+    op: str, name: str, value: object, letters: str, sizes: Sequence[int], floating: bool = False
+) -> Tensor:
+    """bool (True = attend) broadcastable to `sizes`; `floating` also admits an additive mask."""
+    value = tensor(op, name, value)
+    if value.dtype != torch.bool and not (floating and value.dtype in FLOATING):
+        expected = "bool, True = attend" + (", or a floating mask that is added" if floating else "")
+        fail(op, name, value.dtype, expected, "convert it with .bool() or != 0", TypeError)
+    aligned = tuple(sizes[len(sizes) - value.dim() :]) if value.dim() <= len(sizes) else None
+    if aligned is None or any(m not in (1, s) for m, s in zip(value.shape, aligned, strict=True)):
+        expected = f"broadcastable to [{letters}] = {list(sizes)}"
+        fail(op, name, f"shape {list(value.shape)}", expected, "add dimensions of size 1")
+    return value

@@ -1,0 +1,231 @@
+"""Which backend runs a call: the caller's choice, or the measured table of the operation.
+
+A table is package data, `ops/<op>/dispatch.json`:
+
+    {"rules": [{"backend": "cpu", "device": "cpu", "dtypes": ["float32"], "isa": ["avx2"],
+                "where": {"B": [1, 64], "elements": [4096, null]},
+                "results": "benchmarks/results/<device>/<date>-<sha7>.json"}]}
+
+A rule holds when device, dtype and (for cpu) the ISA in use match and every size named in `where`
+lies in its closed interval, null being unbounded. "auto" takes the first of cuda, triton, cpu that
+has a rule that holds and no reason not to run; else torch.
+"""
+
+import functools
+import importlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from mbm_kernels._core import env, native
+from mbm_kernels._core.errors import BackendUnavailableError
+
+OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
+
+_defaults: dict[str | None, str] = {}
+_disabled_depth = 0  # a plain global: torch.compile can guard on it, not on a ContextVar
+_disabled_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Rule:
+    backend: str
+    device: str
+    dtypes: tuple[str, ...]
+    isa: tuple[str, ...] | None
+    where: tuple[tuple[str, float, float], ...]  # name, least, most
+    results: str
+
+    @classmethod
+    def parse(cls, entry: dict[str, Any]) -> "Rule":
+        where = tuple(
+            (name, -float("inf") if low is None else low, float("inf") if high is None else high)
+            for name, (low, high) in entry.get("where", {}).items()
+        )
+        isa = tuple(entry["isa"]) if "isa" in entry else None
+        return cls(
+            entry["backend"], entry["device"], tuple(entry["dtypes"]), isa, where, entry["results"]
+        )
+
+    def holds(self, device: str, dtype: str, isa: str | None, sizes: dict[str, int]) -> bool:
+        return (
+            self.device == device
+            and dtype in self.dtypes
+            and (self.isa is None or isa in self.isa)
+            and all(low <= sizes[name] <= high for name, low, high in self.where)
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """What exists for one operation, in the order in which "auto" asks."""
+
+    backends: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def read(cls, op: str) -> "Table":
+        folder = OPS_FOLDER / op
+        names = tuple(b for b in env.BACKENDS if (folder / f"backend_{b}.py").exists())
+        path = folder / "dispatch.json"
+        entries = json.loads(path.read_text())["rules"] if path.exists() else []
+        return cls(names, tuple(Rule.parse(entry) for entry in entries))
+
+
+# Plain dictionaries, since torch.compile traces through `select`.
+_tables: dict[str, Table] = {}
+
+
+def register(op: str) -> None:
+    _tables[op] = Table.read(op)
+
+
+@functools.cache
+def load_backend(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"mbm_kernels.ops.{op}.backend_{backend}")
+
+
+def why_not(
+    op: str,
+    backend: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **sizes: int,
+) -> str | None:
+    if backend not in _tables[op].backends:
+        return f"{op} has no {backend} backend"
+    reason: str | None = load_backend(op, backend).why_not(device, dtype, **sizes)
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _static_why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    # Under torch.compile the sizes may be symbolic; a backend judges those when it runs.
+    return why_not(op, backend, torch.device(device), dtype)
+
+
+@torch.compiler.assume_constant_result
+def _static_isa() -> str | None:
+    return native.isa()
+
+
+@torch.compiler.assume_constant_result
+def _static_env_backend() -> str:
+    return env.backend()
+
+
+def check_backend(op: str, backend: str) -> None:
+    if backend != "auto" and backend not in env.BACKENDS:
+        listed = ", ".join(("auto", *sorted(env.BACKENDS)))
+        raise ValueError(f"{op}: backend: got {backend!r}; expected one of {listed}; fix the name")
+
+
+def unavailable(op: str, backend: str, reason: str) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        f"{op}: backend {backend!r} cannot run: {reason}; use backend='auto' or 'torch'"
+    )
+
+
+def _why_not_call(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> str | None:
+    if torch.compiler.is_compiling():
+        return _static_why_not(op, backend, device.type, dtype)
+    return why_not(op, backend, device, dtype, **sizes)
+
+
+def select(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> str:
+    """The name of the backend that runs this call; raises rather than swap a named one."""
+    check_backend(op, backend)
+    if _disabled_depth > 0:
+        return "torch"
+    if backend == "auto":
+        backend = default(op)
+    if backend == "torch":
+        return backend
+    if backend != "auto":
+        if reason := _why_not_call(op, backend, device, dtype, sizes):
+            raise unavailable(op, backend, reason)
+        return backend
+    isa = _static_isa() if torch.compiler.is_compiling() else native.isa()
+    dtype_name = str(dtype).removeprefix("torch.")
+    table = _tables[op]
+    for name in table.backends:
+        holds = any(
+            rule.backend == name and rule.holds(device.type, dtype_name, isa, sizes)
+            for rule in table.rules
+        )
+        if holds and _why_not_call(op, name, device, dtype, sizes) is None:
+            return name
+    return "torch"
+
+
+def default(op: str) -> str:
+    if op in _defaults:
+        return _defaults[op]
+    if None in _defaults:
+        return _defaults[None]
+    return _static_env_backend() if torch.compiler.is_compiling() else env.backend()
+
+
+def set_backend(name: str, op: str | None = None) -> None:
+    """Use `name` wherever a call says backend="auto", for one operation or for all.
+
+    Args:
+        name: "cpu", "triton", "cuda", "torch", or "auto" to follow the measured tables again.
+        op: the operation's name, such as "gru"; None sets all of them, and forgets what was set
+            for single ones.
+
+    Raises:
+        ValueError: for an unknown name or operation.
+        BackendUnavailableError: when `op` is given and its backend cannot run on this machine.
+    """
+    check_backend("set_backend", name)
+    if op is None:
+        _defaults.clear()
+        _defaults[None] = name
+        return
+    check_op(op)
+    if name not in ("auto", "torch") and (reason := why_not(op, name)):
+        raise unavailable(op, name, reason)
+    _defaults[op] = name
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Within this context every operation runs its torch backend, named backends included.
+
+    It holds for the whole process, threads started before it too.
+    """
+    global _disabled_depth
+    with _disabled_lock:
+        _disabled_depth += 1
+    try:
+        yield
+    finally:
+        with _disabled_lock:
+            _disabled_depth -= 1
+
+
+def backends(op: str) -> dict[str, str | None]:
+    """The four backends of `op`: None where it can run on this machine, else the reason why not.
+
+    Raises:
+        ValueError: for an unknown operation.
+    """
+    check_op(op)
+    return {name: why_not(op, name) for name in ("cpu", "triton", "cuda", "torch")}
+
+
+def check_op(op: str) -> None:
+    if op not in _tables:
+        raise ValueError(f"op: got {op!r}; expected one of {', '.join(_tables)}; fix the name")

@@ -1,0 +1,55 @@
+"""The only place that reads MBM_* environment variables."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")  # in the order in which "auto" asks
+ISAS = ("baseline", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Variable:
+    name: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("MBM_BACKEND", "backend used where a call says auto: auto, cpu, triton, cuda or torch"),
+    Variable("MBM_CACHE", "folder for downloaded data; default: mbm_kernels in the user cache folder"),
+    Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
+    Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
+)
+
+
+def in_force() -> dict[str, str]:
+    """The MBM_* variables set in this process, known or not."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MBM_")}
+
+
+def unknown() -> list[str]:
+    known = {variable.name for variable in VARIABLES}
+    return [name for name in in_force() if name not in known]
+
+
+def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
+    value = os.environ.get(name, default)
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}; unset it or fix it")
+    return value
+
+
+def backend() -> str:
+    return _choice("MBM_BACKEND", "auto", ("auto", *BACKENDS))
+
+
+def isa() -> str | None:
+    """The ISA asked for, or None for the best that the CPU has."""
+    return _choice("MBM_ISA", "", ("", *ISAS)) or None
+
+
+def cache_dir() -> Path:
+    if path := os.environ.get("MBM_CACHE"):
+        return Path(path).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mbm_kernels"

@@ -1,0 +1,62 @@
+"""The compiled extensions, loaded once and after torch, so that they share its OpenMP runtime."""
+
+import functools
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  before _C_cpu: its libgomp must be the one that gets mapped
+
+from mbm_kernels._core import env
+
+
+@functools.cache
+def _load_cpu() -> tuple[ModuleType | None, str | None]:
+    try:
+        from mbm_kernels import _C_cpu
+    except ImportError as error:
+        return None, f"the extension _C_cpu did not load ({error}); compile it with: make build"
+    wanted = env.isa()
+    if wanted is not None:
+        _C_cpu.set_isa(wanted)
+    return _C_cpu, None
+
+
+@functools.cache
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    try:
+        from mbm_kernels import _C_cuda
+    except ImportError as error:
+        return None, f"the extension _C_cuda did not load ({error}); it is built where nvcc is found"
+    reason = _C_cuda.why_not()
+    return _C_cuda, None if reason is None else f"_C_cuda is built, but CUDA said: {reason}"
+
+
+def cpu() -> ModuleType:
+    module, reason = _load_cpu()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def cpu_reason() -> str | None:
+    """None when the CPU kernels can run in this process, else why not."""
+    return _load_cpu()[1]
+
+
+def cuda_reason() -> str | None:
+    return _load_cuda()[1]
+
+
+def isa() -> str | None:
+    module, _ = _load_cpu()
+    return None if module is None else str(module.isa())
+
+
+def openmp_runtimes() -> list[str]:
+    """File names of the OpenMP runtimes mapped into this process; more than one is a conflict."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    pattern = re.compile(r"/([^/\s]*lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)")
+    return sorted(set(pattern.findall(maps.read_text())))

@@ -1,0 +1,367 @@
+"""How an operation becomes a differentiable torch operation.
+
+An `Op` is two schemas. From their names follows all the wiring: an argument of the backward schema
+called `grad_<output>` is that output's gradient (and makes that output differentiable and public;
+other outputs are state saved for the backward), one called like an input or an output is that
+tensor, and `needs` says which gradients are wanted. One input called `save` in the forward schema
+says whether a backward will come.
+
+Two ways into a backend. In eager mode with plain tensors its functions are called directly under
+one autograd.Function: 3 to 5 times less overhead than a registered op. Everything else (compile,
+export, fake and meta tensors, dispatch modes) goes through `torch.ops.mbm_kernels.<op>`, which has
+a fake kernel and an autograd formula made of the same two functions; functorch takes the Function,
+and the registered op inside it.
+
+The `torch` backend is plain differentiable torch code: autograd sees through it, so it needs
+neither way, unless `opaque_torch` says that compilers cannot trace it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import autocast, dispatch
+
+NAMESPACE = "mbm_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+OPS: dict[str, "Op"] = {}
+
+Outputs = tuple[Tensor, ...]
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def in_functorch() -> bool:
+    """Whether torch.func's vmap, grad, ... is at work; their tensors have no data pointer."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def is_plain(args: Sequence[Any]) -> bool:
+    """Whether a kernel may take the data pointers of these arguments.
+
+    Not under compilation, a dispatch mode (fake tensors, FLOP counters, selective checkpointing) or
+    functorch, nor for a subclass or a meta tensor: their addresses are 0 or someone else's.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for arg in args:
+        if isinstance(arg, Tensor) and (
+            (type(arg) is not Tensor and type(arg) is not torch.nn.Parameter)
+            or arg.device.type == "meta"
+        ):
+            return False
+    return True
+
+
+def _bwd_by_autograd(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    diff: Sequence[int],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of fn(*args) by torch's autograd, with respect to args[i] for i in `diff`.
+
+    The function runs on aliases: an argument may be computed from another, and only the direct
+    dependence counts.
+    """
+    with torch.enable_grad():
+        inner = list(args)
+        aliases: list[Tensor] = []
+        for position, needed in zip(diff, needs, strict=True):
+            arg = inner[position]
+            if isinstance(arg, Tensor) and needed:
+                alias = arg.view_as(arg) if create_graph else arg.detach().requires_grad_()
+                inner[position] = alias
+                aliases.append(alias)
+            elif isinstance(arg, (list, tuple)) and needed:
+                inner[position] = [
+                    a.view_as(a) if create_graph else a.detach().requires_grad_() for a in arg
+                ]
+                aliases.extend(inner[position])
+        outputs = as_tuple(fn(*inner))
+        pairs = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=False)
+            if grad is not None and output.requires_grad
+        ]
+        flat = (
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                aliases,
+                [grad.to(output.dtype) for output, grad in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if pairs
+            else [torch.zeros_like(alias) for alias in aliases]
+        )
+    return list(flat)
+
+
+class Op:
+    """One operation: its schemas, its reference and its backends.
+
+    Args:
+        name: as in `mbm_kernels.ops.<name>`.
+        fwd: forward schema without the backend, as "(Tensor x, Tensor? mask) -> (Tensor y)".
+        bwd: backward schema up to `needs`, without its returns, which are one tensor for each
+            needed input, in the order of `diff`.
+        diff: names of the inputs that have gradients.
+        fake: shapes of the forward's outputs: called like the forward.
+        reference: the definition, called with the forward's inputs by name; it answers where the
+            backward itself is differentiated.
+        torch_fwd: `fwd` of backend_torch: plain torch, called like the forward.
+        opaque_torch: compilers cannot trace `torch_fwd`, so that it too is registered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fwd: str,
+        bwd: str,
+        diff: Sequence[str],
+        fake: Callable[..., Any],
+        reference: Callable[..., Any],
+        torch_fwd: Callable[..., Any],
+        opaque_torch: bool = False,
+    ):
+        self.name = name
+        self.fake = fake
+        self.reference = reference
+        self.torch_fwd = torch_fwd
+        self.opaque_torch = opaque_torch
+        fwd_schema = torch._C.parse_schema(f"{name}{fwd}")
+        inputs = [argument.name for argument in fwd_schema.arguments]
+        outputs = [result.name for result in fwd_schema.returns]
+        bwd_schema = torch._C.parse_schema(f"{name}_backward{bwd} -> ()")
+        self.inputs, self.outputs, self.diff = inputs, outputs, list(diff)
+        self.diff_positions = [inputs.index(n) for n in diff]
+        self.has_lists = any(str(a.type) == "List[Tensor]" for a in fwd_schema.arguments)
+        self.bwd_names = [argument.name for argument in bwd_schema.arguments]
+        self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
+        self.saved_outputs = [n for n in outputs if n in self.bwd_names]
+        self.reference_inputs = [n for n in inputs if n != "save"]
+        self._register(fwd, bwd)
+        self.function = self._make_function()
+        dispatch.register(name)
+        OPS[name] = self
+
+    def _register(self, fwd: str, bwd: str) -> None:
+        arguments, _, returns = fwd.partition(" -> ")
+        _library.define(
+            f"{self.name}{arguments.rstrip(')')}, str backend) -> {returns}",
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
+        _library.define(
+            f"{self.name}_backward{bwd.rstrip(')')}, str backend) -> Tensor[]",
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
+        _library.impl(self.name, self._registered_fwd, "CompositeExplicitAutograd")
+        _library.impl(f"{self.name}_backward", self._registered_bwd, "CompositeExplicitAutograd")
+        qualified = f"{NAMESPACE}::{self.name}"
+        torch.library.register_fake(qualified, lambda *args: self.fake(*args[:-1]))
+        torch.library.register_fake(f"{qualified}_backward", self._fake_bwd)
+        torch.library.register_autograd(
+            qualified, self._backward, setup_context=self._setup_context
+        )
+        packet = getattr(torch.ops, NAMESPACE)
+        self.registered = getattr(packet, self.name).default
+        self.registered_backward = getattr(packet, f"{self.name}_backward").default
+
+    def _make_function(self) -> type[torch.autograd.Function]:
+        op = self
+
+        class Function(torch.autograd.Function):
+            generate_vmap_rule = True
+
+            @staticmethod
+            def forward(*args: Any) -> Any:
+                if is_plain(args):
+                    return op._run_fwd(args[-1], args[:-1])
+                return op.registered(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                op._setup_context(ctx, inputs, output)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                return op._backward(ctx, *grads)
+
+        Function.__name__ = Function.__qualname__ = f"{self.name}_function"
+        return Function
+
+    def __call__(self, backend: str, *args: Any, sizes: dict[str, int]) -> Any:
+        """Runs the operation; `args` are the forward's inputs without `save`, already checked.
+
+        `sizes` are what backends and dispatch tables judge by. Returns the public outputs: a tensor
+        where there is one, else a tuple.
+        """
+        first = next(a for a in _flat(args) if isinstance(a, Tensor))
+        needs_grad = torch.is_grad_enabled() and any(
+            a.requires_grad for a in _flat(args) if isinstance(a, Tensor)
+        )
+        chosen = dispatch.select(
+            self.name, backend, first.device, first.dtype, {**sizes, "training": int(needs_grad)}
+        )
+        with autocast.off(first.device):
+            if "save" in self.inputs:
+                args = (*args, needs_grad)
+            if chosen == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
+                outputs = as_tuple(self.torch_fwd(*args))
+            elif self.has_lists or not (in_functorch() or is_plain(args)):
+                outputs = as_tuple(self.registered(*args, chosen))
+            elif needs_grad or in_functorch():
+                outputs = as_tuple(self.function.apply(*args, chosen))
+            else:
+                outputs = as_tuple(self._run_fwd(chosen, args))
+        public = outputs[: len(self.public)]
+        return public if len(public) > 1 else public[0]
+
+    def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
+        if backend == "torch":
+            return as_tuple(self.torch_fwd(*args))
+        return as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
+
+    def _run_bwd(
+        self, backend: str, args: Sequence[Any], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        if backend != "torch":
+            return tuple(dispatch.load_backend(self.name, backend).bwd(*args))
+        named = dict(zip(self.bwd_names, args, strict=True))
+        inputs = [True if n == "save" else named.get(n) for n in self.inputs]
+        grads = [named[f"grad_{n}"] for n in self.public]
+        flat = iter(
+            _bwd_by_autograd(self.torch_fwd, inputs, self.diff_positions, grads, needs, False)
+        )
+        found: list[Tensor | None] = []
+        for position, needed in zip(self.diff_positions, needs, strict=True):
+            value = inputs[position]
+            if isinstance(value, (list, tuple)):
+                found.extend(next(flat) if needed else None for _ in value)
+            else:
+                found.append(next(flat) if needed and value is not None else None)
+        return tuple(found)
+
+    def _registered_fwd(self, *args: Any) -> Any:
+        with torch.no_grad():
+            outputs = self._run_fwd(args[-1], args[:-1])
+        outputs = tuple(_fresh(o, args) for o in outputs)
+        return outputs if len(self.outputs) > 1 else outputs[0]
+
+    def _registered_bwd(self, *args: Any) -> list[Tensor]:
+        needs = args[self.bwd_names.index("needs")]
+        with torch.no_grad():
+            found = self._run_bwd(args[-1], args[:-1], needs)
+        return [grad.contiguous() for grad in found if grad is not None]
+
+    def _fake_bwd(self, *args: Any) -> list[Tensor]:
+        named = dict(zip(self.bwd_names, args, strict=False))
+        shapes: list[Tensor] = []
+        for name, needed in zip(self.diff, named["needs"], strict=True):
+            if needed and named[name] is not None:
+                shapes.extend(_flat((named[name],)))
+        return [torch.empty_like(s, memory_format=torch.contiguous_format) for s in shapes]
+
+    def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
+        outputs = dict(zip(self.outputs, as_tuple(output), strict=True))
+        named = dict(zip(self.inputs, inputs, strict=False))
+        ctx.backend = inputs[-1]
+        ctx.constants = {n: v for n, v in named.items() if not _is_tensors(v)}
+        tensors = {n: v for n, v in named.items() if _is_tensors(v)}
+        ctx.lists = {n: len(v) for n, v in tensors.items() if not isinstance(v, Tensor)}
+        tensors |= {n: outputs[n] for n in self.saved_outputs}
+        ctx.saved_names = list(tensors)
+        ctx.save_for_backward(*_flat(tensors.values()))
+        ctx.mark_non_differentiable(*(t for n, t in outputs.items() if n not in self.public))
+        ctx.set_materialize_grads(False)
+
+    def _backward(self, ctx: Any, *grads: Tensor | None) -> Any:
+        named: dict[str, Any] = dict(ctx.constants)
+        saved = iter(ctx.saved_tensors)
+        for name in ctx.saved_names:
+            count = ctx.lists.get(name)
+            named[name] = next(saved) if count is None else [next(saved) for _ in range(count)]
+        for name, grad in zip(self.outputs, grads, strict=True):
+            named[f"grad_{name}"] = grad
+        needs = [_any(ctx.needs_input_grad[i]) for i in self.diff_positions]
+        given = [named[f"grad_{name}"] for name in self.public]
+        if not any(needs) or all(grad is None for grad in given):
+            return (None,) * (len(self.inputs) + 1)
+        if torch.is_grad_enabled():
+            flat = self._differentiable_backward(named, given, needs)
+        else:
+            named["needs"] = needs
+            args = [named[name] for name in self.bwd_names]
+            if not self.has_lists and is_plain(_flat(args)):
+                flat = [g for g in self._run_bwd(ctx.backend, args, needs) if g is not None]
+            else:
+                flat = self.registered_backward(*args, ctx.backend)
+        return self._spread(named, needs, iter(flat))
+
+    def _differentiable_backward(
+        self, named: dict[str, Any], grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        names = self.reference_inputs
+
+        def call(*args: Any) -> Any:
+            return self.reference(**dict(zip(names, args, strict=True)))
+
+        diff = [names.index(name) for name in self.diff]
+        return _bwd_by_autograd(call, [named[n] for n in names], diff, grads, needs, True)
+
+    def _spread(self, named: dict[str, Any], needs: Sequence[bool], flat: Any) -> tuple[Any, ...]:
+        """One entry for each forward input and for the backend, None where there is no gradient."""
+        spread: list[Any] = [None] * (len(self.inputs) + 1)
+        for position, needed in zip(self.diff_positions, needs, strict=True):
+            value = named[self.inputs[position]]
+            if not needed or value is None:
+                continue
+            if isinstance(value, (list, tuple)):
+                spread[position] = [next(flat) for _ in value]
+            else:
+                spread[position] = next(flat)
+        return tuple(spread)
+
+
+def _flat(args: Any) -> list[Any]:
+    flat: list[Any] = []
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            flat.extend(arg)
+        else:
+            flat.append(arg)
+    return flat
+
+
+def _is_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(v, Tensor) for v in value)
+    return isinstance(value, Tensor)
+
+
+def _any(needs: Any) -> bool:
+    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
+
+
+def _fresh(output: Tensor, args: Sequence[Any]) -> Tensor:
+    """A registered op may not return a view of an input, as a no-op in plain torch may."""
+    storages = {
+        a.untyped_storage()._cdata for a in _flat(args) if isinstance(a, Tensor) and a.numel() > 0
+    }
+    return output.clone() if output.untyped_storage()._cdata in storages else output

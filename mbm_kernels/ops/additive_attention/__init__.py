@@ -1,0 +1,1 @@
+from mbm_kernels.ops.additive_attention.op import additive_attention as additive_attention

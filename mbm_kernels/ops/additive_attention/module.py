@@ -1,0 +1,70 @@
+"""Additive attention with its projections, as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from mbm_kernels.ops.additive_attention.op import additive_attention
+
+
+class AdditiveAttention(nn.Module):
+    """Projects query and key to a common size and attends by v . tanh(query + key).
+
+    Args:
+        query_dim: features of the query.
+        key_dim: features of the key.
+        attention_dim: features of the common space.
+        bias: whether `query_proj` and `key_proj` have biases.
+        backend: as for `mbm_kernels.additive_attention`.
+
+    Source: Bahdanau, Cho, Bengio, 2015, section A.1.2.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        key_dim: int,
+        attention_dim: int,
+        *,
+        bias: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.backend = backend
+        self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias)
+        self.key_proj = nn.Linear(key_dim, attention_dim, bias=bias)
+        self.v = nn.Parameter(torch.empty(attention_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.query_proj.reset_parameters()
+        self.key_proj.reset_parameters()
+        # As a Linear with one output would be.
+        bound = max(1, self.v.numel()) ** -0.5
+        nn.init.uniform_(self.v, -bound, bound)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """query [B, T, query_dim], key [B, S, key_dim], value [B, S, E] or None for `key`.
+
+        Returns:
+            context [B, T, E] and weights [B, T, S].
+        """
+        return additive_attention(
+            self.query_proj(query),
+            self.key_proj(key),
+            key if value is None else value,
+            self.v,
+            key_lengths=key_lengths,
+            mask=mask,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
