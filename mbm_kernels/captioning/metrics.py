@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import sacrebleu
 import torch
@@ -81,7 +82,8 @@ def bleu4(predictions: Sequence[str], references: References) -> float:
     """Corpus BLEU of 1- to 4-grams by sacrebleu (13a tokens, exponential smoothing), 0..100."""
     lists = _checked(predictions, references)
     most = max(map(len, lists))
-    streams = [[given[k] if k < len(given) else None for given in lists] for k in range(most)]
+    # None stands for "no k-th reference", which sacrebleu's annotation does not know.
+    streams: Any = [[given[k] if k < len(given) else None for given in lists] for k in range(most)]
     result = sacrebleu.corpus_bleu(list(predictions), streams, lowercase=True)
     # exp(sum of logs) may end one rounding above 100.
     return min(float(result.score), 100.0)

@@ -24,7 +24,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +45,7 @@ SIDE = 64
 HELD_OUT_SHARE = 0.2  # of the labels that combine a thing with a modifier, such as a skin tone
 MANIFEST = "manifest.json"  # written last: a folder without it is incomplete
 
+_VERSIONS = {p.name: p.version for p in (LABELS, *DRAWINGS.values())}
 _CODE_POINTS = re.compile(r"[0-9A-F]{4,6}(-[0-9A-F]{4,6})*")
 _REMEDY = "run `mbm-kernels caption prepare emoji`"
 
@@ -101,7 +101,7 @@ def prepare(
             say(f"emoji: {len(drawn[vendor])} drawings by {vendor}")
         _check_join(drawn, labels)
         manifest = {
-            "versions": {p.name: p.version for p in (LABELS, *DRAWINGS.values())},
+            "versions": _VERSIONS,
             "labels": {code: labels[code] for code in sorted(drawn[VENDORS[0]])},
         }
         text = json.dumps(manifest, ensure_ascii=False, indent=1)
@@ -115,10 +115,14 @@ def prepare(
 
 
 def _is_complete(folder: Path) -> bool:
-    if not (folder / MANIFEST).is_file():
+    """Whether prepare has nothing to do; a damaged folder or another version is made again."""
+    try:
+        names = {f"{code}.png" for code in _manifest_labels(folder)}
+        versions = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("versions")
+        held = [set(os.listdir(folder / vendor)) for vendor in VENDORS]
+    except (ValueError, FileNotFoundError):
         return False
-    names = {f"{code}.png" for code in _manifest_labels(folder)}
-    return all(names <= set(os.listdir(folder / vendor)) for vendor in VENDORS)
+    return versions == _VERSIONS and all(names <= one for one in held)
 
 
 def _without_fe0f(code_points: str) -> str:
@@ -127,19 +131,19 @@ def _without_fe0f(code_points: str) -> str:
 
 def _read_labels(source: Path) -> dict[str, str]:
     """Code points without FE0F to lower-cased label, skin tones included."""
-    entries: list[dict[str, Any]] = []
-    for _, content in read(LABELS, source):
-        entries = json.loads(content)
     labels: dict[str, str] = {}
     try:
-        for entry in entries:
-            for one in (entry, *entry.get("skins", ())):
-                labels[_without_fe0f(one["hexcode"])] = one["label"].lower()
-    except (KeyError, TypeError, AttributeError) as error:
+        for _, content in read(LABELS, source):
+            for entry in json.loads(content):
+                for one in (entry, *entry.get("skins", ())):
+                    labels[_without_fe0f(one["hexcode"])] = one["label"].lower()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        labels = {}
+    if not labels:
         raise ValueError(
-            f"emoji: got {source} with an entry without {error}, expected hexcode and label in "
-            f"{LABELS.files[0]}; run `npm pack {LABELS.name}@{LABELS.version}`"
-        ) from error
+            f"emoji: got no labels in {LABELS.files[0]} of {source}, expected entries with hexcode "
+            f"and label; run `npm pack {LABELS.name}@{LABELS.version}`"
+        )
     return labels
 
 

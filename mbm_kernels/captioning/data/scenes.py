@@ -159,7 +159,8 @@ def _place(
     low = np.where(used[..., None], centre - reach, np.inf).min(axis=1)  # [N, 2]
     high = np.where(used[..., None], centre + reach, -np.inf).max(axis=1)
     room = 64 - (high - low)
-    return (centre + (room * draw[:, 4:6] - low)[:, None]).astype(np.float32)
+    placed: Floats = (centre + (room * draw[:, 4:6] - low)[:, None]).astype(np.float32)
+    return placed
 
 
 def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArray[np.uint8]:
@@ -194,7 +195,8 @@ def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArr
             cover = np.clip(0.5 - signed * scale, 0, 1)[:, None]  # [M, 1, P]
             canvas[rows] += cover * (fill[rows, which][..., None] - canvas[rows])
     canvas += 10 * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
-    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8).reshape(n, 3, side, side)
+    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    return pixels.reshape(n, 3, side, side)
 
 
 def _caption(block: _Block, row: int) -> str:

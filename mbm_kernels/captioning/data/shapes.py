@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.floating]
+Array = npt.NDArray[np.float32]
 
 
 def _circle(u: Array, v: Array, r: Array) -> Array:
@@ -22,7 +22,8 @@ def _circle(u: Array, v: Array, r: Array) -> Array:
 def _box(u: Array, v: Array, half_u: Array, half_v: Array) -> Array:
     du, dv = np.abs(u) - half_u, np.abs(v) - half_v
     outside = np.hypot(np.maximum(du, 0), np.maximum(dv, 0))
-    return outside + np.minimum(np.maximum(du, dv), 0)
+    distance: Array = outside + np.minimum(np.maximum(du, dv), 0)
+    return distance
 
 
 def _square(u: Array, v: Array, r: Array) -> Array:
@@ -40,7 +41,8 @@ def _triangle(u: Array, v: Array, r: Array) -> Array:
     inradius = np.float32(0.68) * r
     s = np.float32(np.sqrt(0.75))
     sides = np.maximum(v, np.maximum(s * u, -s * u) - np.float32(0.5) * v)
-    return sides - inradius
+    distance: Array = sides - inradius
+    return distance
 
 
 def _star(u: Array, v: Array, r: Array) -> Array:
@@ -55,7 +57,8 @@ def _star(u: Array, v: Array, r: Array) -> Array:
     notch_across = inner * np.float32(np.sin(np.pi / 5))
     edge_along, edge_across = notch_along - outer, notch_across
     length = np.float32(np.hypot(edge_along, edge_across))
-    return ((p_across * -edge_along) + (p_along - outer * r) * edge_across) / length
+    distance: Array = ((p_across * -edge_along) + (p_along - outer * r) * edge_across) / length
+    return distance
 
 
 SHAPES: dict[str, Callable[[Array, Array, Array], Array]] = {
