@@ -30,8 +30,7 @@ ISAS = {
     "avx2": (8, ["-mavx2", "-mfma", "-mf16c"]),
     "avx512": (
         16,
-        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-        + ["-mprefer-vector-width=512"],
+        ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ),
 }
 CUDA_ARCHS = ("80", "90", "100")

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 
-
 def enabled(device: torch.device) -> bool:
     # torch.is_autocast_enabled raises for device types that have no autocast.
     kind = device.type
@@ -15,7 +14,7 @@ def enabled(device: torch.device) -> bool:
 
 
 def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on for their device; float64 and integers stay."""
+    """The tensors in autocast's dtype where it is on; float64 and integers stay as they are."""
     device = next(t.device for t in tensors if t is not None)
     if not enabled(device):
         return tensors

@@ -112,7 +112,9 @@ def mask(
     """bool (True = attend) broadcastable to `sizes`; `floating` also admits an additive mask."""
     value = tensor(op, name, value)
     if value.dtype != torch.bool and not (floating and value.dtype in FLOATING):
-        expected = "bool, True = attend" + (", or a floating mask that is added" if floating else "")
+        expected = "bool, True = attend" + (
+            ", or a floating mask that is added" if floating else ""
+        )
         fail(op, name, value.dtype, expected, "convert it with .bool() or != 0", TypeError)
     aligned = tuple(sizes[len(sizes) - value.dim() :]) if value.dim() <= len(sizes) else None
     if aligned is None or any(m not in (1, s) for m, s in zip(value.shape, aligned, strict=True)):

@@ -15,8 +15,12 @@ class Variable:
 
 
 VARIABLES = (
-    Variable("MBM_BACKEND", "backend used where a call says auto: auto, cpu, triton, cuda or torch"),
-    Variable("MBM_CACHE", "folder for downloaded data; default: mbm_kernels in the user cache folder"),
+    Variable(
+        "MBM_BACKEND", "backend used where a call says auto: auto, cpu, triton, cuda or torch"
+    ),
+    Variable(
+        "MBM_CACHE", "folder for downloaded data; default: mbm_kernels in the user cache folder"
+    ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
 )
@@ -35,7 +39,9 @@ def unknown() -> list[str]:
 def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name, default)
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}; expected one of {', '.join(choices)}; unset it or fix it")
+        raise ValueError(
+            f"{name}: got {value!r}; expected one of {', '.join(choices)}; unset it or fix it"
+        )
     return value
 
 

@@ -27,7 +27,10 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
     try:
         from mbm_kernels import _C_cuda
     except ImportError as error:
-        return None, f"the extension _C_cuda did not load ({error}); it is built where nvcc is found"
+        return (
+            None,
+            f"the extension _C_cuda did not load ({error}); it is built where nvcc is found",
+        )
     reason = _C_cuda.why_not()
     return _C_cuda, None if reason is None else f"_C_cuda is built, but CUDA said: {reason}"
 

@@ -19,7 +19,9 @@ def additive_attention(
     if mask is not None:
         attend = attend & mask
     if key_lengths is not None:
-        inside = torch.arange(positions, device=query.device) < key_lengths.to(query.device)[:, None]
+        inside = (
+            torch.arange(positions, device=query.device) < key_lengths.to(query.device)[:, None]
+        )
         attend = attend & inside[:, None, :]
     # A row with nothing to attend to has weights 0: the sum over an empty set.
     lowest = torch.finfo(scores.dtype).min

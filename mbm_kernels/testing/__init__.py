@@ -1,0 +1,10 @@
+"""What the library's own tests use, for users' kernels too: the error rule, poison, the op suite."""
+
+from mbm_kernels.testing.errors import Budget as Budget
+from mbm_kernels.testing.errors import assert_matches as assert_matches
+from mbm_kernels.testing.errors import max_abs as max_abs
+from mbm_kernels.testing.layouts import LAYOUTS as LAYOUTS
+from mbm_kernels.testing.layouts import relayout as relayout
+from mbm_kernels.testing.poison import poison as poison
+from mbm_kernels.testing.suite import Case as Case
+from mbm_kernels.testing.suite import OpSuite as OpSuite

@@ -1,0 +1,93 @@
+"""The one rule of correctness.
+
+`truth` is the reference in float64, `yardstick` a plain torch result in the tested dtype. In the
+max-abs norm the error may be twice the yardstick's (three times for gradients) plus a floor of
+4 eps times the largest value of the reference on the absolute values of its inputs: a legitimate
+other order of summation differs by that much.
+
+In float64 the truth is no more exact than the result, so that what is measured is the sum of two
+errors: there the yardstick's error is twice its float32 error, scaled by the ratio of the two eps
+(`float64_yardstick`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+FLOOR_EPS = 4.0
+
+
+def max_abs(value: Tensor) -> float:
+    """The largest absolute value, 0 for an empty tensor; NaN and infinities are left out."""
+    finite = value.detach().double()
+    finite = finite[torch.isfinite(finite)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The error that a result may have."""
+
+    factor: float
+    yardstick: float
+    floor: float
+
+    @property
+    def limit(self) -> float:
+        return self.factor * self.yardstick + self.floor
+
+
+def float64_yardstick(single: Tensor, truth: Tensor) -> float:
+    """Stock torch's error in float64 plus the truth's own, from its float32 result and the truth for the same inputs."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return 2 * max_abs(single.double() - truth) * ratio
+
+
+def assert_matches(
+    actual: Tensor,
+    truth: Tensor,
+    yardstick: Tensor,
+    absolute: Tensor,
+    *,
+    gradient: bool = False,
+    extra: float = 0.0,
+    yardstick_error: float | None = None,
+    what: str = "result",
+) -> Budget:
+    """Asserts the rule of this module, and the same pattern of NaN and infinities as `yardstick`.
+
+    Args:
+        actual: the result under test, in the tested dtype.
+        truth: the reference in float64, same shape.
+        yardstick: a plain torch result in the tested dtype, same shape.
+        absolute: the reference in float64 on the absolute values of its inputs.
+        gradient: whether this is a gradient (factor 3 instead of 2).
+        extra: an operation's own named constant, times max|truth| (Winograd has one).
+        yardstick_error: in place of max|yardstick - truth|, for float64.
+        what: named in the message.
+
+    Raises:
+        AssertionError: with the measured error and the budget.
+    """
+    assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, expected {truth.shape}"
+    assert actual.dtype == yardstick.dtype, f"{what}: {actual.dtype}, expected {yardstick.dtype}"
+    for kind, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        differing = int((test(actual) != test(yardstick)).sum())
+        assert differing == 0, f"{what}: {differing} elements differ from stock in being {kind}"
+    eps = torch.finfo(yardstick.dtype).eps
+    if yardstick_error is None:
+        yardstick_error = max_abs(yardstick.double() - truth)
+    budget = Budget(
+        GRADIENT_FACTOR if gradient else FORWARD_FACTOR,
+        yardstick_error,
+        FLOOR_EPS * eps * max_abs(absolute) + extra * max_abs(truth),
+    )
+    error = max_abs(actual.double() - truth)
+    assert error <= budget.limit, (
+        f"{what}: error {error:.3g} over the budget {budget.limit:.3g} "
+        f"= {budget.factor:g} x {budget.yardstick:.3g} of stock torch + floor {budget.floor:.3g}"
+    )
+    return budget

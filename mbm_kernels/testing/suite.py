@@ -1,0 +1,320 @@
+"""The tests that every operation passes, under the same names and in the same order.
+
+A test file subclasses `OpSuite` as Test<Op>, fills in what an operation is (its cases and how to
+make inputs) and adds the operation's own properties. `generate`, called from conftest's
+pytest_generate_tests, spreads the tests over cases, dtypes and the backends that run here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import mbm_kernels
+from mbm_kernels._core import dispatch
+from mbm_kernels._core.op import OPS, as_tuple
+from mbm_kernels.testing.errors import assert_matches, float64_yardstick
+from mbm_kernels.testing.layouts import LAYOUTS, relayout
+from mbm_kernels.testing.poison import poison
+
+Inputs = dict[str, Any]
+Named = dict[str, Tensor]
+Run = Callable[[Inputs], tuple[Tensor, ...]]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a test grid: what it is there for, sizes by their letters, other options."""
+
+    why: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0  # magnitude of the floating inputs
+
+    def __str__(self) -> str:
+        return self.why.replace(" ", "-")
+
+
+class OpSuite:
+    """Subclass as Test<Op>; every class attribute without a value must be given one."""
+
+    op: ClassVar[str]
+    function: ClassVar[Callable[..., Any]]  # the public function, as staticmethod
+    reference: ClassVar[Callable[..., Any]]  # the definition, as staticmethod
+    diff: ClassVar[tuple[str, ...]]  # arguments with gradients, where given
+    cases: ClassVar[list[Case]]  # the grid of forward and backward; the first is the usual one
+    edge_cases: ClassVar[list[Case]]  # sizes of 0 and 1, empty rows, ...
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
+    autocast_output: ClassVar[torch.dtype] = torch.bfloat16
+    extra: ClassVar[float] = 0.0  # the operation's named constant, see assert_matches
+
+    def make(self, case: Case, generator: torch.Generator) -> Inputs:
+        """The public function's arguments by name; floating tensors in float64."""
+        raise NotImplementedError
+
+    def schema_args(self, inputs: Inputs) -> list[Any]:
+        """The registered op's arguments without the backend; `inputs` name all that differ from
+        the schema's defaults of None."""
+        return [True if n == "save" else inputs.get(n) for n in OPS[self.op].inputs]
+
+    def inputs(self, case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        return map_floating(self.make(case, generator), lambda x: (x * case.scale).to(dtype))
+
+    def run(self, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+        return as_tuple(type(self).function(**inputs, backend=backend))
+
+    def define(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        return as_tuple(type(self).reference(**inputs))
+
+    def stock(self, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
+        """The yardstick: the torch backend; for that one, the definition in the tested dtype."""
+        return self.define(inputs) if backend == "torch" else self.run(inputs, "torch")
+
+    def check_forward(self, inputs: Inputs, backend: str) -> None:
+        def forward(run: Run, given: Inputs, positive: bool = False) -> Named:
+            with torch.no_grad():
+                return {f"output {i}": output for i, output in enumerate(run(given))}
+
+        self.compare(forward, inputs, backend, gradient=False)
+
+    def check_backward(self, inputs: Inputs, backend: str) -> None:
+        with torch.no_grad():
+            outputs = self.define(map_floating(inputs, Tensor.double))
+        generator = torch.Generator().manual_seed(1)
+        dtype = next(x.dtype for x in flat_tensors(inputs) if x.is_floating_point())
+        grads = [torch.randn(o.shape, generator=generator).to(dtype).double() for o in outputs]
+
+        def backward(run: Run, given: Inputs, positive: bool = False) -> Named:
+            return self.gradients(run, given, [g.abs() for g in grads] if positive else grads)
+
+        self.compare(backward, inputs, backend, gradient=True)
+
+    def compare(
+        self,
+        evaluate: Callable[..., Named],
+        inputs: Inputs,
+        backend: str,
+        *,
+        gradient: bool,
+    ) -> None:
+        """Asserts the error rule for evaluate(run, inputs), run being the op by some backend;
+        `positive` makes whatever else it multiplies by positive, for the floor of the rule."""
+
+        def stock(given: Inputs) -> tuple[Tensor, ...]:
+            return self.stock(given, backend)
+
+        with poison():
+            actual = evaluate(lambda given: self.run(given, backend), inputs)
+            yardstick = evaluate(stock, inputs)
+        truth = evaluate(self.define, map_floating(inputs, Tensor.double))
+        positive = map_floating(inputs, lambda x: x.double().abs())
+        absolute = evaluate(self.define, positive, positive=True)
+        errors: dict[str, float] = {}
+        if any(x.dtype == torch.float64 for x in flat_tensors(inputs)):
+            single = map_floating(inputs, Tensor.float)
+            rounded = evaluate(self.define, map_floating(single, Tensor.double))
+            errors = {
+                name: float64_yardstick(result, rounded[name])
+                for name, result in evaluate(stock, single).items()
+            }
+        assert actual.keys() == truth.keys()
+        for name in truth:
+            assert_matches(
+                *(results[name] for results in (actual, truth, yardstick, absolute)),
+                gradient=gradient,
+                extra=self.extra,
+                yardstick_error=errors.get(name),
+                what=f"gradient of {name}" if gradient else name,
+            )
+
+    def gradients(self, run: Run, inputs: Inputs, grads: list[Tensor]) -> Named:
+        """Gradients of sum(output * grad) by the names in `diff`; lists become name[i]."""
+        inputs, leaves = with_leaves(inputs, self.diff)
+        outputs = run(inputs)
+        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return dict(zip(leaves, found, strict=True))
+
+    def test_forward(self, case: Case, backend: str, dtype: torch.dtype) -> None:
+        self.check_forward(self.inputs(case, dtype), backend)
+
+    def test_backward(self, case: Case, backend: str, dtype: torch.dtype) -> None:
+        self.check_backward(self.inputs(case, dtype), backend)
+
+    def test_edge_shapes(self, edge_case: Case, backend: str) -> None:
+        inputs = self.inputs(edge_case, torch.float32)
+        self.check_forward(inputs, backend)
+        self.check_backward(inputs, backend)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts(self, layout: str, backend: str) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+        inputs = map_tensors(inputs, lambda x: relayout(x, layout))
+        self.check_forward(inputs, backend)
+        self.check_backward(inputs, backend)
+
+    def test_backward_twice(self, backend: str) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+
+        def second(run: Run, given: Inputs) -> Named:
+            given, leaves = with_leaves(given, self.diff)
+            total = sum((o.sin().sum() for o in run(given)), torch.zeros(()))
+            first = torch.autograd.grad(
+                total, list(leaves.values()), create_graph=True, materialize_grads=True
+            )
+            energy = sum((g.pow(2).sum() for g in first), torch.zeros(()))
+            found = torch.autograd.grad(energy, list(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, found, strict=True))
+
+        actual = second(lambda i: self.run(i, backend), inputs)
+        yardstick = second(self.define, inputs)
+        truth = second(self.define, map_floating(inputs, Tensor.double))
+        absolute = second(self.define, map_floating(inputs, lambda x: x.double().abs()))
+        assert any(t.abs().max() > 0 for t in truth.values()), "choose a case with curvature"
+        for name in truth:
+            results = (actual[name], truth[name], yardstick[name], absolute[name])
+            assert_matches(*results, gradient=True, what=f"second derivative by {name}")
+
+    def test_autocast(self, backend: str) -> None:
+        inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = self.run(inputs, backend)
+        cast = map_floating(inputs, lambda x: x.detach().bfloat16())
+        for output, expected in zip(outputs, self.run(cast, backend), strict=True):
+            assert output.dtype == self.autocast_output
+            torch.testing.assert_close(output, expected.to(output.dtype), equal_nan=True)
+        total = sum((o.float().sum() for o in outputs), torch.zeros(()))
+        for name, grad in zip(
+            leaves, torch.autograd.grad(total, list(leaves.values())), strict=True
+        ):
+            assert grad.dtype == torch.float32, name
+            assert torch.isfinite(grad).all(), name
+
+    def test_opcheck(self, backend: str) -> None:
+        inputs, _ = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+        args = (*self.schema_args(inputs), backend)
+        results = torch.library.opcheck(OPS[self.op].registered, args)
+        assert set(results.values()) == {"SUCCESS"}
+
+    def test_compile(self, backend: str) -> None:
+        torch._dynamo.reset()
+        inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+        names = list(inputs)
+
+        def call(*values: Any) -> tuple[Tensor, ...]:
+            return self.run(dict(zip(names, values, strict=True)), backend)
+
+        eager = call(*inputs.values())
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs.values())
+        expected = torch.autograd.grad(sum(o.sum() for o in eager), list(leaves.values()))
+        actual = torch.autograd.grad(sum(o.sum() for o in compiled), list(leaves.values()))
+        for a, e in zip((*compiled, *actual), (*eager, *expected), strict=True):
+            torch.testing.assert_close(a, e)
+
+    def test_fake(self, backend: str) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+        real = self.run(inputs, backend)
+        with FakeTensorMode() as mode:
+            fake = self.run(map_tensors(inputs, mode.from_tensor), backend)
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.dtype, r.device) == (f.shape, f.dtype, f.device)
+            assert r.stride() == f.stride()
+
+    def test_backend_errors(self) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+        with pytest.raises(ValueError, match=r"backend: got 'fast'; expected one of auto, cpu"):
+            self.run(inputs, "fast")
+        reasons = mbm_kernels.backends(self.op)
+        assert set(reasons) == {"cpu", "triton", "cuda", "torch"}
+        assert reasons["torch"] is None
+        expected = self.run(inputs, "torch")
+        for name, reason in reasons.items():
+            if reason is not None:
+                with pytest.raises(mbm_kernels.BackendUnavailableError, match="cannot run"):
+                    self.run(inputs, name)
+            with mbm_kernels.disabled():
+                for a, e in zip(self.run(inputs, name), expected, strict=True):
+                    assert torch.equal(a.nan_to_num(), e.nan_to_num())
+
+
+def map_tensors(inputs: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
+    """`inputs` with f applied to each tensor, in lists and tuples too."""
+
+    def apply(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return f(value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(apply(v) for v in value)
+        return value
+
+    return {name: apply(value) for name, value in inputs.items()}
+
+
+def map_floating(inputs: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
+    return map_tensors(inputs, lambda x: f(x) if x.is_floating_point() else x)
+
+
+def flat_tensors(inputs: Inputs) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    map_tensors(inputs, note)
+    return found
+
+
+def with_leaves(inputs: Inputs, diff: tuple[str, ...]) -> tuple[Inputs, dict[str, Tensor]]:
+    """`inputs` with those of `diff` as leaves that require a gradient, and the leaves by name."""
+    result, leaves = dict(inputs), {}
+    for name in diff:
+        value = inputs.get(name)
+        if isinstance(value, Tensor):
+            result[name] = leaves[name] = value.detach().requires_grad_()
+        elif isinstance(value, (list, tuple)):
+            result[name] = [v.detach().requires_grad_() for v in value]
+            leaves |= {f"{name}[{i}]": v for i, v in enumerate(result[name])}
+    return result, leaves
+
+
+def available_backends(op: str) -> Iterator[str]:
+    return (name for name, reason in mbm_kernels.backends(op).items() if reason is None)
+
+
+def generate(metafunc: pytest.Metafunc) -> None:
+    """The body of a conftest's pytest_generate_tests: see the module's docstring."""
+    suite = metafunc.cls
+    if suite is None or not issubclass(suite, OpSuite):
+        return
+    names = metafunc.fixturenames
+    if "case" in names:
+        metafunc.parametrize("case", suite.cases, ids=str)
+    if "edge_case" in names:
+        metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if "backend" in names:
+        backends = list(available_backends(suite.op))
+        if "dtype" not in names:
+            metafunc.parametrize("backend", backends)
+            return
+        cpu = torch.device("cpu")
+        pairs = [
+            (backend, dtype)
+            for backend in backends
+            for dtype in suite.dtypes
+            if dispatch.why_not(suite.op, backend, cpu, dtype) is None
+        ]
+        ids = [f"{b}-{str(d).removeprefix('torch.')}" for b, d in pairs]
+        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)
