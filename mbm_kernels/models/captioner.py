@@ -29,7 +29,7 @@ class CaptionerSize:
 
 
 SIZES = {
-    "student": CaptionerSize((24, 48, 96), 128, 64, 192, 128, 4),
+    "student": CaptionerSize((16, 48, 96), 128, 64, 192, 128, 4),
     "teacher": CaptionerSize((48, 96, 192), 256, 128, 384, 256, 8),
 }
 POSITION_FEATURES = 16
@@ -81,6 +81,8 @@ class ImageEncoder(nn.Module):
             layers.conv_bias_act(c, k, 3, padding=1, activation="relu", max_pool=2)
             for c, k in zip(widths, widths[1:], strict=False)
         )
+        # Without normalisation the same number of steps ends at several times the loss.
+        self.norms = nn.ModuleList(nn.LayerNorm(k) for k in size.channels)
         last = widths[-1]
         self.residual = layers.conv_bias_act(last, last, 3, padding=1, activation="relu")
         self.join_position = layers.concat_linear((last, POSITION_FEATURES), size.features)
@@ -93,9 +95,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # channels_last: 1.3 times faster than NCHW over forward and backward on a CPU.
-        x = (images - 0.5).contiguous(memory_format=torch.channels_last) * 4.0
-        for block in self.blocks:
-            x = block(x)
+        x = images.contiguous(memory_format=torch.channels_last)
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            # Over channels, which are contiguous under channels_last.
+            x = norm(block(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.residual(x, residual=x)
         flat = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, K], a view under channels_last
         return self.norm(torch.relu(self.join_position(flat, self.positions)))
@@ -209,7 +212,7 @@ class Captioner(nn.Module):
         """Hidden states for teacher forcing.
 
         Args:
-            images: float [B, 3, Y, X], values in [0, 1].
+            images: float [B, 3, Y, X], values in [-1, 1].
             tokens: int64 [B, T], the words before each prediction, beginning with ``bos_id``.
 
         Returns:
@@ -304,7 +307,7 @@ class Captioner(nn.Module):
         """Captions as token ids, without ``bos_id`` and ``eos_id``.
 
         Args:
-            images: float [B, 3, Y, X], values in [0, 1].
+            images: float [B, 3, Y, X], values in [-1, 1].
             max_length: the most tokens of a caption.
             beam: hypotheses kept per picture; 1 is greedy. The score is the log-probability
                 divided by the length; a tie goes to the earlier hypothesis and the lower id.
@@ -336,5 +339,5 @@ class Captioner(nn.Module):
             )
         if not images.is_floating_point():
             raise TypeError(
-                f"images: got {images.dtype}, expected floats in [0, 1]; divide bytes by 255"
+                f"images: got {images.dtype}, expected floats in [-1, 1]; bytes / 127.5 - 1"
             )

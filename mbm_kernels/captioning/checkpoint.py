@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or absent.
+
+A run folder holds ``step-<n>/`` with model.safetensors, config.json, tokenizer.json and
+training.safetensors, and ``checkpoints.json``, which names the latest and the best. A checkpoint is
+written under a temporary name, synced and renamed; then checkpoints.json is replaced. Whatever
+stops in between, the names that stand point to complete files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mbm_kernels.captioning.data import WordTokenizer
+from mbm_kernels.models import Captioner
+
+FORMAT = "mbm_kernels.captioner"
+VERSION = 1
+INDEX = "checkpoints.json"
+_STEP_FOLDER = re.compile(r"step-\d{8}")
+
+Which = Literal["latest", "best"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back: the model, its tokenizer and what config.json holds beside."""
+
+    model: Captioner
+    tokenizer: WordTokenizer
+    config: dict[str, Any]
+    path: Path
+
+
+def save(
+    run: Path,
+    model: Captioner,
+    tokenizer: WordTokenizer,
+    *,
+    step: int,
+    best: bool,
+    training: dict[str, Tensor],
+    info: dict[str, Any],
+) -> Path:
+    """Write a checkpoint of a run and make it the latest, and the best if ``best``.
+
+    Args:
+        run: the run's folder, made if absent.
+        training: tensors that only a resumed training needs.
+        info: JSON-able facts for config.json.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is untouched.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    name = f"step-{step:08d}"
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=run))
+    try:
+        weights = _tensors_to_bytes(dict(model.state_dict()))
+        state = _tensors_to_bytes(training)
+        config = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": model.settings,
+            "step": step,
+            "sha256": {
+                "model.safetensors": hashlib.sha256(weights).hexdigest(),
+                "training.safetensors": hashlib.sha256(state).hexdigest(),
+            },
+            **info,
+        }
+        write_synced(partial / "model.safetensors", weights)
+        write_synced(partial / "training.safetensors", state)
+        tokenizer.save(partial / "tokenizer.json")
+        write_synced(partial / "config.json", _json_bytes(config))
+        sync_folder(partial)
+        partial.chmod(0o755)
+        names = _read_index(run)
+        if (run / name).exists():
+            # Only a run that went back to an earlier step meets its own name; it holds the same.
+            shutil.rmtree(run / name)
+        partial.rename(run / name)
+        sync_folder(run)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"saving the checkpoint of step {step} failed ({error.strerror or error}); the "
+                "one before it is intact, free some space and continue with --resume",
+                str(run),
+            ) from error
+        raise
+    names["latest"] = name
+    if best or "best" not in names:
+        names["best"] = name
+    replace_file(run / INDEX, _json_bytes(names))
+    for folder in run.iterdir():
+        if _STEP_FOLDER.fullmatch(folder.name) and folder.name not in names.values():
+            shutil.rmtree(folder)
+    return run / name
+
+
+def exists(run: Path) -> bool:
+    """Whether the folder holds a run's checkpoints."""
+    return (run / INDEX).is_file()
+
+
+def remove(run: Path) -> None:
+    """Delete a run's checkpoints and nothing else in the folder."""
+    (run / INDEX).unlink(missing_ok=True)
+    for folder in run.glob("step-*"):
+        if _STEP_FOLDER.fullmatch(folder.name):
+            shutil.rmtree(folder)
+
+
+def load(path: str | Path, *, layers: str = "mbm", which: Which = "best") -> Checkpoint:
+    """Read a checkpoint's model and tokenizer.
+
+    Args:
+        path: a checkpoint's folder, or a run's folder, of which ``which`` is taken.
+        layers: what to build the model from.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        ValueError: if what is there is damaged or is something else.
+    """
+    folder = _resolve(Path(path), which)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder, "model.safetensors", config)
+    try:
+        model = Captioner(layers=layers, **config["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(folder, f"config.json describes no captioner: {error}") from error
+    _check_tensors(folder, tensors, dict(model.state_dict()))
+    model.load_state_dict(tensors)
+    tokenizer = WordTokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size != model.vocab_size:
+        raise _foreign(
+            folder,
+            f"tokenizer.json has {tokenizer.vocab_size} words, the model {model.vocab_size}",
+        )
+    return Checkpoint(model.eval(), tokenizer, config, folder)
+
+
+def load_training(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors that a resumed training needs.
+
+    Raises:
+        FileNotFoundError: if the checkpoint has none. ValueError: if they are damaged.
+    """
+    return _read_tensors(checkpoint.path, "training.safetensors", checkpoint.config)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync and rename, so that readers see old or new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write_synced(partial, content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    return save_tensors({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _foreign(folder: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {folder}: got {reason}, expected a folder written by "
+        "`mbm-kernels caption train`; train it again or give another folder"
+    )
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _foreign(folder, f"a {path.name} that is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _foreign(folder, f"a {path.name} that is no object")
+    return value
+
+
+def _read_index(run: Path) -> dict[str, str]:
+    return _read_json(run / INDEX, run) if exists(run) else {}
+
+
+def _resolve(path: Path, which: Which) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"checkpoint {path}: got no such folder, expected a run or a checkpoint; train one "
+            "with `mbm-kernels caption train`"
+        )
+    if not exists(path):
+        return path
+    name = _read_index(path).get(which)
+    if not isinstance(name, str) or not _STEP_FOLDER.fullmatch(name):
+        raise _foreign(path, f"{which} {name!r} in {INDEX}")
+    return path / name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _foreign(folder, "no config.json")
+    config = _read_json(path, folder)
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise _foreign(
+            folder, f"format {config.get('format')!r} version {config.get('version')!r}"
+        )
+    if not isinstance(config.get("sha256"), dict) or not isinstance(config.get("model"), dict):
+        raise _foreign(folder, "a config.json without its model or checksums")
+    return config
+
+
+def _read_tensors(folder: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {folder}: got no {name}, expected one; train it again or give another"
+        )
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != config["sha256"].get(name):
+        raise _foreign(folder, f"a {name} of {len(content)} bytes that fails its checksum")
+    try:
+        return load_tensors(content)
+    except SafetensorError as error:
+        raise _foreign(folder, f"a {name} that is no safetensors file ({error})") from error
+
+
+def _check_tensors(folder: Path, got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    odd = sorted(got.keys() ^ expected.keys())
+    if odd:
+        raise _foreign(folder, f"tensors that do not match the model, such as {odd[0]!r}")
+    for name, x in got.items():
+        if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
+            raise _foreign(
+                folder,
+                f"{name} {x.dtype} {tuple(x.shape)} where the model has "
+                f"{expected[name].dtype} {tuple(expected[name].shape)}",
+            )

@@ -1,0 +1,84 @@
+"""Hyper-parameters by data set and role, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run.
+
+    steps: optimiser steps. learning_rate: the peak, after ``warmup`` steps, before a cosine to
+    zero. clip: largest norm of the gradient. augment: move and recolour the pictures.
+    evaluate_every: steps between validations and checkpoints.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    clip: float = 1.0
+    label_smoothing: float = 0.0
+    augment: bool = False
+    colour_blind: float = 0.0
+    word_dropout: float = 0.0
+    evaluate_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("evaluate_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """The student's loss beside ``TrainSettings``; ``feature_weight`` scales the cosine term."""
+
+    temperature: float = 2.0
+    hard_weight: float = 0.5
+    feature_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one data set needs: settings of both roles, and the longest caption to decode."""
+
+    teacher: TrainSettings
+    student: TrainSettings
+    distill: DistillSettings
+    max_length: int
+    validation: str | None
+
+
+PRESETS = {
+    "scenes": Preset(
+        teacher=TrainSettings(steps=1200),
+        student=TrainSettings(steps=1200),
+        distill=DistillSettings(),
+        max_length=24,
+        validation="val",
+    ),
+    "emoji": Preset(
+        teacher=TrainSettings(steps=1500, augment=True),
+        student=TrainSettings(steps=1500, augment=True),
+        distill=DistillSettings(),
+        max_length=24,
+        validation=None,
+    ),
+}
+
+
+def preset(data: str) -> Preset:
+    """The preset of a data set.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if data not in PRESETS:
+        raise ValueError(f"data: got {data!r}, expected one of {sorted(PRESETS)}")
+    return PRESETS[data]
