@@ -1,0 +1,1 @@
+from mbm_kernels.ops.gru.op import gru as gru
