@@ -32,6 +32,8 @@ struct is_store_as_is { static constexpr bool value = false; };
 template <>
 struct is_store_as_is<StoreAsIs> { static constexpr bool value = true; };
 
+// K is cut into slices of whole chains: a slice of a panel of B is 32 KiB at 16 lanes and stays in L1.
+constexpr int64_t kSlice = 4 * kChain;
 // Eight row tiles of a slice of A: 112 KiB at 16 lanes, in L2 while every panel of B passes.
 constexpr int64_t kTilesPerBlock = 8;
 constexpr int64_t kPackedA = kTilesPerBlock * kMaxRows * kSlice;

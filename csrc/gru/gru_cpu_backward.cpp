@@ -216,7 +216,7 @@ class Backward {
     gemm(num_threads_, g);
   }
 
-  // Column sums of the gate gradients: chains over 64 rows, then a chain of those.
+  // Column sums of the gate gradients: chains over 16 rows, then a chain of those.
   void grad_biases() const {
     if (!args_.grad_b_ih && !args_.grad_b_hh) return;
     const int64_t M = schedule_.rows, H = seq_.H;
@@ -225,8 +225,8 @@ class Backward {
       for (int64_t column = begin; column < end; column += kLanes) {
         const int64_t left = end - column;
         vf total = zero();
-        for (int64_t m0 = 0; m0 < M; m0 += 64) {
-          const int64_t m1 = m0 + 64 < M ? m0 + 64 : M;
+        for (int64_t m0 = 0; m0 < M; m0 += 16) {
+          const int64_t m1 = m0 + 16 < M ? m0 + 16 : M;
           const float* at = grad_gates_.as<float>() + m0 * 4 * H + column;
           vf part = zero();
           for (int64_t m = m0; m < m1; ++m, at += 4 * H) part = part + load_part(at, left);
