@@ -1,13 +1,17 @@
 """The operations; one folder each. This list is also the library's public functions."""
 
 from mbm_kernels.ops.additive_attention import additive_attention
+from mbm_kernels.ops.concat_linear import concat_linear
 from mbm_kernels.ops.conv_bias_act import conv_bias_act
+from mbm_kernels.ops.cross_attention import cross_attention
 from mbm_kernels.ops.gru import gru
 from mbm_kernels.ops.gru_cell import gru_cell
 
 __all__ = [
     "additive_attention",
+    "concat_linear",
     "conv_bias_act",
+    "cross_attention",
     "gru",
     "gru_cell",
 ]

@@ -45,9 +45,7 @@ def fwd(
 ) -> Tensor:
     channels_last = is_channels_last(x) or is_channels_last(weight)
     # On CPUs NCHW pooling is scalar code: converting pays for itself once there is a pool (README).
-    convert = (
-        max_pool is not None and not channels_last and x.dim() == 4 and x.device.type == "cpu"
-    )
+    convert = max_pool is not None and not channels_last and x.dim() == 4 and x.device.type == "cpu"
     if convert:
         x = x.contiguous(memory_format=torch.channels_last)
     z = _convolution(x, weight, bias, stride, padding, dilation, groups)

@@ -1,0 +1,103 @@
+"""A linear layer over concatenated, broadcast inputs: the public function and its registration."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.op import Op
+from mbm_kernels.ops.concat_linear import backend_torch, reference
+
+NAME = "concat_linear"
+
+
+def _fake(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    return weight.new_empty(*leading, weight.size(0))
+
+
+OP = Op(
+    NAME,
+    fwd="(Tensor[] inputs, Tensor weight, Tensor? bias) -> (Tensor y)",
+    bwd="(Tensor grad_y, Tensor[] inputs, Tensor weight, Tensor? bias, bool[] needs)",
+    diff=("inputs", "weight", "bias"),
+    fake=_fake,
+    reference=reference.concat_linear,
+    torch_fwd=backend_torch.fwd,
+)
+
+
+def concat_linear(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer over the concatenation of inputs that broadcast against each other.
+
+    Equivalent to:
+        leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        F.linear(torch.cat([x.expand(*leading, -1) for x in inputs], -1), weight, bias)
+
+    An input that is repeated by the broadcast, such as an image vector [B, 1, C] beside words
+    [B, T, C'], is multiplied once and not once for each repetition.
+
+    Args:
+        inputs: sequence of [..., C_i], floating; the leading dimensions broadcast.
+        weight: [K, C] with C = sum of C_i, columns in the order of the inputs.
+        bias: [K].
+        backend: "auto", "cpu", "triton", "cuda" or "torch".
+
+    Returns:
+        [..., K] with the broadcast leading dimensions.
+
+    Raises:
+        TypeError: an argument is not of the right kind, or dtypes differ outside autocast.
+        ValueError: no inputs, or shapes, devices or the backend's name do not fit.
+        BackendUnavailableError: a backend asked for by name cannot run.
+
+    Numerics:
+        Sums are accumulated in float32 at least; where inputs broadcast, partial products are
+        rounded to the inputs' dtype before they are added.
+
+    Source: the splitting of a product over concatenated operands is elementary algebra.
+    """
+    if not isinstance(inputs, (list, tuple)):
+        expected = "a list or tuple of tensors"
+        checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
+    if not inputs:
+        checks.fail(NAME, "inputs", "none", "at least one tensor", "pass the inputs to join")
+    for i, x in enumerate(inputs):
+        checks.tensor(NAME, f"inputs[{i}]", x)
+        if x.dim() == 0:
+            checks.fail(NAME, f"inputs[{i}]", "shape []", "[..., C_i]", "add a dimension")
+    try:
+        leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    except RuntimeError:
+        shapes = ", ".join(str(list(x.shape)) for x in inputs)
+        expected = "leading dimensions that broadcast"
+        checks.fail(NAME, "inputs", f"shapes {shapes}", expected, "add dimensions of size 1")
+    checks.tensor(NAME, "weight", weight, 2)
+    features = sum(x.size(-1) for x in inputs)
+    out_features = weight.size(0)
+    checks.shape(NAME, "weight", weight, "K, sum of C_i", (out_features, features))
+    if bias is not None:
+        checks.tensor(NAME, "bias", bias, 1)
+        checks.shape(NAME, "bias", bias, "K", (out_features,))
+    cast = autocast.cast(*inputs, weight, bias)
+    parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
+    named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
+    checks.same_floating(NAME, (*named, ("weight", weight), ("bias", bias)))
+    rows = math.prod(leading)
+    sizes = {
+        "inputs": len(inputs),
+        "rows": rows,
+        "shared": int(any(math.prod(x.shape[:-1]) < rows for x in inputs)),
+        "C": features,
+        "K": out_features,
+    }
+    y: Tensor = OP(backend, parts, weight, bias, sizes=sizes)
+    return y

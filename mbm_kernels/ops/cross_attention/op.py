@@ -1,0 +1,127 @@
+"""Scaled dot-product attention with its weights: the public function and its registration."""
+
+from torch import Tensor
+
+from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.op import Op
+from mbm_kernels.ops.cross_attention import backend_torch, reference
+
+NAME = "cross_attention"
+NEED_WEIGHTS = (None, "mean", "heads")
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: str | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, steps, _ = query.shape
+    shapes = {
+        None: (0,),
+        "mean": (batch, steps, key.size(2)),
+        "heads": (batch, heads, steps, key.size(2)),
+    }
+    return (
+        query.new_empty(batch, heads, steps, value.size(3)),
+        query.new_empty(shapes[need_weights]),
+    )
+
+
+OP = Op(
+    NAME,
+    fwd="(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? mask, float scale,"
+    " str? need_weights) -> (Tensor context, Tensor weights)",
+    bwd="(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value,"
+    " Tensor? key_lengths, Tensor? mask, float scale, str? need_weights, bool[] needs)",
+    diff=("query", "key", "value", "mask"),
+    fake=_fake,
+    reference=reference.cross_attention,
+    torch_fwd=backend_torch.fwd,
+)
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    need_weights: str | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose scores are scale * query . key, optionally with its weights.
+
+    Equivalent to:
+        weights = (scale * query @ key.transpose(-1, -2) + mask).softmax(-1)
+        context = weights @ value
+
+    Args:
+        query: [B, N, T, D], floating; N heads.
+        key: [B, N, S, D].
+        value: [B, N, S, E].
+        key_lengths: int64 [B], 0 <= length <= S; positions at or past the length are not attended.
+        mask: broadcastable to [B, N, T, S]: bool, True = attend, or of the query's dtype, added to
+            the scores (and differentiable; -inf hides a position). Applied with the lengths.
+        scale: of the scores; None = 1 / sqrt(D).
+        need_weights: None, "mean" (over the heads) or "heads".
+        backend: "auto", "cpu", "triton", "cuda" or "torch".
+
+    Returns:
+        context [B, N, T, E] if `need_weights` is None; (context, weights [B, T, S]) for "mean";
+        (context, weights [B, N, T, S]) for "heads"; all differentiable. A row with nothing to
+        attend to has context 0, weights 0 and gradients 0.
+
+    Raises:
+        TypeError: an argument is not of the right kind, or dtypes differ outside autocast.
+        ValueError: shapes, devices, lengths or names do not fit.
+        BackendUnavailableError: a backend asked for by name cannot run.
+
+    Numerics:
+        Sums are accumulated in float32 at least. The torch backend without weights is
+        torch's scaled_dot_product_attention, which has no second derivative in its fused forms and
+        says so; with weights every order of derivative exists.
+
+    Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
+    """
+    checks.tensor(NAME, "query", query, 4)
+    checks.tensor(NAME, "key", key, 4)
+    checks.tensor(NAME, "value", value, 4)
+    batch, heads, steps, features = query.shape
+    positions, value_features = key.size(2), value.size(3)
+    checks.shape(NAME, "key", key, "B, N, S, D", (batch, heads, positions, features))
+    checks.shape(NAME, "value", value, "B, N, S, E", (batch, heads, positions, value_features))
+    checks.choice(NAME, "need_weights", need_weights, NEED_WEIGHTS)
+    if scale is None:
+        scale = max(features, 1) ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        expected = "None or a number"
+        checks.fail(NAME, "scale", checks.describe(scale), expected, "scale the query", TypeError)
+    if key_lengths is not None:
+        checks.lengths(NAME, "key_lengths", key_lengths, batch, positions, "S")
+    if mask is not None:
+        shape = (batch, heads, steps, positions)
+        checks.mask(NAME, "mask", mask, "B, N, T, S", shape, floating=True)
+        checks.same_device(NAME, "mask", mask, "query", query)
+    query, key, value, mask = autocast.cast(query, key, value, mask)
+    added = mask if mask is not None and mask.is_floating_point() else None
+    checks.same_floating(NAME, (("query", query), ("key", key), ("value", value), ("mask", added)))
+    sizes = {
+        "B": batch,
+        "N": heads,
+        "T": steps,
+        "S": positions,
+        "D": features,
+        "E": value_features,
+        "weights": int(need_weights is not None),
+        "masked": int(mask is not None),
+    }
+    context, weights = OP(
+        backend, query, key, value, key_lengths, mask, float(scale), need_weights, sizes=sizes
+    )
+    return context if need_weights is None else (context, weights)
