@@ -244,9 +244,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _foreign(folder, "no config.json")
     config = _read_json(path, folder)
     if config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise _foreign(
-            folder, f"format {config.get('format')!r} version {config.get('version')!r}"
-        )
+        raise _foreign(folder, f"format {config.get('format')!r} version {config.get('version')!r}")
     if not isinstance(config.get("sha256"), dict) or not isinstance(config.get("model"), dict):
         raise _foreign(folder, "a config.json without its model or checksums")
     return config

@@ -1,4 +1,7 @@
-"""What training minimises: cross-entropy, or distillation from a teacher."""
+"""What training minimises: cross-entropy, or distillation from a teacher.
+
+Both take tokens int64 [B, T + 1], bos ... eos and padding; the target of place t is token t + 1.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,8 @@ from torch import Tensor, nn
 
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.captioning.presets import DistillSettings
+from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.models import Captioner
-
-
-PRIOR = None
 
 
 class Loss(NamedTuple):
@@ -23,43 +24,62 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
 
 
-class CrossEntropyObjective(nn.Module):
-    """Next-word cross-entropy of a captioner; padding does not count."""
+class _Objective(nn.Module):
+    """A model and, in training mode only, a prior that is added to its logits."""
 
-    def __init__(self, model: Captioner, *, label_smoothing: float = 0.0) -> None:
+    def __init__(self, model: Captioner, prior: NeighbourPrior | None) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = label_smoothing
-        self.prior = PRIOR
+        self.prior = prior
         self.losses = losses_named(model.layers)
 
-    def forward(self, images: Tensor, inputs: Tensor, target: Tensor, words=None) -> Loss:
-        """Loss of images [B, 3, Y, X], the words before [B, T] and the words to say [B, T]."""
-        hidden, weight = self.model(images, inputs).hidden, self.model.head.weight
-        if self.prior is not None and self.training:
-            hidden, weight = self.prior.extend(hidden, weight, words, 0)
-        head = self.model.head
+    def words(self, hidden: Tensor, model: Captioner, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight of the vocabulary's logits, the prior among them."""
+        weight = model.head.weight
+        if self.prior is None or not self.training:
+            return hidden, weight
+        return self.prior.extend(hidden, weight, tokens, model.pad_id)
+
+
+class CrossEntropyObjective(_Objective):
+    """Next-word cross-entropy of a captioner; padding does not count."""
+
+    def __init__(self, model: Captioner, prior: NeighbourPrior | None = None) -> None:
+        super().__init__(model, prior)
+
+    def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
+        """Loss of images [B, 3, Y, X]; ``inputs`` [B, T] replaces the words that are fed."""
+        inputs = tokens[:, :-1] if inputs is None else inputs
+        hidden, weight = self.words(self.model(images, inputs).hidden, self.model, tokens)
         loss = self.losses.cross_entropy(
             hidden,
             weight,
-            target,
-            bias=head.bias,
+            tokens[:, 1:].contiguous(),
+            bias=self.model.head.bias,
             ignore_index=self.model.pad_id,
-            label_smoothing=self.label_smoothing,
         )
         return Loss(loss, {"hard": loss})
 
 
-class DistillationObjective(nn.Module):
+class DistillationObjective(_Objective):
     """Soft and hard targets of the words, and the cosine between the feature maps.
 
     The projection from the student's to the teacher's features is trained with the student and
     dropped afterwards. The teacher gets no gradient and is no submodule, so its parameters are
     neither optimised nor stored.
+
+    Raises:
+        ValueError: if the two models differ in vocabulary, token ids or picture size.
     """
 
-    def __init__(self, model: Captioner, teacher: Captioner, settings: DistillSettings) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: Captioner,
+        teacher: Captioner,
+        settings: DistillSettings,
+        prior: NeighbourPrior | None = None,
+    ) -> None:
+        super().__init__(model, prior)
         for name in ("vocab_size", "image_size", "pad_id", "bos_id", "eos_id"):
             ours, theirs = model.settings[name], teacher.settings[name]
             if ours != theirs:
@@ -67,30 +87,29 @@ class DistillationObjective(nn.Module):
                     f"{name}: got {ours} for the student and {theirs} for the teacher, expected "
                     "the same; train both on the same data"
                 )
-        self.model = model
         self.projection = nn.Linear(model.feature_size, teacher.feature_size, bias=False)
         self.settings = settings
-        self.losses = losses_named(model.layers)
-        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
 
     @property
     def teacher(self) -> Captioner:
         return self._teacher[0]
 
-    def forward(self, images: Tensor, inputs: Tensor, target: Tensor, words=None) -> Loss:
-        """Loss of images [B, 3, Y, X], the words before [B, T] and the words to say [B, T]."""
+    def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
+        """Loss of images [B, 3, Y, X]; ``inputs`` [B, T] replaces the words the student is fed."""
         with torch.no_grad():
-            taught = self.teacher(images, inputs)
-        own = self.model(images, inputs)
-        head, teacher_head = self.model.head, self.teacher.head
+            taught = self.teacher(images, tokens[:, :-1])
+        own = self.model(images, tokens[:, :-1] if inputs is None else inputs)
+        hidden, weight = self.words(own.hidden, self.model, tokens)
+        taught_hidden, taught_weight = self.words(taught.hidden, self.teacher, tokens)
         words, hard, soft = self.losses.distillation(
-            own.hidden,
-            head.weight,
-            target,
-            student_bias=head.bias,
-            teacher_hidden=taught.hidden,
-            teacher_weight=teacher_head.weight,
-            teacher_bias=teacher_head.bias,
+            hidden,
+            weight,
+            tokens[:, 1:].contiguous(),
+            student_bias=self.model.head.bias,
+            teacher_hidden=taught_hidden,
+            teacher_weight=taught_weight,
+            teacher_bias=self.teacher.head.bias,
             temperature=self.settings.temperature,
             hard_weight=self.settings.hard_weight,
             ignore_index=self.model.pad_id,

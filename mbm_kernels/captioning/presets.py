@@ -11,7 +11,9 @@ class TrainSettings:
 
     steps: optimiser steps. learning_rate: the peak, after ``warmup`` steps, before a cosine to
     zero. clip: largest norm of the gradient. augment: move and recolour the pictures.
-    evaluate_every: steps between validations and checkpoints.
+    word_dropout: share of the input words that read as unknown. neighbour_prior: keep what
+    neighbouring words say of one another out of the model (prior.py). evaluate_every: steps
+    between validations and checkpoints.
     """
 
     steps: int
@@ -20,10 +22,9 @@ class TrainSettings:
     weight_decay: float = 0.05
     warmup: int = 100
     clip: float = 1.0
-    label_smoothing: float = 0.0
     augment: bool = False
-    colour_blind: float = 0.0
     word_dropout: float = 0.0
+    neighbour_prior: bool = False
     evaluate_every: int = 200
 
     def __post_init__(self) -> None:

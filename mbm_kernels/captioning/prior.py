@@ -46,12 +46,14 @@ class NeighbourPrior:
         same = torch.tensor([root(word) for word in range(vocab_size)])
         one_hot = F.one_hot(same, vocab_size).bool()  # [V, V], word to class
         # A class follows (precedes) a word if any of its members does.
-        follows = (seen.float() @ one_hot.float() > 0) & True
+        follows = seen.float() @ one_hot.float() > 0
         precedes = seen.float().T @ one_hot.float() > 0
         self.after = EXCLUDED * (~seen & follows[:, same]).float()  # [V before, V]
         self.before = EXCLUDED * (~seen.T & precedes[:, same]).float()  # [V after, V]
 
-    def extend(self, hidden: Tensor, weight: Tensor, words: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    def extend(
+        self, hidden: Tensor, weight: Tensor, words: Tensor, pad: int
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states [B, T, H + 2V] and weight [V, H + 2V] whose product has the prior added."""
         before, after = words[:, :-1], F.pad(words[:, 2:], (0, 1), value=pad)
         size = weight.shape[0]

@@ -1,41 +1,16 @@
-"""One training loop for the teacher and the student: seeded, resumable, interruptible.
-
-Everything random of a step comes from (seed, step), so a resumed run needs no generator state and
-gives the same weights, bit for bit, as one that was never stopped.
-"""
+"""Training of a teacher, and of a student with or without one."""
 
 from __future__ import annotations
 
-import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from mbm_kernels.captioning import checkpoint
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, augment, collate
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
+from mbm_kernels.captioning.fit import History, fit, seeded
 from mbm_kernels.captioning.presets import DistillSettings, TrainSettings
-from mbm_kernels.captioning.progress import training_progress
+from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.models import Captioner
-
-LOG_EVERY = 20
-VALIDATION_IMAGES = 256
-
-
-@dataclass
-class History:
-    """Losses by step: ``train`` rows are means over the last steps, ``validation`` rows hard loss."""
-
-    train: list[dict[str, float]] = field(default_factory=list)
-    validation: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,7 +38,7 @@ def train_teacher(
 ) -> Trained:
     """Train a captioner by cross-entropy; see ``fit`` for the arguments that the two share."""
     model = _fresh_model(train_set, tokenizer, size, attention, layers, seed)
-    objective = CrossEntropyObjective(model, label_smoothing=settings.label_smoothing)
+    objective = CrossEntropyObjective(model, _prior(train_set, tokenizer, settings))
     title = f"{size} by cross-entropy"
     history = fit(
         objective,
@@ -110,8 +85,13 @@ def train_student(
             progress=progress,
         )
     model = _fresh_model(train_set, tokenizer, "student", attention, layers, seed)
-    with _seeded(seed, -2):
-        objective = DistillationObjective(model, teacher, distill or DistillSettings())
+    with seeded(seed, -2):
+        objective = DistillationObjective(
+            model,
+            teacher,
+            distill or DistillSettings(),
+            _prior(train_set, tokenizer, settings),
+        )
     history = fit(
         objective,
         train_set,
@@ -126,280 +106,6 @@ def train_student(
     return Trained(model.eval(), tokenizer, history)
 
 
-def fit(
-    objective: CrossEntropyObjective | DistillationObjective,
-    train_set: CaptionSet,
-    tokenizer: WordTokenizer,
-    settings: TrainSettings,
-    *,
-    seed: int = 0,
-    validation: CaptionSet | None = None,
-    run: Path | None = None,
-    resume: bool = False,
-    title: str | None = None,
-    after_step: Callable[[int], None] | None = None,
-) -> History:
-    """Minimise an objective over a set of captioned pictures.
-
-    Args:
-        objective: holds the model that is trained.
-        seed: of the order of pictures, augmentation and dropout.
-        validation: pictures whose loss decides the best checkpoint; None takes the latest.
-        run: folder of the checkpoints; None writes none.
-        resume: continue from the latest checkpoint of ``run``.
-        title: of the progress bar; None shows none.
-        after_step: called with the number of steps done, after each.
-
-    Raises:
-        ValueError: if the set has fewer pictures than a batch, if ``run`` holds another run's
-            checkpoints, or on resuming with other settings.
-        FileNotFoundError: on resuming where there is no checkpoint.
-        KeyboardInterrupt: after Ctrl-C, once the last whole step is saved.
-        OSError: if a checkpoint cannot be written.
-    """
-    if len(train_set) < settings.batch_size:
-        raise ValueError(
-            f"train_set: got {len(train_set)} pictures, expected at least batch_size = "
-            f"{settings.batch_size}; take a smaller batch_size"
-        )
-    trainer = _Trainer(objective, train_set, tokenizer, settings, seed, validation, run)
-    if resume:
-        trainer.restore()
-    elif run is not None and checkpoint.exists(run):
-        raise ValueError(
-            f"run {run}: got a folder with checkpoints, expected an empty one; continue with "
-            "--resume, or give another folder"
-        )
-    objective.train()
-    with training_progress(title, settings.steps, trainer.step) as report, _deferred_sigint() as stop:
-        while trainer.step < settings.steps:
-            parts = trainer.advance()
-            report(trainer.step, parts)
-            if after_step is not None:
-                after_step(trainer.step)
-            if stop.is_set():
-                trainer.save()
-                raise KeyboardInterrupt
-            if trainer.step % settings.evaluate_every == 0 or trainer.step == settings.steps:
-                trainer.validate()
-                trainer.save()
-    objective.eval()
-    return trainer.history
-
-
-class _Trainer:
-    """State of a run between steps."""
-
-    def __init__(
-        self,
-        objective: CrossEntropyObjective | DistillationObjective,
-        train_set: CaptionSet,
-        tokenizer: WordTokenizer,
-        settings: TrainSettings,
-        seed: int,
-        validation: CaptionSet | None,
-        run: Path | None,
-    ) -> None:
-        self.objective, self.model = objective, objective.model
-        self.train_set, self.tokenizer = train_set, tokenizer
-        self.settings, self.seed, self.run = settings, seed, run
-        self.validation = validation
-        self.named = dict(objective.named_parameters())
-        decayed = [p for p in self.named.values() if p.dim() > 1]
-        plain = [p for p in self.named.values() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": settings.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-            betas=(0.9, 0.98),
-        )
-        self.history = History()
-        words = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]
-        self.colour_ids = torch.tensor([tokenizer.encode(w)[1] for w in words])
-        self.step = 0
-        self.best_loss: float | None = None
-        self.is_best = True
-        self.order_epoch, self.order = -1, torch.empty(0, dtype=torch.int64)
-        self.recent: list[dict[str, Tensor]] = []
-
-    def advance(self) -> dict[str, float]:
-        """Take one step; returns its losses by name."""
-        settings = self.settings
-        rate = settings.learning_rate * schedule(self.step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        images, tokens, _ = collate(self.train_set, self._indices(), self.tokenizer)
-        with _seeded(self.seed, self.step):
-            if settings.augment:
-                images = augment(images, torch.Generator().manual_seed(_mix(self.seed, self.step)))
-            inputs, target = tokens[:, :-1], tokens[:, 1:].contiguous()
-            if settings.colour_blind:
-                images, inputs, target = colour_blind(images, inputs, target, settings.colour_blind, self.colour_ids)
-            inputs = mask_words(inputs, settings.word_dropout, self.tokenizer)
-            loss = self.objective(images, inputs, target, tokens)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(self.named.values(), settings.clip, error_if_nonfinite=True)
-        self.optimizer.step()
-        self.step += 1
-        self.recent.append({"loss": loss.total.detach(), **_detached(loss.parts)})
-        shown = {name: float(x) for name, x in self.recent[-1].items()}
-        if self.step % LOG_EVERY == 0 or self.step == settings.steps:
-            mean = {
-                name: float(torch.stack([row[name] for row in self.recent]).mean())
-                for name in self.recent[0]
-            }
-            self.history.train.append({"step": self.step, **mean})
-            self.recent.clear()
-        return shown
-
-    def validate(self) -> None:
-        """Record the hard loss on the validation pictures and whether it is the best so far."""
-        if self.validation is None:
-            self.is_best = True
-            return
-        loss = hard_loss(self.model, self.validation, self.tokenizer, VALIDATION_IMAGES)
-        self.history.validation.append({"step": self.step, "loss": loss})
-        self.is_best = self.best_loss is None or loss < self.best_loss
-        if self.is_best:
-            self.best_loss = loss
-
-    def save(self) -> None:
-        if self.run is None:
-            return
-        training = {}
-        for name, parameter in self.named.items():
-            for kind, value in self.optimizer.state[parameter].items():
-                training[f"optimizer/{kind}/{name}"] = value
-            if not name.startswith("model."):
-                training[f"objective/{name}"] = parameter
-        for name, rows in self._recent_tensors().items():
-            training[f"recent/{name}"] = rows
-        checkpoint.save(
-            self.run,
-            self.model,
-            self.tokenizer,
-            step=self.step,
-            best=self.is_best,
-            training=training,
-            info={
-                "training": self._identity(),
-                "best_loss": self.best_loss,
-                "history": asdict(self.history),
-            },
-        )
-
-    def restore(self) -> None:
-        """Take over the latest checkpoint of the run."""
-        if self.run is None or not checkpoint.exists(self.run):
-            raise FileNotFoundError(
-                f"run {self.run}: got no checkpoint to resume, expected one; start without --resume"
-            )
-        found = checkpoint.load(self.run, layers=self.model.layers, which="latest")
-        got, expected = found.config.get("training"), self._identity()
-        if got != expected or found.model.settings != self.model.settings:
-            raise ValueError(
-                f"run {self.run}: got a checkpoint of {got}, expected {expected}; resume with "
-                "the settings that it began with"
-            )
-        training = checkpoint.load_training(found)
-        self.model.load_state_dict(found.model.state_dict())
-        for name, parameter in self.named.items():
-            if not name.startswith("model."):
-                with torch.no_grad():
-                    parameter.copy_(training[f"objective/{name}"])
-            self.optimizer.state[parameter] = {
-                kind: training[f"optimizer/{kind}/{name}"]
-                for kind in ("step", "exp_avg", "exp_avg_sq")
-            }
-        rows = {k.removeprefix("recent/"): v for k, v in training.items() if k.startswith("recent/")}
-        count = len(next(iter(rows.values()))) if rows else 0
-        self.recent = [{name: rows[name][k] for name in rows} for k in range(count)]
-        self.step = found.config["step"]
-        self.best_loss = found.config["best_loss"]
-        self.history = History(**found.config["history"])
-        # An interrupted step is saved without a validation of its own.
-        self.is_best = self.validation is None
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to be the same run."""
-        return {
-            "settings": asdict(self.settings),
-            "objective": type(self.objective).__name__,
-            "seed": self.seed,
-            "pictures": len(self.train_set),
-        }
-
-    def _recent_tensors(self) -> dict[str, Tensor]:
-        if not self.recent:
-            return {}
-        return {name: torch.stack([row[name] for row in self.recent]) for name in self.recent[0]}
-
-    def _indices(self) -> Tensor:
-        """Rows of this step: each epoch its own permutation, an incomplete last batch dropped."""
-        size = self.settings.batch_size
-        per_epoch = len(self.train_set) // size
-        epoch, place = divmod(self.step, per_epoch)
-        if epoch != self.order_epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, -1 - epoch))
-            self.order = torch.randperm(len(self.train_set), generator=generator)
-            self.order_epoch = epoch
-        return self.order[place * size : (place + 1) * size]
-
-
-def schedule(step: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    left = max(1, settings.steps - settings.warmup)
-    return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / left))
-
-
-def mask_words(inputs: Tensor, share: float, tokenizer: WordTokenizer) -> Tensor:
-    """Input words [B, T] of which a share reads as unknown, so that the picture must tell.
-
-    Without it the decoder learns which words never follow one another, and a green cross, unseen
-    in training, is called a green star.
-    """
-    if share == 0:
-        return inputs
-    hide = (torch.rand(inputs.shape) < share) & (inputs > tokenizer.unk_id)
-    return inputs.masked_fill(hide, tokenizer.unk_id)
-
-
-def colour_blind(images, inputs, target, share, ids):
-    pick = torch.rand(len(images)) < share
-    mix = torch.rand(len(images), 3)
-    mix = mix / mix.sum(1, keepdim=True)
-    grey = torch.einsum("bc,bcyx->byx", mix, images).unsqueeze(1)
-    images = torch.where(pick[:, None, None, None], grey, images)
-    inputs = torch.where(pick[:, None] & torch.isin(inputs, ids), 3, inputs)
-    target = torch.where(pick[:, None] & torch.isin(target, ids), 0, target)
-    return images, inputs, target
-
-
-@torch.no_grad()
-def hard_loss(
-    model: Captioner, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int
-) -> float:
-    """Mean cross-entropy per word on the first ``limit`` pictures."""
-    was_training = model.training
-    objective = CrossEntropyObjective(model).eval()
-    total = words = 0.0
-    count = min(limit, len(caption_set))
-    for start in range(0, count, 128):
-        rows = range(start, min(start + 128, count))
-        images, tokens, lengths = collate(caption_set, rows, tokenizer)
-        predicted = float((lengths - 1).sum())
-        loss = objective(images, tokens[:, :-1], tokens[:, 1:].contiguous())
-        total += float(loss.total) * predicted
-        words += predicted
-    model.train(was_training)
-    return total / words
-
-
 def _fresh_model(
     train_set: CaptionSet,
     tokenizer: WordTokenizer,
@@ -408,7 +114,7 @@ def _fresh_model(
     layers: str,
     seed: int,
 ) -> Captioner:
-    with _seeded(seed, -1):
+    with seeded(seed, -1):
         return Captioner(
             tokenizer.vocab_size,
             size=size,
@@ -421,41 +127,10 @@ def _fresh_model(
         )
 
 
-def _mix(seed: int, step: int) -> int:
-    """A generator seed for one step of one run; steps below 0 are for set-up and epochs."""
-    return (seed * 1_000_003 + step) % 2**63
-
-
-@contextmanager
-def _seeded(seed: int, step: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_mix(seed, step))
-        yield
-
-
-def _detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach() for name, x in parts.items()}
-
-
-@contextmanager
-def _deferred_sigint() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never cut in half; a second one interrupts at once.
-
-    Signals reach only the main thread: elsewhere the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _prior(
+    train_set: CaptionSet, tokenizer: WordTokenizer, settings: TrainSettings
+) -> NeighbourPrior | None:
+    if not settings.neighbour_prior:
+        return None
+    words = [tokenizer.encode(caption) for caption in train_set.captions]
+    return NeighbourPrior(words, tokenizer.vocab_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -79,7 +80,7 @@ class ImageEncoder(nn.Module):
         widths = (3, *size.channels)
         self.blocks = nn.ModuleList(
             layers.conv_bias_act(c, k, 3, padding=1, activation="relu", max_pool=2)
-            for c, k in zip(widths, widths[1:], strict=False)
+            for c, k in pairwise(widths)
         )
         # Without normalisation the same number of steps ends at several times the loss.
         self.norms = nn.ModuleList(nn.LayerNorm(k) for k in size.channels)

@@ -47,9 +47,7 @@ def greedy_search(model: Captioner, encoded: EncodedImages, max_length: int) -> 
     return _trim(tokens, attention.reshape(batch, -1, places), model.eos_id)
 
 
-def beam_search(
-    model: Captioner, encoded: EncodedImages, max_length: int, beam: int
-) -> Captions:
+def beam_search(model: Captioner, encoded: EncodedImages, max_length: int, beam: int) -> Captions:
     """The hypothesis of highest log-probability per token, its ``eos_id`` included."""
     batch, places = encoded.features.shape[:2]
     if not batch:

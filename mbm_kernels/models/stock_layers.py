@@ -90,6 +90,8 @@ class AdditiveAttention(nn.Module):
         self.v = nn.Parameter(torch.empty(attention_dim))
         nn.init.uniform_(self.v, -(attention_dim**-0.5), attention_dim**-0.5)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         value = key if value is None else value
         return additive_attention(self.query_proj(query), self.key_proj(key), value, self.v)

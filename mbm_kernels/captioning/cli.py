@@ -1,0 +1,214 @@
+"""`mbm-kernels caption`: prepare data, train, distil, evaluate, caption pictures.
+
+Bad input raises; the caller turns that into one line and an exit status.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from mbm_kernels.captioning import checkpoint, data
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.decode import caption_pictures, read_picture, save_attention_sheet
+from mbm_kernels.captioning.evaluate import evaluate
+from mbm_kernels.captioning.presets import Preset, TrainSettings, preset
+from mbm_kernels.captioning.train import Trained, train_student, train_teacher
+
+app = typer.Typer(
+    help="Train and run the captioner.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[str, typer.Option("--data", help="Data set: scenes or emoji.")]
+Run = Annotated[Path, typer.Option("--run", help="Folder of the checkpoints.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared data.")]
+Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
+Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
+Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
+Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
+
+
+@app.callback()
+def root() -> None:
+    """Train and run the captioner."""
+
+
+@app.command()
+def prepare(
+    name: Annotated[str, typer.Argument(help="Data set: scenes or emoji.")],
+    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep the data.")] = None,
+    from_dir: Annotated[Path | None, typer.Option(help="Local copy of the npm packages.")] = None,
+) -> None:
+    """Fetch a data set; scenes need nothing, they are drawn."""
+    preset(name)
+    if name == "scenes":
+        typer.echo("scenes are drawn when they are loaded: nothing to prepare")
+        return
+    from mbm_kernels.captioning.data import emoji
+
+    typer.echo(str(emoji.prepare(cache_dir, from_dir, progress=typer.echo)))
+
+
+@app.command()
+def train(
+    run: Run,
+    name: Data = "scenes",
+    size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
+    attention: Attention = "additive",
+    layers: Layers = "mbm",
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    resume: Resume = False,
+) -> None:
+    """Train a captioner by cross-entropy."""
+    chosen = preset(name)
+    settings = chosen.teacher if size == "teacher" else chosen.student
+    settings = _changed(settings, steps, batch_size, learning_rate)
+    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    done = train_teacher(
+        sets["train"],
+        WordTokenizer.train(sets["train"].captions),
+        settings,
+        size=size,
+        attention=attention,
+        layers=layers,
+        seed=seed,
+        validation=_validation(chosen, sets),
+        run=run,
+        resume=resume,
+    )
+    _report(done, run)
+
+
+@app.command()
+def distill(
+    run: Run,
+    teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
+    name: Data = "scenes",
+    attention: Attention = "additive",
+    layers: Layers = "mbm",
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    resume: Resume = False,
+) -> None:
+    """Train a student from a teacher."""
+    chosen = preset(name)
+    settings = _changed(chosen.student, steps, batch_size, learning_rate)
+    taught_by = checkpoint.load(teacher, layers=layers)
+    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    done = train_student(
+        sets["train"],
+        taught_by.tokenizer,
+        settings,
+        teacher=taught_by.model,
+        distill=chosen.distill,
+        attention=attention,
+        layers=layers,
+        seed=seed,
+        validation=_validation(chosen, sets),
+        run=run,
+        resume=resume,
+    )
+    _report(done, run)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
+    name: Data = "scenes",
+    split: Annotated[list[str] | None, typer.Option(help="Splits; all but train if none.")] = None,
+    layers: Layers = "mbm",
+    beam: Beam = 1,
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
+    chosen = preset(name)
+    found = checkpoint.load(path, layers=layers)
+    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    scores = {}
+    for each in split or [one for one in sets if one != "train"]:
+        if each not in sets:
+            raise ValueError(f"split: got {each!r}, expected one of {sorted(sets)}")
+        _, scores[each], _ = evaluate(
+            found.model, sets[each], found.tokenizer, max_length=chosen.max_length, beam=beam
+        )
+    if as_json:
+        typer.echo(json.dumps(scores, indent=2))
+        return
+    for each, values in scores.items():
+        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items())
+        typer.echo(f"{each:14} {shown}")
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    layers: Layers = "mbm",
+    beam: Beam = 1,
+    max_length: Annotated[int, typer.Option(help="The most words of a caption.")] = 24,
+    attention_maps: Annotated[
+        Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
+    ] = None,
+) -> None:
+    """Caption picture files, one line each."""
+    found = checkpoint.load(path, layers=layers)
+    side = found.model.image_size
+    loaded = torch.stack([read_picture(picture, side) for picture in pictures])
+    texts, words, weights = caption_pictures(
+        found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
+    )
+    for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        typer.echo(f"{picture}\t{text}" if len(pictures) > 1 else text)
+        if attention_maps is not None:
+            sheet = attention_maps / f"{place:03d}-{picture.stem}.png"
+            save_attention_sheet(sheet, loaded[place], words[place], weights[place])
+
+
+def _changed(
+    settings: TrainSettings,
+    steps: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+) -> TrainSettings:
+    """The preset with what the command line gives; the warm-up never exceeds half of the steps."""
+    if steps is not None:
+        settings = replace(settings, steps=steps, warmup=min(settings.warmup, steps // 2))
+    if batch_size is not None:
+        settings = replace(settings, batch_size=batch_size)
+    if learning_rate is not None:
+        settings = replace(settings, learning_rate=learning_rate)
+    return settings
+
+
+def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:
+    return None if chosen.validation is None else sets[chosen.validation]
+
+
+def _report(done: Trained, run: Path) -> None:
+    last = done.history.train[-1]
+    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}")

@@ -1,0 +1,93 @@
+"""Captions for picture files, and their attention drawn over the picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor
+
+from mbm_kernels.captioning.checkpoint import replace_file
+from mbm_kernels.captioning.data import WordTokenizer, normalise
+from mbm_kernels.models import Captioner
+
+TILE = 128  # pixels of one picture of an attention sheet
+LABEL = 16  # pixels of the word below it
+
+
+def read_picture(path: str | Path, image_size: int) -> Tensor:
+    """A picture file as uint8 [3, Y, X], on white, padded to a square and resized.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture, or a truncated one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"picture {path}: got no such file, expected a PNG or JPEG file")
+    try:
+        with Image.open(path) as opened:
+            drawing = opened.convert("RGBA")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"picture {path}: got a file that does not decode ({error}), expected a whole PNG or "
+            "JPEG; save it again"
+        ) from error
+    side = max(drawing.size)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+    flat = square.convert("RGB")
+    if side != image_size:
+        flat = flat.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(flat)).permute(2, 0, 1).contiguous()
+
+
+def caption_pictures(
+    model: Captioner,
+    pictures: Tensor,
+    tokenizer: WordTokenizer,
+    *,
+    max_length: int = 24,
+    beam: int = 1,
+) -> tuple[list[str], list[list[str]], list[Tensor]]:
+    """Of uint8 [B, 3, Y, X]: captions, their words, and the attention [length, S] of each."""
+    tokens, weights = model.generate(normalise(pictures), max_length, beam, True)
+    texts = [tokenizer.decode(row) for row in tokens]
+    words = [[tokenizer.decode([token]).strip() for token in row] for row in tokens]
+    return texts, words, weights
+
+
+def attention_overlay(picture: Tensor, weights: Tensor) -> Image.Image:
+    """A picture uint8 [3, Y, X] under its attention [S] of one word, bright where attended."""
+    side = int(weights.numel() ** 0.5)
+    peak = float(weights.max())
+    level = weights.reshape(side, side).float() / (peak if peak > 0 else 1.0)
+    mask = Image.fromarray((level * 255).byte().cpu().numpy(), "L")
+    mask = mask.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    shown = Image.fromarray(picture.permute(1, 2, 0).numpy(), "RGB")
+    shown = shown.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    dark = Image.blend(shown, Image.new("RGB", shown.size, "black"), 0.75)
+    return Image.composite(shown, dark, mask)
+
+
+def save_attention_sheet(
+    path: Path, picture: Tensor, words: Sequence[str], weights: Tensor
+) -> None:
+    """Write a PNG with one overlay per word, side by side.
+
+    Raises:
+        OSError: if it cannot be written; a sheet that was there stays.
+    """
+    sheet = Image.new("RGB", (TILE * max(1, len(words)), TILE + LABEL), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (word, row) in enumerate(zip(words, weights, strict=True)):
+        sheet.paste(attention_overlay(picture, row), (place * TILE, 0))
+        draw.text((place * TILE + 4, TILE + 2), word, fill="black")
+    content = io.BytesIO()
+    sheet.save(content, format="PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())
