@@ -15,12 +15,12 @@ import functools
 import importlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -79,6 +79,16 @@ class Table:
         return cls(names, tuple(Rule.parse(entry) for entry in entries))
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant_for_compilers(function: F) -> F:
+    # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which
+    # would triple the time of `import mbm_kernels`.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Plain dictionaries, since torch.compile traces through `select`.
 _tables: dict[str, Table] = {}
 
@@ -105,18 +115,18 @@ def why_not(
     return reason
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_compilers
 def _static_why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     # Under torch.compile the sizes may be symbolic; a backend judges those when it runs.
     return why_not(op, backend, torch.device(device), dtype)
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_compilers
 def _static_isa() -> str | None:
     return native.isa()
 
 
-@torch.compiler.assume_constant_result
+@_constant_for_compilers
 def _static_env_backend() -> str:
     return env.backend()
 

@@ -40,7 +40,7 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name, default)
     if value not in choices:
         raise ValueError(
-            f"{name}: got {value!r}; expected one of {', '.join(choices)}; unset it or fix it"
+            f"{name}: got {value!r}; expected one of {', '.join(filter(None, choices))}; fix it"
         )
     return value
 

@@ -29,7 +29,7 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return (
             None,
-            f"the extension _C_cuda did not load ({error}); it is built where nvcc is found",
+            f"the extension _C_cuda did not load ({error}); nvcc builds it",
         )
     reason = _C_cuda.why_not()
     return _C_cuda, None if reason is None else f"_C_cuda is built, but CUDA said: {reason}"

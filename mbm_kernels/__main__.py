@@ -1,0 +1,3 @@
+from mbm_kernels.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""The command line: `mbm-kernels` and `python -m mbm_kernels`."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+# Typer carries click within itself since 0.26 and uses the package before; both derive from this.
+ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    help="Fused kernels for multimodal models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Fused kernels for multimodal models."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Versions, CPU ISA, threads, GPU, and which backends each operation has."""
+    from mbm_kernels import info as report
+
+    found = report.collect()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        report.print_report(found)
+
+
+def _mount() -> None:
+    """The parts with dependencies of their own are imported only when their command is named."""
+    if "caption" in sys.argv[1:2] or len(sys.argv) < 2 or sys.argv[1] == "--help":
+        from mbm_kernels.captioning import cli as caption
+
+        app.add_typer(caption.app, name="caption")
+
+
+def main() -> None:
+    """Runs the command line; bad input ends in one line on stderr, never in a traceback."""
+    try:
+        _mount()
+        code = app(standalone_mode=False)
+    except ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    sys.exit(code or 0)
