@@ -7,3 +7,6 @@ from mbm_kernels.ops.conv_bias_act.module import ConvBiasAct as ConvBiasAct
 from mbm_kernels.ops.cross_attention.module import MultiheadAttention as MultiheadAttention
 from mbm_kernels.ops.gru.module import GRU as GRU
 from mbm_kernels.ops.gru_cell.module import GRUCell as GRUCell
+from mbm_kernels.ops.linear_distillation_loss.module import (
+    LinearDistillationLoss as LinearDistillationLoss,
+)

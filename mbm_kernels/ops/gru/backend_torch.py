@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.op import in_functorch
+from mbm_kernels.ops.gru_cell.backend_torch import composite
 
 # Packed sequences skip the steps past a row's length, but are slower per step backward: for
 # T 16 to 64, B 8 to 64, H 64 to 512 on 2 CPU cores both forms take the same time, forward and
@@ -38,9 +39,9 @@ def fwd(
     if b_ih is not None and b_hh is not None:
         weights += [b_ih, b_hh]
     # Autograd keeps what it needs. Only the registered op, which records no graph, must return the
-    # reserve that its fake kernel announces.
+    # reserve that its fake kernel announces, and the same each time.
     keep = save and not torch.is_grad_enabled()
-    reserve = x.new_empty((steps, batch, 4 * hidden) if keep else 0)
+    reserve = x.new_zeros((steps, batch, 4 * hidden) if keep else 0)
     if steps == 0:
         # aten::gru refuses; the product has the right shape and keeps y in the autograd graph.
         return F.linear(x, w_ih[:hidden]), h0.clone(), reserve
@@ -60,9 +61,10 @@ def fwd(
 
 def _whole(x: Tensor, h0: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor]:
     if in_functorch():  # aten::gru has no batching rule
+        w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
         outputs = []
-        for x_t in x.unbind(0):
-            h0 = torch.gru_cell(x_t, h0, *weights)
+        for from_input in F.linear(x, w_ih, b_ih).unbind(0):
+            h0 = composite(from_input, h0, w_hh, b_hh)
             outputs.append(h0)
         return torch.stack(outputs), h0
     y, h_n = torch._VF.gru(  # type: ignore[attr-defined]

@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mbm_kernels._core.op import in_functorch
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -20,7 +23,17 @@ def fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     # Autograd keeps what it needs. Only the registered op, which records no graph, must return the
-    # reserve that its fake kernel announces.
+    # reserve that its fake kernel announces, and the same each time.
     keep = save and not torch.is_grad_enabled()
-    reserve = x.new_empty((x.size(0), 4 * h.size(1)) if keep else 0)
+    reserve = x.new_zeros((x.size(0), 4 * h.size(1)) if keep else 0)
+    if in_functorch():
+        return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), reserve
     return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh), reserve
+
+
+def composite(from_input: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """The step after W_ih x + b_ih [B, 3H], for torch.func: aten's has no batching rule."""
+    input_r, input_z, input_n = from_input.chunk(3, -1)
+    state_r, state_z, state_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
+    n = torch.tanh(input_n + torch.sigmoid(input_r + state_r) * state_n)
+    return n + torch.sigmoid(input_z + state_z) * (h - n)

@@ -1,0 +1,158 @@
+"""torch.nn.GRU with a choice of backends."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from mbm_kernels._core import autocast, dispatch
+from mbm_kernels._core.op import in_functorch
+from mbm_kernels.ops.gru.dynamo import traceable
+from mbm_kernels.ops.gru.op import gru
+
+NAME = "gru"
+
+
+class GRU(torch.nn.GRU):
+    """torch.nn.GRU, the same constructor, parameters, inputs and errors, run by `mbm_kernels.gru`.
+
+    Where every layer would run the torch backend, the call is torch.nn.GRU's own.
+
+    Args:
+        *args: of torch.nn.GRU: input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional.
+        backend: as for `mbm_kernels.gru`, for every layer.
+        **kwargs: of torch.nn.GRU, device and dtype too.
+
+    Raises:
+        ValueError: for an unknown backend, and what torch.nn.GRU raises.
+    """
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any):
+        dispatch.check_backend("nn.GRU", backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        traceable(cls)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """input [T, B, C], [B, T, C] if batch_first, [T, C] unbatched, or packed.
+
+        hx [layers * directions, B, H], without B if unbatched, or None for zeros.
+
+        Returns:
+            The output, shaped as the input with directions * H features, and h_n, shaped as hx.
+        """
+        if self._is_stock(input, hx):
+            found: tuple[Tensor | PackedSequence, Tensor] = super().forward(input, hx)
+            return found
+        if not torch.compiler.is_compiling():  # only dtypes are read from that list
+            self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        if hx is not None and hx.dim() != input.dim():
+            kind = "batched 3-D" if batched else "unbatched 2-D"
+            raise RuntimeError(
+                f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor"
+            )
+        batch_dim = 0 if self.batch_first else 1
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            hx = None if hx is None else hx.unsqueeze(1)
+        self.check_input(input, None)
+        if hx is not None:
+            self.check_hidden_size(hx, self.get_expected_hidden_size(input, None))
+        x = input.transpose(0, 1) if self.batch_first else input
+        if x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        y, h_n = self._run(x, hx, None)
+        y = y.transpose(0, 1) if self.batch_first else y
+        return (y, h_n) if batched else (y.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: Tensor | None
+    ) -> tuple[PackedSequence, Tensor]:
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        self.check_input(data, batch_sizes)
+        if hx is not None:
+            hx = self.permute_hidden(hx, sorted_indices)
+            self.check_hidden_size(hx, self.get_expected_hidden_size(data, batch_sizes))
+        if int(batch_sizes[0]) == int(batch_sizes[-1]):
+            y, h_n = self._run(data.view(batch_sizes.size(0), -1, data.size(1)), hx, None)
+            out = y.flatten(0, 1)
+        else:
+            x, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, -1)  # type: ignore[attr-defined]
+            y, h_n = self._run(x, hx, lengths)
+            out, _ = torch._VF._pack_padded_sequence(y, lengths, False)  # type: ignore[attr-defined]
+        packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(h_n, unsorted_indices)
+
+    def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All layers; x [T, B, C], hx [layers * directions, B, H] -> [T, B, directions * H], h_n."""
+        directions = 2 if self.bidirectional else 1
+        states: list[Tensor] = []
+        for layer in range(self.num_layers):
+            outputs: list[Tensor] = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                y, h_n = gru(
+                    x,
+                    None if hx is None else hx[index],
+                    *(getattr(self, name) for name in self._all_weights[index]),
+                    lengths=lengths,
+                    reverse=direction == 1,
+                    backend=self.backend,
+                )
+                outputs.append(y)
+                states.append(h_n)
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+            if self.dropout > 0 and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        return x, torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+
+    def _is_stock(self, input: Tensor | PackedSequence, hx: Tensor | None) -> bool:
+        """Whether torch.nn.GRU itself serves this call best: all layers run the torch backend."""
+        if torch.compiler.is_compiling() or in_functorch():
+            return False
+        if isinstance(input, PackedSequence):
+            x, steps = input.data, input.batch_sizes.size(0)
+            batch = int(input.batch_sizes[0])
+        else:
+            x = input
+            if x.dim() not in (2, 3):
+                return True
+            if x.dim() == 2:
+                steps, batch = x.size(0), 1
+            else:
+                steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
+        device, dtype = x.device, x.dtype
+        if autocast.enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+        training = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (hx is not None and hx.requires_grad)
+            or any(p.requires_grad for p in self._parameters.values() if p is not None)
+        )
+        sizes = {"T": steps, "B": batch, "H": self.hidden_size, "training": int(training)}
+        inner = self.hidden_size * (2 if self.bidirectional else 1)
+        features = (self.input_size, inner) if self.num_layers > 1 else (self.input_size,)
+        return all(
+            dispatch.select(NAME, self.backend, device, dtype, {**sizes, "C": count}) == "torch"
+            for count in features
+        )
+
+    def extra_repr(self) -> str:
+        shown: str = super().extra_repr()
+        return shown if self.backend == "auto" else f"{shown}, backend={self.backend!r}"
+
+
+traceable(GRU)

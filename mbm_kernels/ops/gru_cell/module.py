@@ -1,0 +1,73 @@
+"""torch.nn.GRUCell with a choice of backends."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import autocast, dispatch
+from mbm_kernels.ops.gru_cell.op import gru_cell
+
+NAME = "gru_cell"
+
+
+class GRUCell(torch.nn.GRUCell):
+    """torch.nn.GRUCell, the same constructor, parameters and errors, run by `mbm_kernels.gru_cell`.
+
+    Where that would run the torch backend, the call is torch.nn.GRUCell's own.
+
+    Args:
+        *args: of torch.nn.GRUCell: input_size, hidden_size, bias, device, dtype.
+        backend: as for `mbm_kernels.gru_cell`.
+        **kwargs: of torch.nn.GRUCell.
+
+    Raises:
+        ValueError: for an unknown backend, and what torch.nn.GRUCell raises.
+    """
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any):
+        dispatch.check_backend("nn.GRUCell", backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input [B, C] or [C]; hx [B, H], [H] or None for zeros -> [B, H] or [H]."""
+        if self._is_stock(input, hx):
+            return super().forward(input, hx)
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            h = x.new_zeros(x.size(0), self.hidden_size)
+        else:
+            h = hx if batched else hx.unsqueeze(0)
+        h = gru_cell(
+            x, h, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend
+        )
+        return h if batched else h.squeeze(0)
+
+    def _is_stock(self, input: Tensor, hx: Tensor | None) -> bool:
+        """Whether torch.nn.GRUCell serves this call: the torch backend, or an error to raise."""
+        if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
+            return True
+        if hx is not None and hx.shape != (*input.shape[:-1], self.hidden_size):
+            return True
+        device, dtype = input.device, input.dtype
+        if autocast.enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+        training = torch.is_grad_enabled() and (
+            input.requires_grad
+            or (hx is not None and hx.requires_grad)
+            or self.weight_ih.requires_grad
+            or self.weight_hh.requires_grad
+        )
+        sizes = {
+            "B": input.size(0) if input.dim() == 2 else 1,
+            "C": self.input_size,
+            "H": self.hidden_size,
+            "training": int(training),
+        }
+        return dispatch.select(NAME, self.backend, device, dtype, sizes) == "torch"
+
+    def extra_repr(self) -> str:
+        shown: str = super().extra_repr()
+        return shown if self.backend == "auto" else f"{shown}, backend={self.backend!r}"
