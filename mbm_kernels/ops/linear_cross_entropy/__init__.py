@@ -1,0 +1,1 @@
+from mbm_kernels.ops.linear_cross_entropy.op import linear_cross_entropy as linear_cross_entropy

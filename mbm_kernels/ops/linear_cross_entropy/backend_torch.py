@@ -1,0 +1,52 @@
+"""The best stock form: one GEMM over the rows that count, then F.cross_entropy.
+
+F.linear_cross_entropy of torch 2.13 is the same two calls without `options`. Its chunked form is
+no candidate: it refuses second derivatives and compilation, and at N 256, H 256, V 10000 it takes
+188 ms where this takes 71 (forward and backward, one thread of an AMD EPYC).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbm_kernels._core import targets
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    return None
+
+
+def fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+) -> Tensor:
+    rows = target.numel()
+    # 40 % of the rows ignored: 74 ms -> 46 ms at N 256, H 256, V 10000.
+    kept, ignored = targets.split_rows(target, ignore_index)
+    if kept is not None:
+        hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
+    logits = F.linear(hidden, weight, bias)  # [M, V]
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = F.cross_entropy(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if z_loss != 0:
+        squares = torch.logsumexp(logits, -1).square()
+        loss = loss + z_loss * targets.reduce_rows(squares, ignored, reduction)
+    return targets.spread_rows(loss, kept, rows) if reduction == "none" else loss

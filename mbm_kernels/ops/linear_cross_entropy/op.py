@@ -1,0 +1,144 @@
+"""Cross-entropy of projected hidden states: the public function and its registration."""
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core.op import Op
+from mbm_kernels.ops.linear_cross_entropy import backend_torch, reference
+
+NAME = "linear_cross_entropy"
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+
+
+OP = Op(
+    NAME,
+    fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
+    " float label_smoothing, float? softcap, float z_loss, str reduction) -> (Tensor loss)",
+    bwd="(Tensor? grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
+    " int ignore_index, float label_smoothing, float? softcap, float z_loss, str reduction,"
+    " bool[] needs)",
+    diff=("hidden", "weight", "bias"),
+    fake=_fake,
+    reference=reference.linear_cross_entropy,
+    torch_fwd=backend_torch.fwd,
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy between a projection of hidden states and class targets.
+
+    Equivalent to:
+        logits = F.linear(hidden, weight, bias).flatten(0, -2)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        loss = F.cross_entropy(
+            logits, target.flatten(), ignore_index=ignore_index,
+            label_smoothing=label_smoothing, reduction=reduction,
+        )
+        loss = loss + z_loss * reduce(logits.logsumexp(-1) ** 2)
+
+    Args:
+        hidden: [..., H], floating.
+        weight: [V, H].
+        target: int64 [...], 0 <= target < V, or ignore_index.
+        bias: [V].
+        ignore_index: rows with this target have loss 0 and gradient 0 and do not count.
+        label_smoothing: 0 to 1; the share of the target that is spread evenly over V.
+        softcap: above 0; logits become softcap * tanh(logits / softcap), before all else.
+        z_loss: at least 0; adds z_loss * logsumexp(logits)^2 to each row.
+        reduction: "none", "mean" over the rows that are not ignored, or "sum".
+        backend: "auto", "cpu", "triton", "cuda" or "torch".
+
+    Returns:
+        A scalar, or [...] for "none"; in hidden's dtype, under autocast in float32. The mean over
+        no row at all is NaN.
+
+    Raises:
+        TypeError: an argument is not a tensor of the right kind, or dtypes differ outside autocast.
+        ValueError: shapes, devices, targets or options do not fit.
+        BackendUnavailableError: a backend asked for by name cannot run.
+
+    Numerics:
+        Softmax and the sums over V and over rows are in float32 at least. Targets on a GPU, or
+        under compilation, are not checked against V.
+
+    Source: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7 (smoothing);
+    Chowdhery et al., "PaLM", 2022, section 5 (z-loss); Gemma Team, "Gemma 2", 2024, section 2
+    (soft-capping).
+    """
+    checks.tensor(NAME, "hidden", hidden)
+    if hidden.dim() == 0:
+        got = "a tensor without dimensions"
+        checks.fail(NAME, "hidden", got, "[..., H]", "give the hidden size as last dimension")
+    checks.tensor(NAME, "weight", weight, 2)
+    classes, features = weight.size(0), hidden.size(-1)
+    checks.shape(NAME, "weight", weight, "V, H", (classes, features))
+    if bias is not None:
+        checks.tensor(NAME, "bias", bias, 1)
+        checks.shape(NAME, "bias", bias, "V", (classes,))
+    checks.choice(NAME, "reduction", reduction, targets.REDUCTIONS)
+    _check_options(label_smoothing, softcap, z_loss)
+    lead = hidden.shape[:-1]
+    result_dtype = torch.float32 if autocast.enabled(hidden.device) else hidden.dtype
+    if hidden.dtype == torch.float64:
+        result_dtype = torch.float64
+    hidden, weight, bias = autocast.cast(hidden, weight, bias)
+    checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
+    target = targets.check_target(NAME, target, lead, classes, ignore_index, hidden)
+    rows = target.numel()
+    loss: Tensor = OP(
+        backend,
+        hidden.reshape(rows, features),
+        weight,
+        target.reshape(rows),
+        bias,
+        ignore_index,
+        float(label_smoothing),
+        None if softcap is None else float(softcap),
+        float(z_loss),
+        reduction,
+        sizes={"N": rows, "H": features, "V": classes},
+    )
+    if reduction == "none":
+        loss = loss.reshape(lead)
+    return loss.to(result_dtype)
+
+
+def _check_options(label_smoothing: float, softcap: float | None, z_loss: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        expected = "0 <= label_smoothing <= 1"
+        checks.fail(
+            NAME, "label_smoothing", label_smoothing, expected, "give a share of the target"
+        )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        remedy = "give a positive number, or None for no cap"
+        checks.fail(NAME, "softcap", softcap, "0 < softcap < inf", remedy)
+    if not 0 <= z_loss < float("inf"):
+        checks.fail(NAME, "z_loss", z_loss, "0 <= z_loss < inf", "give a weight such as 1e-4")
