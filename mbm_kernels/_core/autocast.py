@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ def enabled(device: torch.device) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def cast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument is
     """The tensors in autocast's dtype where it is on; float64 and integers stay as they are."""
     device = next(t.device for t in tensors if t is not None)
     if not enabled(device):
