@@ -26,18 +26,23 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (40, 84, 214),
     "purple": (130, 50, 168),
     "pink": (250, 140, 190),
-    "black": (30, 30, 34),
+    "cyan": (80, 205, 218),
 }
 COLOUR_NAMES = tuple(COLOURS)
 SIZES = ("small", "large")
 # Relation of the first-named shape to the second, by (axis, first has the greater coordinate).
 RELATIONS = (("left of", "right of"), ("above", "below"))
-# Nominal radius in pixels of a 64-pixel picture: the gap of 3.2 keeps the sizes apart.
-RADIUS = {"small": (5.4, 6.8), "large": (10.0, 11.8)}
+# Nominal radius in pixels of a 64-pixel picture: the gap of 3.6 keeps the sizes apart.
+RADIUS = {"small": (6.2, 7.2), "large": (10.8, 12.0)}
+# A dark contour, in pixels outside and inside the edge. It shows the shape whatever the colour:
+# without it a model names a shape by its colour and calls each held-out pair by a pair it knows.
+CONTOUR = (0.7, 0.5)
+CONTOUR_LEVEL = 44
 # (shape, colour) never drawn in train and val: each colour once, each shape at most twice.
 HELD_OUT = tuple((k % len(SHAPE_NAMES), k) for k in range(len(COLOUR_NAMES)))
 SPLITS = {"train": 12_000, "val": 1_000, "held_out": 1_000}
-COUNT_PROBABILITY = (0.30, 0.42, 0.28)
+COUNT_PROBABILITY = (0.36, 0.37, 0.27)
+REACH = 1.2  # of the radius, from the centre to the farthest tip
 BLOCK = 250  # pictures per random stream: `limit` draws only the blocks that it needs
 
 _PAIRS = [(s, c) for s in range(len(SHAPE_NAMES)) for c in range(len(COLOUR_NAMES))]
@@ -148,14 +153,14 @@ def _place(
         np.stack([across, along], axis=-1),
     )
     used = np.arange(3) < count[:, None]
+    reach = np.where(used, REACH * radius + 1, -np.inf)[..., None]
     # Small shapes have room to spare: draw them apart by up to 1.6 where the picture allows it.
     extent = np.where(used[..., None], centre, 0).max(axis=1) - np.where(
         used[..., None], centre, 0
     ).min(axis=1)
-    fit = (64 - 2.2 * np.where(used, radius, 0).max(axis=1)) / np.maximum(extent.max(axis=1), 1)
+    fit = (64 - 2 * reach.max(axis=(1, 2))) / np.maximum(extent.max(axis=1), 1)
     spread = np.maximum(2 * draw[:, 6] - 0.8, 0) / 1.2
     centre = centre * (1 + spread * (np.clip(fit, 1, 1.6) - 1))[:, None, None]
-    reach = np.where(used, 1.1 * radius, -np.inf)[..., None]
     low = np.where(used[..., None], centre - reach, np.inf).min(axis=1)  # [N, 2]
     high = np.where(used[..., None], centre + reach, -np.inf).max(axis=1)
     room = 64 - (high - low)
@@ -175,8 +180,8 @@ def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArr
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
     jitter = 30 * (rng.random((n, 3, 3), dtype=np.float32) - 0.5)
     fill = palette[block.colour] + jitter  # [N, 3 shapes, 3]
-    # 25 degrees at most: a square stays a square and a cross a cross.
-    turn = np.float32(0.436) * (2 * rng.random((n, 3), dtype=np.float32) - 1)
+    # 12 degrees at most: a square stays a square and a cross a cross.
+    turn = np.float32(0.21) * (2 * rng.random((n, 3), dtype=np.float32) - 1)
     order = rng.random((n, 3)).argsort(axis=1)  # which of two that overlap is on top
     for layer in range(3):
         k = order[:, layer]
@@ -192,8 +197,10 @@ def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArr
             signed = distance(
                 cos * dx + sin * dy, cos * dy - sin * dx, block.radius[rows, which][:, None]
             )
-            cover = np.clip(0.5 - signed * scale, 0, 1)[:, None]  # [M, 1, P]
-            canvas[rows] += cover * (fill[rows, which][..., None] - canvas[rows])
+            paints = (np.float32(CONTOUR_LEVEL), fill[rows, which][..., None])
+            for edge, paint in zip((CONTOUR[0], -CONTOUR[1]), paints, strict=True):
+                cover = np.clip(0.5 - (signed - edge) * scale, 0, 1)[:, None]  # [M, 1, P]
+                canvas[rows] += cover * (paint - canvas[rows])
     canvas += 10 * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
     pixels: npt.NDArray[np.uint8] = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return pixels.reshape(n, 3, side, side)

@@ -2,7 +2,7 @@
 
 Each takes `u`, `v` float32 `[M, P]` (pixel offsets from the centre, in the shape's own frame) and
 `r` float32 `[M, 1]`, the nominal radius, and returns `[M, P]`. The factors make shapes of one `r`
-look equally large: their areas lie within 2.2 r^2 and 3.2 r^2.
+look equally large: their areas lie within 2.1 r^2 and 3.2 r^2.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _cross(u: Array, v: Array, r: Array) -> Array:
 
 def _triangle(u: Array, v: Array, r: Array) -> Array:
     # Intersection of three half-planes at the inradius: exact inside, sharp at the corners.
-    inradius = np.float32(0.68) * r
+    inradius = np.float32(0.65) * r
     s = np.float32(np.sqrt(0.75))
     sides = np.maximum(v, np.maximum(s * u, -s * u) - np.float32(0.5) * v)
     distance: Array = sides - inradius
@@ -47,7 +47,7 @@ def _triangle(u: Array, v: Array, r: Array) -> Array:
 
 def _star(u: Array, v: Array, r: Array) -> Array:
     # Fold the plane into one tenth of the star; the edge joins the outer tip to the inner notch.
-    outer, inner = np.float32(1.28), np.float32(0.60)
+    outer, inner = np.float32(1.22), np.float32(0.62)
     sector = np.float32(2 * np.pi / 5)
     angle = np.arctan2(u, -v)
     angle = np.abs(angle - sector * np.round(angle / sector))
