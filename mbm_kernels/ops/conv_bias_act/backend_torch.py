@@ -57,7 +57,8 @@ def fwd(
     else:
         y = _activate(z, activation)
         y = y if max_pool is None else _pool(y, max_pool)
-    return y.contiguous() if convert else y
+    # An unbatched result is dense in [K, Y, X] whatever the weight's layout.
+    return y.contiguous() if convert or x.dim() == 3 else y
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -5,8 +5,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbm_kernels._core import checks
 from mbm_kernels.ops.conv_bias_act import geometry
-from mbm_kernels.ops.conv_bias_act.op import ACTIVATIONS, NAME, checks, conv_bias_act
+from mbm_kernels.ops.conv_bias_act.op import ACTIVATIONS, NAME, conv_bias_act
 
 
 class Conv2d(nn.Conv2d):

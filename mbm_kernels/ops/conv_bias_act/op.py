@@ -37,10 +37,14 @@ def _fake(
     activation: str | None,
     max_pool: Sequence[int] | None,
 ) -> Tensor:
-    kernel = (weight.shape[2], weight.shape[3])
     top, bottom, left, right = padding
     size = geometry.convolved_size(
-        NAME, x, kernel, (stride[0], stride[1]), (top, bottom, left, right), tuple(dilation)
+        NAME,
+        x,
+        (weight.shape[2], weight.shape[3]),
+        (stride[0], stride[1]),
+        (top, bottom, left, right),
+        (dilation[0], dilation[1]),
     )
     size = geometry.pooled_size(NAME, size, None if max_pool is None else tuple(max_pool))
     channels_last = backend_torch.is_channels_last(x) or (
@@ -71,9 +75,9 @@ def conv_bias_act(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    stride: int | tuple[int, int] = 1,
-    padding: int | tuple[int, int] | str = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str | None = None,

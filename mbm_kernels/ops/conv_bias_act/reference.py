@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mbm_kernels.ops.conv_bias_act import geometry
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,
@@ -27,23 +30,30 @@ def conv_bias_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: Sequence[int] = (1, 1),
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
     groups: int = 1,
+    residual: Tensor | None = None,
     activation: str | None = None,
-    max_pool: Sequence[int] | None = None,
+    max_pool: Any = None,
 ) -> Tensor:
     """x [B, C, Y, X] or [C, Y, X], weight [K, C / groups, R, S] -> [B, K, Y', X'] or [K, Y', X'].
 
-    padding is top, bottom, left, right; max_pool is kernel, stride and padding, each for Y and X.
+    Besides the public forms, padding may be (top, bottom, left, right) and max_pool all six numbers.
     """
     if x.dim() == 3:
         residual = None if residual is None else residual[None]
-        args = (stride, padding, dilation, groups, activation, max_pool)
-        return conv_bias_act(x[None], weight, bias, residual, *args)[0]
-    z = convolution(x, weight, stride, padding, dilation, groups)
+        args = (stride, padding, dilation, groups, residual, activation, max_pool)
+        return conv_bias_act(x[None], weight, bias, *args)[0]
+    steps = geometry.pair("reference", "stride", stride, 1)
+    spread = geometry.pair("reference", "dilation", dilation, 1)
+    if isinstance(padding, (int, str)) or len(padding) != 4:
+        kernel = (weight.size(2), weight.size(3))
+        padding = geometry.explicit_padding("reference", padding, kernel, steps, spread)
+    if max_pool is not None and (isinstance(max_pool, int) or len(max_pool) != 6):
+        max_pool = geometry.pool_window("reference", max_pool)
+    z = convolution(x, weight, steps, padding, spread, groups)
     if bias is not None:
         z = z + bias[:, None, None]
     if residual is not None:
