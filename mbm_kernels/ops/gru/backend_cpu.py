@@ -1,0 +1,96 @@
+"""csrc/gru: packed weights, one product for the inputs, gates fused into the recurrent product.
+
+bfloat16 and float16 are computed in float32 and rounded on store.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native
+from mbm_kernels.ops.gru_cell import packed
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    return packed.why_not(device, dtype)
+
+
+def _on_cpu(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
+
+
+def fwd(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    steps, batch, features = x.shape
+    hidden, dtype = w_hh.size(1), x.dtype
+    weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
+    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), _on_cpu(lengths)
+    y = torch.empty(steps, batch, hidden)
+    h_n = torch.empty(batch, hidden)
+    reserve = torch.empty(steps, batch, 4 * hidden) if save else torch.empty(0)
+    native.cpu().gru_forward(
+        steps,
+        batch,
+        features,
+        hidden,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        packed.address(h0),
+        weights.data_ptr(),
+        packed.address(lengths),
+        reverse,
+        y.data_ptr(),
+        h_n.data_ptr(),
+        reserve.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if save and lengths is not None:
+        # Rows are saved one after another, valid ones only; the same call gives the same tensor.
+        valid = int(lengths.clamp(0, steps).sum())
+        reserve.view(-1, 4 * hidden)[valid:].zero_()
+    return y.to(dtype), h_n.to(dtype), reserve.to(dtype)
+
+
+def bwd(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    reverse: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    steps, batch, features = x.shape
+    given = (x, h0, w_ih, w_hh, b_ih, b_hh)
+    grads = packed.backward(
+        (steps, batch, features, w_hh.size(1)),
+        packed.rows(x),
+        packed.optional_dense(h0),
+        w_ih,
+        w_hh,
+        _on_cpu(lengths),
+        packed.dense(y),
+        packed.dense(reserve),
+        reverse,
+        None if grad_y is None else packed.rows(grad_y),
+        packed.optional_dense(grad_h_n),
+        tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
+    )
+    return tuple(None if g is None else g.to(x.dtype) for g in grads)

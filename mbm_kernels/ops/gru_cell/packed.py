@@ -1,0 +1,146 @@
+"""The GRU's weights in the layouts of csrc/gru/gru.h, cached; and tensors as its kernels take them.
+
+Shared by the CPU backends of gru and gru_cell.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native, packing
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device: Any = None, dtype: Any = None) -> str | None:
+    if device is not None and device.type != "cpu":
+        return f"it runs on CPU tensors; got device {device}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32 for float32, bfloat16 and float16; got {dtype}"
+    return native.cpu_reason()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous float32."""
+    return tensor.to(torch.float32).contiguous()
+
+
+def optional_dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else dense(tensor)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """float32 with contiguous rows; the other strides may be anything."""
+    tensor = tensor.to(torch.float32)
+    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
+
+
+def forward(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    features, hidden = w_ih.size(1), w_hh.size(1)
+
+    def pack(out: Tensor) -> None:
+        sources = dense(w_ih), dense(w_hh), optional_dense(b_ih), optional_dense(b_hh)
+        native.cpu().gru_pack_forward(
+            features, hidden, *map(address, sources), out.data_ptr(), torch.get_num_threads()
+        )
+
+    return packing.packed(
+        "gru forward",
+        w_hh,
+        (w_ih, b_ih, b_hh),
+        lambda: int(native.cpu().gru_packed_sizes(features, hidden)[0]),
+        pack,
+    )
+
+
+def recurrent(w_hh: Tensor) -> Tensor:
+    hidden = w_hh.size(1)
+
+    def pack(out: Tensor) -> None:
+        source = dense(w_hh)
+        native.cpu().gru_pack_recurrent(
+            hidden, source.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        )
+
+    return packing.packed(
+        "gru recurrent",
+        w_hh,
+        (),
+        lambda: int(native.cpu().gru_packed_sizes(0, hidden)[1]),
+        pack,
+    )
+
+
+def inputs(w_ih: Tensor) -> Tensor:
+    features, hidden = w_ih.size(1), w_ih.size(0) // 3
+
+    def pack(out: Tensor) -> None:
+        source = dense(w_ih)
+        native.cpu().gru_pack_input(
+            features, hidden, source.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        )
+
+    return packing.packed(
+        "gru input",
+        w_ih,
+        (),
+        lambda: int(native.cpu().gru_packed_sizes(features, hidden)[2]),
+        pack,
+    )
+
+
+def backward(
+    sizes: tuple[int, int, int, int],
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    lengths: Tensor | None,
+    y: Tensor | None,
+    reserve: Tensor,
+    reverse: bool,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients for x [T, B, C], h0, w_ih, w_hh, b_ih, b_hh, in the dtype of x, None if unwanted.
+
+    sizes are T, B, C, H; x and grad_y as `rows` makes them, the other tensors dense, lengths int64.
+    """
+    steps, batch, features, hidden = sizes
+    gates = 3 * hidden
+    shapes = (
+        (steps, batch, features),
+        (batch, hidden),
+        (gates, features),
+        (gates, hidden),
+        (gates,),
+        (gates,),
+    )
+    grads = [torch.empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
+    strides = (0, 0) if grad_y is None else (grad_y.stride(0), grad_y.stride(1))
+    packed_input = inputs(w_ih) if wanted[0] else None
+    native.cpu().gru_backward(
+        *sizes,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(1),
+        address(h0),
+        recurrent(w_hh).data_ptr(),
+        address(packed_input),
+        address(lengths),
+        reverse,
+        address(y),
+        reserve.data_ptr(),
+        address(grad_y),
+        *strides,
+        address(grad_h_n),
+        *map(address, grads),
+        torch.get_num_threads(),
+    )
+    return tuple(grads)
