@@ -56,7 +56,7 @@ def test_the_example_works(tmp_path):
         return done.stdout
 
     run("setup.py", "-q", "build_ext", "--inplace")
-    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_scale.py")
+    out = run("-m", "pytest", "-p", "no:cacheprovider", "tests/test_scale.py")
     passed = int(re.search(r"(\d+) passed", out)[1])
     assert passed >= 30
     listing = run("-c", "import mbm_kernels; print(mbm_kernels.backends('scale'))")

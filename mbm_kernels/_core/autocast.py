@@ -1,7 +1,5 @@
 """Autocast for the public functions: inputs are cast once, kernels run with autocast off."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,12 +22,3 @@ def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
         for t in tensors
     )
-
-
-@contextmanager
-def off(device: torch.device) -> Iterator[None]:
-    if enabled(device):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield

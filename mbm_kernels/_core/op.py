@@ -43,8 +43,8 @@ def in_functorch() -> bool:
     )
 
 
-def is_plain(args: Sequence[Any]) -> bool:
-    """Whether a kernel may take the data pointers of these arguments.
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel may take the data pointers of these tensors.
 
     Not under compilation, a dispatch mode (fake tensors, FLOP counters, selective checkpointing) or
     functorch, nor for a subclass or a meta tensor: their addresses are 0 or someone else's.
@@ -55,10 +55,9 @@ def is_plain(args: Sequence[Any]) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False
-    for arg in args:
-        if isinstance(arg, Tensor) and (
-            (type(arg) is not Tensor and type(arg) is not torch.nn.Parameter)
-            or arg.device.type == "meta"
+    for tensor in tensors:
+        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or (
+            tensor.is_meta
         ):
             return False
     return True
@@ -151,6 +150,7 @@ class Op:
         bwd_schema = torch._C.parse_schema(f"{name}_backward{bwd} -> ()")
         self.inputs, self.outputs, self.diff = inputs, outputs, list(diff)
         self.diff_positions = [inputs.index(n) for n in diff]
+        self.takes_save = "save" in inputs
         self.has_lists = any(str(a.type) == "List[Tensor]" for a in fwd_schema.arguments)
         self.bwd_names = [argument.name for argument in bwd_schema.arguments]
         self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
@@ -191,7 +191,7 @@ class Op:
 
             @staticmethod
             def forward(*args: Any) -> Any:
-                if is_plain(args):
+                if is_plain([a for a in args if isinstance(a, Tensor)]):
                     return op._run_fwd(args[-1], args[:-1])
                 return op.registered(*args)
 
@@ -212,26 +212,36 @@ class Op:
         `sizes` are what backends and dispatch tables judge by. Returns the public outputs: a tensor
         where there is one, else a tuple.
         """
-        first = next(a for a in _flat(args) if isinstance(a, Tensor))
-        needs_grad = torch.is_grad_enabled() and any(
-            a.requires_grad for a in _flat(args) if isinstance(a, Tensor)
-        )
-        chosen = dispatch.select(
-            self.name, backend, first.device, first.dtype, {**sizes, "training": int(needs_grad)}
-        )
-        with autocast.off(first.device):
-            if "save" in self.inputs:
-                args = (*args, needs_grad)
-            if chosen == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
-                outputs = as_tuple(self.torch_fwd(*args))
-            elif self.has_lists or not (in_functorch() or is_plain(args)):
-                outputs = as_tuple(self.registered(*args, chosen))
-            elif needs_grad or in_functorch():
-                outputs = as_tuple(self.function.apply(*args, chosen))
-            else:
-                outputs = as_tuple(self._run_fwd(chosen, args))
-        public = outputs[: len(self.public)]
-        return public if len(public) > 1 else public[0]
+        tensors = [a for a in (_flat(args) if self.has_lists else args) if isinstance(a, Tensor)]
+        device, dtype = tensors[0].device, tensors[0].dtype
+        needs_grad = False
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                needs_grad = needs_grad or tensor.requires_grad
+        sizes["training"] = int(needs_grad)
+        chosen = dispatch.select(self.name, backend, device, dtype, sizes)
+        if self.takes_save:
+            args = (*args, needs_grad)
+        if autocast.enabled(device):
+            with torch.autocast(device.type, enabled=False):
+                outputs = self._call(chosen, args, tensors, needs_grad)
+        else:
+            outputs = self._call(chosen, args, tensors, needs_grad)
+        return outputs[: len(self.public)] if len(self.public) > 1 else outputs[0]
+
+    def _call(
+        self, backend: str, args: Sequence[Any], tensors: Sequence[Tensor], needs_grad: bool
+    ) -> tuple[Any, ...]:
+        if backend == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
+            return as_tuple(self.torch_fwd(*args))
+        if not self.has_lists:
+            if is_plain(tensors):
+                if needs_grad:
+                    return as_tuple(self.function.apply(*args, backend))
+                return self._run_fwd(backend, args)
+            if in_functorch():
+                return as_tuple(self.function.apply(*args, backend))
+        return as_tuple(self.registered(*args, backend))
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
         if backend == "torch":
@@ -308,7 +318,7 @@ class Op:
         else:
             named["needs"] = needs
             args = [named[name] for name in self.bwd_names]
-            if not self.has_lists and is_plain(_flat(args)):
+            if not self.has_lists and is_plain([a for a in args if isinstance(a, Tensor)]):
                 flat = [g for g in self._run_bwd(ctx.backend, args, needs) if g is not None]
             else:
                 flat = self.registered_backward(*args, ctx.backend)
