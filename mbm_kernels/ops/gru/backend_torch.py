@@ -61,10 +61,10 @@ def fwd(
 
 def _whole(x: Tensor, h0: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor]:
     if in_functorch():  # aten::gru has no batching rule
-        w_ih, w_hh, b_ih, b_hh = weights if len(weights) == 4 else (*weights, None, None)
+        biases = weights[2:] or (None, None)
         outputs = []
-        for from_input in F.linear(x, w_ih, b_ih).unbind(0):
-            h0 = composite(from_input, h0, w_hh, b_hh)
+        for from_input in F.linear(x, weights[0], biases[0]).unbind(0):
+            h0 = composite(from_input, h0, weights[1], biases[1])
             outputs.append(h0)
         return torch.stack(outputs), h0
     y, h_n = torch._VF.gru(  # type: ignore[attr-defined]

@@ -97,7 +97,7 @@ class GRU(torch.nn.GRU):
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
     def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All layers; x [T, B, C], hx [layers * directions, B, H] -> [T, B, directions * H], h_n."""
+        """x [T, B, C], hx [layers * directions, B, H] -> [T, B, directions * H] and h_n."""
         directions = 2 if self.bidirectional else 1
         states: list[Tensor] = []
         for layer in range(self.num_layers):
@@ -134,9 +134,8 @@ class GRU(torch.nn.GRU):
                 steps, batch = x.size(0), 1
             else:
                 steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
-        device, dtype = x.device, x.dtype
-        if autocast.enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device.type)
+        if autocast.enabled(x.device):
+            return False  # stock answers in float32 on the CPU, in half on CUDA; gru in half
         training = torch.is_grad_enabled() and (
             x.requires_grad
             or (hx is not None and hx.requires_grad)
@@ -144,9 +143,11 @@ class GRU(torch.nn.GRU):
         )
         sizes = {"T": steps, "B": batch, "H": self.hidden_size, "training": int(training)}
         inner = self.hidden_size * (2 if self.bidirectional else 1)
+        # The weights' dtype: an input of another is an error, which torch words.
+        dtype: torch.dtype = getattr(self, self._all_weights[0][0]).dtype
         features = (self.input_size, inner) if self.num_layers > 1 else (self.input_size,)
         return all(
-            dispatch.select(NAME, self.backend, device, dtype, {**sizes, "C": count}) == "torch"
+            dispatch.select(NAME, self.backend, x.device, dtype, {**sizes, "C": count}) == "torch"
             for count in features
         )
 

@@ -16,7 +16,7 @@ def gru(
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x [T, B, C], h0 [B, H], w_ih [3H, C], w_hh [3H, H], biases [3H] -> y [T, B, H], h_n [B, H]."""
+    """x [T, B, C], h0 [B, H], w_ih [3H, C], w_hh [3H, H], biases [3H] -> [T, B, H], [B, H]."""
     steps, batch = x.size(0), x.size(1)
     h = x.new_zeros(batch, w_hh.size(1)) if h0 is None else h0
     # A row rests in its state outside of its length, and what x holds there is not read: even a
