@@ -1,4 +1,4 @@
-"""What the library's own tests use, for users' kernels too: the error rule, poison, the op suite."""
+"""What the library's tests use, for users' kernels too: the error rule, poison, a suite."""
 
 from mbm_kernels.testing.errors import Budget as Budget
 from mbm_kernels.testing.errors import assert_matches as assert_matches

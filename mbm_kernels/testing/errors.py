@@ -41,7 +41,7 @@ class Budget:
 
 
 def float64_yardstick(single: Tensor, truth: Tensor) -> float:
-    """Stock torch's error in float64 plus the truth's own, from its float32 result and the truth for the same inputs."""
+    """Stock torch's error in float64 plus the truth's own; `single` is its float32 result."""
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return 2 * max_abs(single.double() - truth) * ratio
 
