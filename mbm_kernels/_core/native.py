@@ -1,6 +1,7 @@
 """The compiled extensions, loaded once and after torch, so that they share its OpenMP runtime."""
 
 import functools
+import importlib
 import re
 from pathlib import Path
 from types import ModuleType
@@ -13,26 +14,26 @@ from mbm_kernels._core import env
 @functools.cache
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
     try:
-        from mbm_kernels import _C_cpu
+        extension = importlib.import_module("mbm_kernels._C_cpu")
     except ImportError as error:
         return None, f"the extension _C_cpu did not load ({error}); compile it with: make build"
     wanted = env.isa()
     if wanted is not None:
-        _C_cpu.set_isa(wanted)
-    return _C_cpu, None
+        extension.set_isa(wanted)
+    return extension, None
 
 
 @functools.cache
 def _load_cuda() -> tuple[ModuleType | None, str | None]:
     try:
-        from mbm_kernels import _C_cuda
+        extension = importlib.import_module("mbm_kernels._C_cuda")
     except ImportError as error:
         return (
             None,
             f"the extension _C_cuda did not load ({error}); nvcc builds it",
         )
-    reason = _C_cuda.why_not()
-    return _C_cuda, None if reason is None else f"_C_cuda is built, but CUDA said: {reason}"
+    reason = extension.why_not()
+    return extension, None if reason is None else f"_C_cuda is built, but CUDA said: {reason}"
 
 
 def cpu() -> ModuleType:
