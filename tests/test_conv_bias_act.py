@@ -77,10 +77,22 @@ class TestConvBiasAct(OpSuite):
         ),
         Case("plain", sizes(2, 3, 4, 5, 7)),
         Case("no bias", sizes(1, 2, 3, 4, 5), option(bias=False, activation="relu")),
-        Case("captioner stem", sizes(2, 3, 16, 16, 16), option(padding=1, activation="relu", max_pool=2)),
+        Case(
+            "captioner stem",
+            sizes(2, 3, 16, 16, 16),
+            option(padding=1, activation="relu", max_pool=2),
+        ),
         Case("more than one tile in each", sizes(1, 19, 37, 13, 21), option(padding=1)),
-        Case("residual before relu", sizes(2, 4, 4, 5, 6), option(padding=1, activation="relu", residual=True)),
-        Case("stride and unequal padding", sizes(2, 3, 4, 9, 8), option(stride=(2, 3), padding=(2, 1))),
+        Case(
+            "residual before relu",
+            sizes(2, 4, 4, 5, 6),
+            option(padding=1, activation="relu", residual=True),
+        ),
+        Case(
+            "stride and unequal padding",
+            sizes(2, 3, 4, 9, 8),
+            option(stride=(2, 3), padding=(2, 1)),
+        ),
         Case("dilation", sizes(2, 2, 3, 9, 8), option(dilation=(2, 1), padding=2)),
         Case("same with an even kernel", sizes(2, 2, 3, 6, 5, 4, 2), option(padding="same")),
         Case("same, dilated", sizes(1, 2, 3, 6, 7, 2, 3), option(padding="same", dilation=3)),
@@ -88,13 +100,30 @@ class TestConvBiasAct(OpSuite):
         Case("groups", sizes(2, 6, 4, 5, 5), option(groups=2, padding=1, activation="relu")),
         Case("depthwise with a multiplier", sizes(2, 3, 6, 5, 5), option(groups=3, max_pool=2)),
         Case("one by one kernel", sizes(2, 5, 7, 4, 3, 1, 1), option(activation="relu")),
-        Case("seven by seven stem", sizes(1, 3, 4, 12, 11, 7, 7), option(stride=2, padding=3, activation="relu", max_pool=(3, 2, 1))),
-        Case("oblong pool that overlaps", sizes(1, 2, 3, 9, 8), option(activation="relu6", max_pool=((3, 2), (1, 2), (1, 0)))),
-        Case("unbatched", sizes(None, 3, 4, 6, 6), option(padding=1, activation="relu", max_pool=2, residual=True)),
+        Case(
+            "seven by seven stem",
+            sizes(1, 3, 4, 12, 11, 7, 7),
+            option(stride=2, padding=3, activation="relu", max_pool=(3, 2, 1)),
+        ),
+        Case(
+            "oblong pool that overlaps",
+            sizes(1, 2, 3, 9, 8),
+            option(activation="relu6", max_pool=((3, 2), (1, 2), (1, 0))),
+        ),
+        Case(
+            "unbatched",
+            sizes(None, 3, 4, 6, 6),
+            option(padding=1, activation="relu", max_pool=2, residual=True),
+        ),
         Case("tiny magnitudes", sizes(1, 3, 4, 6, 6), option(activation="gelu"), scale=1e-3),
-        Case("large magnitudes saturate", sizes(1, 3, 4, 6, 6), option(activation="gelu_tanh"), scale=10.0),
+        Case(
+            "large magnitudes saturate",
+            sizes(1, 3, 4, 6, 6),
+            option(activation="gelu_tanh"),
+            scale=10.0,
+        ),
         *activation_cases(),
-    ]  # fmt: skip
+    ]
     edge_cases = [
         Case("all ones", sizes(1, 1, 1, 1, 1, 1, 1), option(activation="relu")),
         Case("no batch", sizes(0, 3, 4, 5, 6), option(activation="relu", max_pool=2)),

@@ -1,6 +1,5 @@
 """The best stock form: one product per run of equal leading dimensions, summed by broadcasting."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,16 +20,16 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
     if len(joined) == 1:
         return F.linear(joined[0], weight, bias)
     weights = torch.split(weight, [x.size(-1) for x in joined], -1)
-    # The largest first, so that the others can be added in place.
-    rows = [math.prod(x.shape[:-1]) for x in joined]
-    order = sorted(range(len(joined)), key=lambda i: -rows[i])
+    # A product of the full shape first, so that the others can be added in place.
     leading = torch.broadcast_shapes(*(x.shape[:-1] for x in joined))
-    y = F.linear(joined[order[0]], weights[order[0]], bias)
-    for i in order[1:]:
-        part = F.linear(joined[i], weights[i])
-        # vmap cannot write a batched part into an unbatched sum.
-        in_place = y.shape[:-1] == leading and not in_functorch()
-        y = y.add_(part) if in_place else y + part
+    first = next((i for i, x in enumerate(joined) if x.shape[:-1] == leading), 0)
+    y = F.linear(joined[first], weights[first], bias)
+    for i, x in enumerate(joined):
+        if i != first:
+            part = F.linear(x, weights[i])
+            # vmap cannot write a batched part into an unbatched sum.
+            in_place = y.shape[:-1] == leading and not in_functorch()
+            y = y.add_(part) if in_place else y + part
     return y
 
 

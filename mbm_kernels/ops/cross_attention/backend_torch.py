@@ -28,7 +28,7 @@ def fwd(
         masks = attend if added is None else added
         context = F.scaled_dot_product_attention(query, key, value, masks, scale=scale)
         return context, query.new_empty(0)
-    scores = (query * scale) @ key.transpose(-1, -2)
+    scores = _scores(query, key, scale)
     if added is not None:
         attend = added > -torch.inf
         scores = scores + added
@@ -54,3 +54,13 @@ def _masks(
         return None, torch.where(inside.to(mask.device)[:, None], mask, -torch.inf)
     inside = attend_mask(None, key_lengths, positions)
     return (None if inside is None else inside[:, None]), None
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """scale * query @ key^T, [B, N, T, S]; scaled in the accumulator, without a pass of its own."""
+    batch, heads, steps, features = query.shape
+    rows = query.reshape(batch * heads, steps, features)
+    columns = key.reshape(batch * heads, key.size(2), features).transpose(1, 2)
+    unused = query.new_zeros(1, 1, 1)
+    products = torch.baddbmm(unused, rows, columns, beta=0, alpha=scale)
+    return products.view(batch, heads, steps, key.size(2))
