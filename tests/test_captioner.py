@@ -190,7 +190,7 @@ def test_bad_inputs(images, tokens):
     model = make()
     with pytest.raises(ValueError, match=r"images: got shape \(3, 3, 8, 16\), expected \[B, 3, 16"):
         model(images[:, :, :8], tokens)
-    with pytest.raises(TypeError, match="images: got torch.uint8, expected floats"):
+    with pytest.raises(TypeError, match=r"images: got torch\.uint8, expected floats"):
         model(images.byte(), tokens)
     with pytest.raises(TypeError, match=r"tokens: got torch.float32, expected torch\.int64"):
         model(images, tokens.float())

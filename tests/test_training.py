@@ -75,8 +75,8 @@ def test_learns_by_heart(train_set, tokenizer):
 
 
 def test_same_seed_same_weights(train_set, tokenizer):
-    runs = [
-        train_teacher(
+    def trained(seed):
+        done = train_teacher(
             train_set,
             tokenizer,
             SETTINGS,
@@ -84,9 +84,10 @@ def test_same_seed_same_weights(train_set, tokenizer):
             layers="stock",
             seed=seed,
             progress=False,
-        ).model.state_dict()
-        for seed in (3, 3, 4)
-    ]
+        )
+        return done.model.state_dict()
+
+    runs = [trained(seed) for seed in (3, 3, 4)]
     assert_same(runs[0], runs[1])
     assert not torch.equal(runs[0]["head.weight"], runs[2]["head.weight"])
 
@@ -345,7 +346,7 @@ def test_schedule_warms_up_and_reaches_zero():
     assert rates[0] == 0.1
     assert rates[9] == rates[10] == 1
     assert rates[100] == pytest.approx(0)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_mask_words_spares_the_special_ones(tokenizer):
@@ -361,7 +362,7 @@ def test_prior_names_unseen_pairs_of_exchangeable_words_only():
     captions = ["a red cross", "a red star", "a green star", "a red dot", "a green dot"]
     tokenizer = WordTokenizer.train(captions)
     prior = NeighbourPrior([tokenizer.encode(c) for c in captions], tokenizer.vocab_size)
-    index = {word: tokenizer.encode(word)[1] for word in "red green cross star dot".split()}
+    index = {word: tokenizer.encode(word)[1] for word in ("red", "green", "cross", "star")}
     after = {tuple(pair) for pair in prior.after.nonzero().tolist()}
     before = {tuple(pair) for pair in prior.before.nonzero().tolist()}
     assert after == {(index["green"], index["cross"])}
@@ -453,9 +454,7 @@ def test_student_follows_its_teacher(train_set, tokenizer):
 
 def test_student_refuses_a_teacher_of_other_words(train_set, tokenizer):
     teacher = Captioner(tokenizer.vocab_size + 1, size="teacher", layers="stock", image_size=16)
-    with pytest.raises(
-        ValueError, match="vocab_size: got .* for the student and .* for the teacher"
-    ):
+    with pytest.raises(ValueError, match=r"vocab_size: got \d+ for the student and \d+ for"):
         train_student(train_set, tokenizer, SETTINGS, teacher=teacher, layers="stock")
 
 

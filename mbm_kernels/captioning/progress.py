@@ -1,10 +1,11 @@
-"""The progress bar of a training, by rich; silent where there is no title."""
+"""The progress of a training: a bar by rich on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,9 +20,22 @@ Report = Callable[[int, dict[str, float]], None]
 
 @contextmanager
 def training_progress(title: str | None, steps: int, done: int) -> Iterator[Report]:
-    """Yields a function to call after each step with the steps done and the losses by name."""
+    """Yields a function to call after each step with the steps done and the losses by name.
+
+    No title, no progress.
+    """
     if title is None:
         yield lambda step, losses: None
+        return
+    console = Console()
+    if not console.is_terminal:
+        marks = {done + 1, *(steps * tenth // 10 for tenth in range(1, 11))}
+
+        def line(step: int, losses: dict[str, float]) -> None:
+            if step in marks:
+                print(f"{title}: step {step}/{steps} {_shown(losses)}", flush=True)
+
+        yield line
         return
     columns = (
         TextColumn("{task.description}"),
@@ -31,11 +45,14 @@ def training_progress(title: str | None, steps: int, done: int) -> Iterator[Repo
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=steps, completed=done, losses="")
 
         def report(step: int, losses: dict[str, float]) -> None:
-            shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            bar.update(task, completed=step, losses=shown)
+            bar.update(task, completed=step, losses=_shown(losses))
 
         yield report
+
+
+def _shown(losses: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in losses.items())
