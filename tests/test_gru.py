@@ -194,6 +194,7 @@ class TestGru(OpSuite):
             assert torch.equal(h_n, inputs["h0"])
             assert h_n.data_ptr() != inputs["h0"].data_ptr()
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
     @pytest.mark.parametrize("case_index", [0, 4])
     def test_vmap(self, backend, case_index):
         inputs = self.inputs(self.cases[case_index], torch.float32)
@@ -206,6 +207,7 @@ class TestGru(OpSuite):
         for actual, e in zip(torch.func.vmap(call)(xs), expected, strict=True):
             torch.testing.assert_close(actual, e)
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
     def test_per_sample_gradients(self, backend):
         inputs = self.inputs(self.cases[1], torch.float32)
         xs = torch.randn(3, *inputs["x"].shape)

@@ -106,6 +106,7 @@ class TestGruCell(OpSuite):
             expected = self.gradients(self.define, inputs, [2 * h_new.detach()])
             torch.testing.assert_close(given[name].grad, expected[name])
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
     def test_vmap(self, backend):
         inputs = self.inputs(self.cases[0], torch.float32)
         xs = torch.randn(4, *inputs["x"].shape)

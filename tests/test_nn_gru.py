@@ -232,6 +232,7 @@ def test_export(backend):
     torch.testing.assert_close(program.module()(x), ours(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_functional_call_uses_the_given_weights(backend):
     stock, ours = pair(backend, num_layers=2)
     x = torch.randn(T, B, C)
