@@ -67,8 +67,38 @@ def save(
     Raises:
         OSError: if it cannot be written; what was there before is untouched.
     """
-    run.mkdir(parents=True, exist_ok=True)
     name = f"step-{step:08d}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        names = _read_index(run)
+        _write_folder(run, name, model, tokenizer, step, training, info)
+        names["latest"] = name
+        if best or "best" not in names:
+            names["best"] = name
+        replace_file(run / INDEX, _json_bytes(names))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"saving the checkpoint of step {step} failed ({error.strerror or error}); the one "
+            "before it is intact, make room and continue with --resume",
+            str(run),
+        ) from error
+    for folder in run.iterdir():
+        if _STEP_FOLDER.fullmatch(folder.name) and folder.name not in names.values():
+            shutil.rmtree(folder)
+    return run / name
+
+
+def _write_folder(
+    run: Path,
+    name: str,
+    model: Captioner,
+    tokenizer: WordTokenizer,
+    step: int,
+    training: dict[str, Tensor],
+    info: dict[str, Any],
+) -> None:
+    """Write the files under a temporary name, sync them, and rename the folder."""
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=run))
     try:
         weights = _tensors_to_bytes(dict(model.state_dict()))
@@ -90,30 +120,13 @@ def save(
         write_synced(partial / "config.json", _json_bytes(config))
         sync_folder(partial)
         partial.chmod(0o755)
-        names = _read_index(run)
         if (run / name).exists():
-            # Only a run that went back to an earlier step meets its own name; it holds the same.
+            # A run that resumes before this step meets what it wrote the time before.
             shutil.rmtree(run / name)
         partial.rename(run / name)
         sync_folder(run)
-    except BaseException as error:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                error.errno,
-                f"saving the checkpoint of step {step} failed ({error.strerror or error}); the "
-                "one before it is intact, free some space and continue with --resume",
-                str(run),
-            ) from error
-        raise
-    names["latest"] = name
-    if best or "best" not in names:
-        names["best"] = name
-    replace_file(run / INDEX, _json_bytes(names))
-    for folder in run.iterdir():
-        if _STEP_FOLDER.fullmatch(folder.name) and folder.name not in names.values():
-            shutil.rmtree(folder)
-    return run / name
 
 
 def exists(run: Path) -> bool:

@@ -155,6 +155,7 @@ class _Trainer:
         nn.utils.clip_grad_norm_(self.named.values(), settings.clip, error_if_nonfinite=True)
         self.optimizer.step()
         self.step += 1
+        self.is_best = self.validation is None  # until validate says otherwise
         self.recent.append({"loss": loss.total.detach(), **_detached(loss.parts)})
         shown = {name: float(x) for name, x in self.recent[-1].items()}
         if self.step % LOG_EVERY == 0 or self.step == settings.steps:
@@ -169,7 +170,6 @@ class _Trainer:
     def validate(self) -> None:
         """Record the hard loss on the validation pictures and whether it is the best so far."""
         if self.validation is None:
-            self.is_best = True
             return
         loss = hard_loss(self.model, self.validation, self.tokenizer, VALIDATION_IMAGES)
         self.history.validation.append({"step": self.step, "loss": loss})
@@ -235,8 +235,6 @@ class _Trainer:
         self.step = found.config["step"]
         self.best_loss = found.config["best_loss"]
         self.history = History(**found.config["history"])
-        # An interrupted step is saved without a validation of its own.
-        self.is_best = self.validation is None
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""

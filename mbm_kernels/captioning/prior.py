@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXCLUDED = -30.0  # a logit that leaves exp(-30) of the probability
+# Added to the logits of unseen pairs. At -30 nothing is learnt there and seen pairs are named as
+# unseen ones (shape right in 63 % of val after 1200 steps); at 0 no unseen pair is ever named; at
+# -3 both come out alike (97 % and 93 % after 900).
+EXCLUDED = -3.0
 
 
 class NeighbourPrior:

@@ -31,7 +31,7 @@ class CaptionerSize:
 
 SIZES = {
     "student": CaptionerSize((16, 48, 96), 128, 64, 192, 128, 4),
-    "teacher": CaptionerSize((48, 96, 192), 256, 128, 384, 256, 8),
+    "teacher": CaptionerSize((32, 96, 160), 192, 96, 320, 192, 8),
 }
 POSITION_FEATURES = 16
 STRIDE = 8  # three 2x2 poolings
