@@ -1,5 +1,7 @@
 """linear_distillation_loss: the common suite, then its own properties."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,6 @@ from mbm_kernels._core.op import OPS
 from mbm_kernels.ops.linear_distillation_loss import reference
 from mbm_kernels.testing import Case, OpSuite
 from mbm_kernels.testing.suite import map_floating, with_leaves
-
-from .conftest import raises
 
 IGNORED = -100
 DIVERGENCES = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.3), ("jsd", 0.9)]
@@ -83,7 +83,10 @@ class TestLinearDistillationLoss(OpSuite):
             scale=4,
         ),
         Case(
-            "large magnitudes, JSD", sizes(9, 16, 8, 33), {"bias": True, "divergence": "jsd"}, scale=4
+            "large magnitudes, JSD",
+            sizes(9, 16, 8, 33),
+            {"bias": True, "divergence": "jsd"},
+            scale=4,
         ),
     ]
     edge_cases = [
@@ -96,7 +99,9 @@ class TestLinearDistillationLoss(OpSuite):
         Case("no teacher features", sizes(3, 4, 0, 6), {"bias": True, "temperature": 2.0}),
         Case("all ignored", sizes(4, 3, 2, 6), {"bias": True, "ignored": "all"}),
         Case("all ignored in a sum", sizes(4, 3, 2, 6), {"ignored": "all", "reduction": "sum"}),
-        Case("all ignored, no reduction", sizes(4, 3, 2, 6), {"ignored": "all", "reduction": "none"}),
+        Case(
+            "all ignored, no reduction", sizes(4, 3, 2, 6), {"ignored": "all", "reduction": "none"}
+        ),
         Case("top k of one", sizes(4, 3, 2, 6, k=1), {"teacher": "topk", "divergence": "jsd"}),
     ]
 
@@ -236,7 +241,9 @@ class TestLinearDistillationLoss(OpSuite):
         temperature = inputs["temperature"]
         log_q, log_p = ((x / temperature).log_softmax(-1) for x in self.logits(inputs))
         p, q = log_p.exp(), log_q.exp()
-        log_ratio = log_q - (log_p if divergence == "reverse_kl" else (beta * p + (1 - beta) * q).log())
+        log_ratio = log_q - (
+            log_p if divergence == "reverse_kl" else (beta * p + (1 - beta) * q).log()
+        )
         expected = q * (log_ratio - (q * log_ratio).sum(-1, keepdim=True))
         if divergence == "jsd":
             expected = (1 - beta) * expected
@@ -249,6 +256,19 @@ class TestLinearDistillationLoss(OpSuite):
         torch.testing.assert_close(found["student_hidden"], dlogits @ inputs["student_weight"])
         torch.testing.assert_close(found["student_weight"], dlogits.T @ inputs["student_hidden"])
         torch.testing.assert_close(found["student_bias"], dlogits.sum(0))
+
+    @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+    @pytest.mark.parametrize("source", ["hidden", "topk"])
+    def test_second_derivatives_equal_differences(self, backend, divergence, beta, source):
+        options = {"teacher": source, "divergence": divergence, "beta": beta, "bias": True}
+        inputs = self.inputs(Case("", sizes(2, 2, 2, 4, k=2), options), torch.float64)
+        inputs["temperature"] = 1.5
+
+        def call(*values):
+            return self.run({**inputs, **dict(zip(STUDENT, values, strict=True))}, backend)
+
+        leaves = [inputs[name].requires_grad_() for name in STUDENT]
+        assert torch.autograd.gradgradcheck(call, leaves)
 
     @pytest.mark.parametrize("index", [0, 6, 7])
     def test_jsd_ends_are_the_two_divergences(self, backend, index):
@@ -290,6 +310,20 @@ class TestLinearDistillationLoss(OpSuite):
             backend,
         )[2]
         torch.testing.assert_close(self.run(inputs, backend)[2], expected)
+
+    @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
+    def test_more_bins_never_lower_the_divergence(self, backend, divergence, beta):
+        inputs = self.inputs(self.cases[6], torch.float64)
+        inputs |= {"divergence": divergence, "beta": beta, "temperature": 1.0, "reduction": "none"}
+        log_probs, ids = inputs.pop("teacher_logits").log_softmax(-1).topk(33)
+        rows = [
+            self.run({**inputs, "teacher_topk": (ids[..., :k], log_probs[..., :k])}, backend)[2]
+            for k in (1, 4, 16, 32, 33)
+        ]
+        kept = inputs["target"] != IGNORED
+        for fewer, more in pairwise(rows):
+            assert (more[kept] > fewer[kept] - 1e-12).all()
+        assert (rows[-1][kept] > rows[0][kept]).all()
 
     def test_no_gradient_to_the_teacher(self, backend):
         for case in (self.cases[0], self.cases[6], self.cases[7]):

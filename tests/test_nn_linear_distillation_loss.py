@@ -43,7 +43,9 @@ def test_module_is_drop_in():
     given = arguments()
     module = nn.LinearDistillationLoss(**OPTIONS, backend="torch")
     expected = mbm_kernels.linear_distillation_loss(**given, **OPTIONS, backend="torch")
-    found = module(given.pop("student_hidden"), given.pop("student_weight"), given.pop("target"), **given)
+    found = module(
+        given.pop("student_hidden"), given.pop("student_weight"), given.pop("target"), **given
+    )
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
     assert all(x.shape == (2, 3) for x in found)
     assert module.state_dict() == {}
@@ -108,7 +110,9 @@ def test_bad_teacher_sources():
 
 
 def test_bad_vocabularies_have_a_remedy():
-    with raises(ValueError, "teacher_weight", "a vocabulary of 8", "V = 7", r"teacher_weight\[ids\]"):
+    with raises(
+        ValueError, "teacher_weight", "a vocabulary of 8", "V = 7", r"teacher_weight\[ids\]"
+    ):
         bad(teacher_weight=torch.randn(8, 4))
     with raises(ValueError, "teacher_logits", "a vocabulary of 6", "V = 7"):
         bad("no teacher", teacher_logits=torch.randn(2, 3, 6))

@@ -19,10 +19,12 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 
 def fwd(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     if kind == "infonce":
-        logits = _logits(image, text, scale, bias)
+        logits = _logits(image, text, scale, None)
         by_image = torch.log_softmax(logits, 1).diagonal()
         by_text = torch.log_softmax(logits, 0).diagonal()
-        return -(by_image + by_text).mean() / 2
+        loss = -(by_image + by_text).mean() / 2
+        # Softmax removes a common bias: its gradient is 0, exactly.
+        return loss if bias is None else loss + 0 * bias
     margins = _logits(image, text, -scale, None if bias is None else -bias)
     margins.diagonal().neg_()  # pairs want high logits, all others low ones
     return -F.logsigmoid(margins).sum() / image.size(0)
