@@ -40,7 +40,7 @@ def conv_bias_act(
 ) -> Tensor:
     """x [B, C, Y, X] or [C, Y, X], weight [K, C / groups, R, S] -> [B, K, Y', X'] or [K, Y', X'].
 
-    Besides the public forms, padding may be (top, bottom, left, right) and max_pool all six numbers.
+    Besides the public forms, padding may be (top, bottom, left, right) and max_pool six numbers.
     """
     if x.dim() == 3:
         residual = None if residual is None else residual[None]
@@ -74,8 +74,10 @@ def convolution(
     top, bottom, left, right = padding
     x = F.pad(x, (left, right, top, bottom))
     channels, kernel_y, kernel_x = weight.shape[1:]
-    x = x.unflatten(1, (groups, channels))  # [B, G, C / G, Y, X]
-    weight = weight.unflatten(0, (groups, -1))  # [G, K / G, C / G, R, S]
+    x = x.reshape(x.size(0), groups, channels, *x.shape[2:])  # [B, G, C / G, Y, X]
+    weight = weight.reshape(
+        groups, weight.size(0) // groups, *weight.shape[1:]
+    )  # [G, K / G, C / G, R, S]
     windows = _windows(x, (kernel_y, kernel_x), stride, dilation)
     taps = [(r, s) for r in range(kernel_y) for s in range(kernel_x)]
     parts = [

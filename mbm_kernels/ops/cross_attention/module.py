@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.errors import BackendUnavailableError
-from mbm_kernels.ops.cross_attention.op import NAME, cross_attention
+from mbm_kernels.ops.cross_attention.op import cross_attention
+
+MODULE = "nn.MultiheadAttention"
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -47,7 +49,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if reason is not None:
             if named:
                 raise BackendUnavailableError(
-                    f"nn.MultiheadAttention: backend {self.backend!r} cannot run: {reason};"
+                    f"{MODULE}: backend {self.backend!r} cannot run: {reason};"
                     " use backend='auto' or 'torch'"
                 )
             return super().forward(
@@ -103,15 +105,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> None:
         for name, x in (("query", query), ("key", key), ("value", value)):
-            checks.tensor("nn.MultiheadAttention", name, x, 3)
+            checks.tensor(MODULE, name, x, 3)
         axis = 0 if batch_first else 1
         batch, positions = query.size(axis), key.size(1 - axis)
         leading = (batch, positions) if batch_first else (positions, batch)
         letters = "B, S" if batch_first else "S, B"
-        name = "nn.MultiheadAttention"
-        checks.shape(name, "query", query, "..., embed_dim", (*query.shape[:2], self.embed_dim))
-        checks.shape(name, "key", key, f"{letters}, kdim", (*leading, self.kdim))
-        checks.shape(name, "value", value, f"{letters}, vdim", (*leading, self.vdim))
+        checks.shape(MODULE, "query", query, "..., embed_dim", (*query.shape[:2], self.embed_dim))
+        checks.shape(MODULE, "key", key, f"{letters}, kdim", (*leading, self.kdim))
+        checks.shape(MODULE, "value", value, f"{letters}, vdim", (*leading, self.vdim))
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool
@@ -121,8 +122,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self._qkv_same_embed_dim and query is key and key is value:
             q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
         elif self._qkv_same_embed_dim and key is value:
-            biases = (None, None) if bias is None else bias.split([size, 2 * size])
-            q_weight, kv_weight = self.in_proj_weight.split([size, 2 * size])
+            biases = (None, None) if bias is None else torch.split(bias, [size, 2 * size])
+            q_weight, kv_weight = torch.split(self.in_proj_weight, [size, 2 * size])
             q = F.linear(query, q_weight, biases[0])
             k, v = F.linear(key, kv_weight, biases[1]).chunk(2, -1)
         else:
@@ -148,7 +149,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _split(self, x: Tensor, batch_first: bool) -> Tensor:
         """[B, L, E] or [L, B, E] to [B, N, L, E / N]."""
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
         return x.permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3))
 
     def _merge(
@@ -165,27 +166,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         source = positions - appended
         masks = []
         if attn_mask is not None:
-            sizes = {2: (steps, source), 3: (batch * heads, steps, source)}
-            checks.tensor(NAME, "attn_mask", attn_mask, (2, 3))
-            checks.shape(
-                NAME, "attn_mask", attn_mask, "T, S or B * N, T, S", sizes[attn_mask.dim()]
-            )
-            masks.append(
-                attn_mask[None, None]
-                if attn_mask.dim() == 2
-                else attn_mask.unflatten(0, (batch, heads))
-            )
+            checks.tensor(MODULE, "attn_mask", attn_mask, (2, 3))
+            if attn_mask.dim() == 2:
+                checks.shape(MODULE, "attn_mask", attn_mask, "T, S", (steps, source))
+                masks.append(attn_mask[None, None])
+            else:
+                sizes = (batch * heads, steps, source)
+                checks.shape(MODULE, "attn_mask", attn_mask, "B * N, T, S", sizes)
+                masks.append(attn_mask.reshape(batch, heads, steps, source))
         if key_padding_mask is not None:
             shape = (batch, source) if batched else (source,)
-            checks.tensor(NAME, "key_padding_mask", key_padding_mask, len(shape))
-            checks.shape(NAME, "key_padding_mask", key_padding_mask, "B, S"[-len(shape) :], shape)
+            checks.tensor(MODULE, "key_padding_mask", key_padding_mask, len(shape))
+            letters = "B, S" if batched else "S"
+            checks.shape(MODULE, "key_padding_mask", key_padding_mask, letters, shape)
             masks.append(key_padding_mask.reshape(batch, 1, 1, source))
         if not masks:
             return None
         for mask in masks:
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 expected = "bool, True = masked, or a floating mask that is added"
-                checks.fail(NAME, "mask", mask.dtype, expected, "convert it", TypeError)
+                checks.fail(
+                    MODULE,
+                    "attn_mask or key_padding_mask",
+                    mask.dtype,
+                    expected,
+                    "convert it",
+                    TypeError,
+                )
         if all(mask.dtype == torch.bool for mask in masks):
             hidden = masks[0] if len(masks) == 1 else masks[0] | masks[1]
             return F.pad(~hidden, (0, appended), value=True)
