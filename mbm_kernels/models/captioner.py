@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class Captioner(nn.Module):
         self.join_input = table.concat_linear((d, e), h)
         self.gru = table.gru(h, h, batch_first=True)
         if attention == "additive":
-            self.attention = table.additive_attention(h, d, widths.attention)
+            self.attention: Any = table.additive_attention(h, d, widths.attention)
         else:
             self.attention = DotAttention(h, d, widths.heads, table)
         self.join_output = table.concat_linear((h, d), h)
