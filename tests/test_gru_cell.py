@@ -25,11 +25,11 @@ class TestGruCell(OpSuite):
     diff = ("x", "h", "w_ih", "w_hh", "b_ih", "b_hh")
     cases = [
         Case("primes below one vector", sizes(2, 3, 5)),
-        Case("one row", sizes(1, 19, 24)),
+        Case("one row", sizes(1, 40, 120)),
         Case("rows and units past a tile", sizes(13, 33, 37)),
         Case("no biases", sizes(7, 8, 16), {"bias": False}),
         Case("tiny magnitudes", sizes(3, 9, 17), scale=1e-3),
-        Case("large inputs saturate the gates", sizes(3, 9, 17), {"x": 10.0}),
+        Case("large inputs saturate the gates", sizes(8, 40, 65), {"x": 10.0}),
     ]
     edge_cases = [
         Case("all ones", sizes(1, 1, 1)),
@@ -154,6 +154,7 @@ def test_module_raises_as_torch_does():
         (torch.randn(2, 3), torch.randn(3, 4)),
         (torch.randn(2, 3), torch.randn(2, 5)),
         (torch.randn(2, 3), torch.randn(2, 2, 4)),
+        (torch.randn(2, 3).double(), None),
     ):
         with pytest.raises((ValueError, RuntimeError)) as expected:
             stock(x, h)
@@ -161,3 +162,13 @@ def test_module_raises_as_torch_does():
             ours(x, h)
         assert str(actual.value) == str(expected.value)
     assert repr(ours) == repr(stock)
+
+
+def test_module_follows_autocast():
+    ours, x = nn.GRUCell(3, 4), torch.randn(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = ours(x)
+        with pytest.raises(RuntimeError, match="inconsistent"):
+            ours(torch.randn(2, 5))
+    assert h.dtype == torch.bfloat16
+    torch.testing.assert_close(h.float(), ours(x), rtol=0, atol=0.02)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import mbm_kernels
 from mbm_kernels import nn
+from mbm_kernels._core import dispatch
 from mbm_kernels.testing.suite import available_backends
 
 from .conftest import raises
@@ -125,7 +126,7 @@ def test_dtypes(dtype):
 def test_autocast(backend):
     _, ours = pair(backend, num_layers=2)
     x = torch.randn(T, B, C)
-    if mbm_kernels._core.dispatch.why_not("gru", backend, x.device, torch.bfloat16):
+    if dispatch.why_not("gru", backend, x.device, torch.bfloat16):
         with (
             torch.autocast("cpu", torch.bfloat16),
             pytest.raises(mbm_kernels.BackendUnavailableError, match="bfloat16"),
@@ -353,3 +354,22 @@ def test_stock_call_where_all_layers_run_torch(monkeypatch):
     with mbm_kernels.disabled():
         assert nn.GRU(C, H)(x) == "stock"
     assert len(calls) == 2
+
+
+@pytest.mark.skipif(mbm_kernels.backends("gru")["cpu"] is not None, reason="no CPU kernels")
+def test_each_layer_follows_the_table(monkeypatch):
+    inner = {"backend": "cpu", "device": "cpu", "dtypes": ["float32"], "where": {"C": [H, H]}}
+    rule = dispatch.Rule.parse({**inner, "results": "none: a table for this test"})
+    monkeypatch.setitem(dispatch._tables, "gru", dispatch.Table(("cpu", "torch"), (rule,)))
+    kernel = dispatch.load_backend("gru", "cpu")
+    seen = []
+    original = kernel.fwd
+    monkeypatch.setattr(kernel, "fwd", lambda *a: seen.append(a[0].size(2)) or original(*a))
+    stock, ours = pair("auto", num_layers=3)
+    x = torch.randn(T, B, C)
+    torch.testing.assert_close(ours(x), stock(x))
+    assert seen == [H, H]
+    single, stock = nn.GRU(C, H), torch.nn.GRU(C, H)
+    single.load_state_dict(stock.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(single(x), stock(x), strict=True))
+    assert seen == [H, H]

@@ -123,33 +123,31 @@ class GRU(torch.nn.GRU):
         """Whether torch.nn.GRU itself serves this call best: all layers run the torch backend."""
         if torch.compiler.is_compiling() or in_functorch():
             return False
-        if isinstance(input, PackedSequence):
-            x, steps = input.data, input.batch_sizes.size(0)
-            batch = int(input.batch_sizes[0])
-        else:
-            x = input
-            if x.dim() not in (2, 3):
-                return True
-            if x.dim() == 2:
-                steps, batch = x.size(0), 1
-            else:
-                steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
+        x = input.data if isinstance(input, PackedSequence) else input
         if autocast.enabled(x.device):
             return False  # stock answers in float32 on the CPU, in half on CUDA; gru in half
+        if self.backend == "torch":
+            return True
+        if isinstance(input, PackedSequence):
+            steps, batch = input.batch_sizes.size(0), int(input.batch_sizes[0])
+        elif x.dim() == 3:
+            steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
+        else:
+            steps, batch = x.size(0), 1
         training = torch.is_grad_enabled() and (
             x.requires_grad
             or (hx is not None and hx.requires_grad)
             or any(p.requires_grad for p in self._parameters.values() if p is not None)
         )
-        sizes = {"T": steps, "B": batch, "H": self.hidden_size, "training": int(training)}
-        inner = self.hidden_size * (2 if self.bidirectional else 1)
+        hidden = self.hidden_size
+        inner = hidden * (2 if self.bidirectional else 1)
         # The weights' dtype: an input of another is an error, which torch words.
         dtype: torch.dtype = getattr(self, self._all_weights[0][0]).dtype
-        features = (self.input_size, inner) if self.num_layers > 1 else (self.input_size,)
-        return all(
-            dispatch.select(NAME, self.backend, x.device, dtype, {**sizes, "C": count}) == "torch"
-            for count in features
-        )
+        for features in (self.input_size, inner)[: self.num_layers]:
+            sizes = {"T": steps, "B": batch, "C": features, "H": hidden, "training": int(training)}
+            if dispatch.select(NAME, self.backend, x.device, dtype, sizes) != "torch":
+                return False
+        return True
 
     def extra_repr(self) -> str:
         shown: str = super().extra_repr()

@@ -47,12 +47,16 @@ class GRUCell(torch.nn.GRUCell):
 
     def _is_stock(self, input: Tensor, hx: Tensor | None) -> bool:
         """Whether torch.nn.GRUCell serves this call: the torch backend, or an error to raise."""
+        # Stock answers autocast in float32 on the CPU, in half on CUDA; gru_cell in half.
+        lowered = autocast.enabled(input.device)
+        if self.backend == "torch" and not lowered:
+            return True
         if input.dim() not in (1, 2) or input.size(-1) != self.input_size:
             return True
         if hx is not None and hx.shape != (*input.shape[:-1], self.hidden_size):
             return True
-        if autocast.enabled(input.device):
-            return False  # stock answers in float32 on the CPU, in half on CUDA; gru_cell in half
+        if lowered or input.dtype != self.weight_ih.dtype:
+            return not lowered
         training = torch.is_grad_enabled() and (
             input.requires_grad
             or (hx is not None and hx.requires_grad)
