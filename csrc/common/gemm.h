@@ -56,12 +56,15 @@ void gemm_edge_tile(const GemmOperands& g, int64_t m0, int rows, int64_t p0, int
   alignas(64) float tile[kMaxRows * kMaxPanels * kPanel];
   const int64_t ld = panels * kPanel, n0 = p0 * kPanel;
   const int64_t width = g.N - n0 < ld ? g.N - n0 : ld;
-  micro(depth, a, rows, b, g.b_step, tile, ld, false);
+  if (add)
+    for (int i = 0; i < rows; ++i)
+      for (int64_t n = 0; n < width; n += kLanes)
+        store(tile + i * ld + n, load_part(g.row(m0 + i) + n0 + n, width - n));
+  micro(depth, a, rows, b, g.b_step, tile, ld, add);
   for (int i = 0; i < rows; ++i) {
     float* out = g.row(m0 + i) + n0;
     for (int64_t n = 0; n < width; n += kLanes) {
       vf v = load(tile + i * ld + n);
-      if (add) v = load_part(out + n, width - n) + v;
       if (last) v = epilogue(v, m0 + i, n0 + n);
       store_part(out + n, v, width - n);
     }
