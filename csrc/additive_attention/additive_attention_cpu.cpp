@@ -13,14 +13,16 @@ namespace {
 
 constexpr int kKeys = 4;                // keys of a tile
 constexpr int kQueries = kLanes / 4;    // queries of a tile: kLanes sums in registers
-constexpr int kGroup = 4;               // vectors of d that may share one division
+// Vectors of d that share one division. On Zen 5 one, two and four cost about the same (a division
+// takes two FMA slots); with two no machine waits for its divider.
+constexpr int kGroup = 2;
 constexpr int64_t kChunk = 64;          // rows packed at a time; 64 x 512 floats are 128 KiB of L2
 constexpr int64_t kDirectQueries = 2;   // up to here packing costs as many exponentials as it saves
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
 
 // scores of queries x 4 keys. q [groups][kGroup][queries][kLanes], k [groups][kGroup][kKeys][2][kLanes],
-// v [groups][kGroup][kLanes]; `share` denominators take one division.
-template <int share, int queries>
+// v [groups][kGroup][kLanes].
+template <int queries>
 inline void score_tile(const float* q, const float* k, const float* v, int64_t groups, vf* score) {
   vf sums[queries * kKeys] = {};
   for (int64_t g = 0; g < groups; ++g) {
@@ -29,22 +31,14 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t g
 #pragma GCC unroll 4
       for (int s = 0; s < kKeys; ++s) {
         vf num[kGroup], den[kGroup];
-#pragma GCC unroll 4
         for (int i = 0; i < kGroup; ++i) {
           const float* y = k + (i * kKeys + s) * 2 * kLanes;
           const vf n = fma(load(q + (i * queries + t) * kLanes), load(y), load(y + kLanes));
           den[i] = n + set1(2.0f);
           num[i] = load(v + i * kLanes) * n;
         }
-        const vf num01 = fma(num[0], den[1], num[1] * den[0]), den01 = den[0] * den[1];
-        const vf num23 = fma(num[2], den[3], num[3] * den[2]), den23 = den[2] * den[3];
         vf& sum = sums[t * kKeys + s];
-        if constexpr (share == 4) {
-          sum = fma(fma(num01, den23, num23 * den01), set1(1.0f) / (den01 * den23), sum);
-        } else {
-          sum = fma(num01, set1(1.0f) / den01, sum);
-          sum = fma(num23, set1(1.0f) / den23, sum);
-        }
+        sum = sum + fma(num[0], den[1], num[1] * den[0]) / (den[0] * den[1]);
       }
     q += kGroup * queries * kLanes;
     k += kGroup * kKeys * 2 * kLanes;
@@ -196,11 +190,7 @@ class Forward {
       const float* q = work.query + (t - tiles.t0) * padded_D_;
       const int64_t groups = padded_D_ / (kGroup * kLanes);
       vf score[kLanes] = {};
-      if (bound <= kQuadLimit) {
-        score_tile<4, queries>(q, tiles.panel, v_, groups, score);
-      } else {
-        score_tile<2, queries>(q, tiles.panel, v_, groups, score);
-      }
+      score_tile<queries>(q, tiles.panel, v_, groups, score);
       alignas(64) float lanes[kLanes];
       store(lanes, sum_rows(score));
       for (int i = 0; i < queries; ++i)

@@ -19,8 +19,7 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr float kQuadLimit = 10.0f;  // four denominators of e^20 multiply to 5.5e34
-constexpr float kPairLimit = 20.0f;  // two of e^40
+constexpr float kPairLimit = 20.0f;  // two denominators of e^40 multiply to 5.5e34
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -36,15 +35,12 @@ inline vf load_at_most(const float* p, int64_t left) {
 // Returns false if a key is infinite or NaN. rows >= 1.
 inline bool key_shift(const float* keys, int64_t stride, int64_t rows, int64_t D, float* shift) {
   vf poison = zero();
-  for (int64_t d = 0; d < D; d += kLanes) {
-    vf largest = load_at_most(keys + d, D - d);
-    for (int64_t s = 0; s < rows; ++s) {
+  for (int64_t s = 0; s < rows; ++s)
+    for (int64_t d = 0; d < D; d += kLanes) {
       const vf k = load_at_most(keys + s * stride + d, D - d);
       poison = poison + (k - k);
-      largest = max(k, largest);
+      store(shift + d, s == 0 ? k : max(k, load(shift + d)));
     }
-    store(shift + d, largest);
-  }
   return sum(poison) == 0.0f;
 }
 
