@@ -238,15 +238,16 @@ class TestConvBiasAct(OpSuite):
         mbm_kernels.conv_bias_act(**inputs, backend=backend)
         assert all(torch.equal(inputs[n], value) for n, value in before.items())
 
-    def test_vmap_over_one_input(self, backend):
+    @pytest.mark.parametrize("name", ["x", "residual"])
+    def test_vmap_over_one_input(self, name, backend):
         inputs = self.inputs(self.cases[0], torch.float32)
-        residuals = torch.randn(3, *inputs.pop("residual").shape)
+        several = torch.randn(3, *inputs.pop(name).shape)
 
-        def call(residual):
-            return mbm_kernels.conv_bias_act(**inputs, residual=residual, backend=backend)
+        def call(value):
+            return mbm_kernels.conv_bias_act(**inputs, **{name: value}, backend=backend)
 
-        expected = torch.stack([call(residual) for residual in residuals])
-        torch.testing.assert_close(torch.vmap(call)(residuals), expected)
+        expected = torch.stack([call(value) for value in several])
+        torch.testing.assert_close(torch.vmap(call)(several), expected)
 
     def test_row_does_not_depend_on_its_batch(self, backend):
         inputs = self.inputs(self.cases[3], torch.float32)

@@ -45,7 +45,13 @@ def fwd(
 ) -> Tensor:
     channels_last = is_channels_last(x) or is_channels_last(weight)
     # On CPUs NCHW pooling is scalar code: converting pays for itself once there is a pool (README).
-    convert = max_pool is not None and not channels_last and x.dim() == 4 and x.device.type == "cpu"
+    convert = (
+        max_pool is not None
+        and not channels_last
+        and x.dim() == 4
+        and x.device.type == "cpu"
+        and not in_functorch()  # vmap knows no memory formats
+    )
     if convert:
         x = x.contiguous(memory_format=torch.channels_last)
     z = _convolution(x, weight, bias, stride, padding, dilation, groups)
@@ -62,10 +68,20 @@ def fwd(
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch's convolution takes this tensor as a reason to answer in channels_last."""
-    if tensor.dim() != 4:
+    """Whether torch's convolution takes this tensor as a reason to answer in channels_last.
+
+    The rule of ATen's is_channels_last_strides_2d: a tensor that is dense both ways, having one
+    channel or one pixel, goes by its strides.
+    """
+    if tensor.dim() != 4 or tensor.stride(1) == 0 or in_functorch():
         return False
-    return torch._prims_common.suggest_memory_format(tensor) == torch.channels_last
+    least = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = tensor.size(axis), tensor.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
 
 
 def _convolution(
