@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TrainSettings:
     """
 
     steps: int
-    batch_size: int = 64
+    batch_size: int = 32
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 100
@@ -34,6 +34,10 @@ class TrainSettings:
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
+
+    def shortened(self, steps: int) -> TrainSettings:
+        """The same for other steps; the warm-up never exceeds half of them."""
+        return replace(self, steps=steps, warmup=min(self.warmup, steps // 2))
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,27 @@ class Preset:
 
 
 PRESETS = {
+    # Without prior and word dropout no held-out pair is ever named: exact match 0 % on held_out.
     "scenes": Preset(
-        teacher=TrainSettings(steps=1200),
-        student=TrainSettings(steps=1200),
+        teacher=TrainSettings(
+            steps=1200,
+            learning_rate=3e-3,
+            word_dropout=0.3,
+            neighbour_prior=True,
+        ),
+        student=TrainSettings(
+            steps=2400,
+            learning_rate=4e-3,
+            word_dropout=0.3,
+            neighbour_prior=True,
+        ),
         distill=DistillSettings(),
         max_length=24,
         validation="val",
     ),
     "emoji": Preset(
-        teacher=TrainSettings(steps=1500, augment=True),
-        student=TrainSettings(steps=1500, augment=True),
+        teacher=TrainSettings(steps=3000, learning_rate=3e-3, augment=True, word_dropout=0.1),
+        student=TrainSettings(steps=5000, learning_rate=3e-3, augment=True, word_dropout=0.1),
         distill=DistillSettings(),
         max_length=24,
         validation=None,
