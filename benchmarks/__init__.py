@@ -1,0 +1,1 @@
+"""Benchmarks of every operation against stock PyTorch; see README.md."""

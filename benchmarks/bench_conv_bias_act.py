@@ -1,0 +1,98 @@
+"""conv_bias_act against convolution, activation and pooling, NCHW and channels_last."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, with_channels_last
+from mbm_kernels.bench.cli import run_script
+
+
+def make(case, generator):
+    b, c, k, y, kernel = (case.sizes[letter] for letter in ("B", "C", "K", "Y", "k"))
+    options = dict(case.options)
+    fan_in = c // options.get("groups", 1) * kernel**2
+    inputs = {
+        "x": torch.randn(b, c, y, y, generator=generator),
+        "weight": torch.randn(k, fan_in // kernel**2, kernel, kernel, generator=generator)
+        * fan_in**-0.5,
+        "bias": torch.randn(k, generator=generator) * 0.1,
+    }
+    if options.pop("residual", False):
+        inputs["residual"] = torch.randn(b, k, y, y, generator=generator)
+    return {**inputs, "padding": kernel // 2, **options}
+
+
+def layers(
+    x, weight, bias, padding, stride=1, groups=1, residual=None, activation=None, max_pool=None
+):
+    y = F.conv2d(x, weight, bias, stride, padding, 1, groups)
+    if residual is not None:
+        y = y + residual
+    # relu commutes with the maximum and has fewer elements left after it.
+    if max_pool is not None:
+        kernel, step, pad = max_pool if isinstance(max_pool, tuple) else (max_pool, max_pool, 0)
+        y = F.max_pool2d(y, kernel, step, pad)
+    return F.relu(y, inplace=True) if activation == "relu" else y
+
+
+def build(inputs):
+    return layers, inputs
+
+
+def work(case, which):
+    b, c, k, y, kernel = (case.sizes[letter] for letter in ("B", "C", "K", "Y", "k"))
+    out = y // case.options.get("stride", 1)
+    fan_in = c // case.options.get("groups", 1) * kernel**2
+    pool = case.options.get("max_pool") or 1
+    pool = pool[1] if isinstance(pool, tuple) else pool
+    operations = 2 * b * k * out**2 * fan_in
+    floats = b * c * y**2 + k * fan_in + b * k * (out // pool) ** 2
+    return Work(operations, 4 * floats) if which == FORWARD else Work(3 * operations, 12 * floats)
+
+
+def sizes(b, c, k, y, kernel):
+    return {"B": b, "C": c, "K": k, "Y": y, "k": kernel}
+
+
+def body(channels, side):
+    """A 3x3 layer of a residual network's body, alone and pooled."""
+    shape = sizes(16, channels, channels, side, 3)
+    return [
+        Case(shape, {"activation": "relu"}, "relu", check={"B": 2}),
+        Case(shape, {"activation": "relu", "max_pool": 2}, "relu pool2", check={"B": 2}),
+    ]
+
+
+POOLED = {"activation": "relu", "max_pool": 2}
+STRIDED = {"activation": "relu", "stride": 2, "max_pool": (3, 2, 1)}
+RESIDUAL = {"activation": "relu", "residual": True}
+
+BENCHMARK = Benchmark(
+    op="conv_bias_act",
+    cases=[
+        Case(sizes(8, 3, 64, 224, 3), POOLED, "relu pool2", check={"B": 1}),
+        Case(sizes(8, 3, 64, 224, 7), STRIDED, "stride2 relu pool3/2", check={"B": 1}),
+        *body(64, 56),
+        *body(128, 28),
+        *body(256, 14),
+        *body(512, 7),
+        Case(sizes(16, 128, 128, 56, 3), {"groups": 128}, "depthwise", check={"B": 1}),
+        Case(sizes(16, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
+        Case(sizes(32, 3, 48, 64, 3), POOLED, "teacher 1", check={"B": 4}),
+        Case(sizes(32, 48, 96, 32, 3), POOLED, "teacher 2", check={"B": 4}),
+        Case(sizes(32, 96, 192, 16, 3), POOLED, "teacher 3", check={"B": 4}),
+        Case(sizes(32, 192, 192, 8, 3), RESIDUAL, "teacher residual", check={"B": 4}),
+        Case(sizes(32, 3, 16, 64, 3), POOLED, "student 1", quick=True, check={"B": 4}),
+        Case(sizes(32, 16, 48, 32, 3), POOLED, "student 2", check={"B": 4}),
+    ],
+    make=make,
+    stock=lambda case: with_channels_last(build),
+    work=work,
+    # The layout in which stock is fastest, and the captioner's.
+    layout=torch.channels_last,
+)
+
+if __name__ == "__main__":
+    run_script(BENCHMARK, Path(__file__).resolve().parent)

@@ -1,0 +1,68 @@
+"""cross_attention against SDPA without weights, and the products and softmax with them."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, as_called, eager_and_compiled
+from mbm_kernels.bench.cli import run_script
+
+
+def make(case, generator):
+    b, n, t, s, d = (case.sizes[letter] for letter in "BNTSD")
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {"query": randn(b, n, t, d), "key": randn(b, n, s, d), "value": randn(b, n, s, d)}
+    return inputs | {"need_weights": case.options.get("need_weights")}
+
+
+def sdpa(query, key, value, need_weights=None):
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def products(query, key, value, need_weights):
+    # The scale on the query touches fewer elements than on the scores.
+    weights = ((query * query.size(-1) ** -0.5) @ key.transpose(-1, -2)).softmax(-1)
+    return weights @ value, weights.mean(1) if need_weights == "mean" else weights
+
+
+def stock(case):
+    form = sdpa if case.options.get("need_weights") is None else products
+    return eager_and_compiled(as_called(form))
+
+
+def work(case, which):
+    b, n, t, s, d = (case.sizes[letter] for letter in "BNTSD")
+    floats = b * n * (2 * t + 2 * s) * d
+    floats += {"mean": b * t * s, "heads": b * n * t * s}.get(case.options.get("need_weights"), 0)
+    operations = 4 * b * n * t * s * d
+    if which == FORWARD:
+        return Work(operations, 4 * floats)
+    return Work(3 * operations, 12 * floats)
+
+
+def sizes(b, n, t, s, d):
+    return {"B": b, "N": n, "T": t, "S": s, "D": d}
+
+
+MEAN = {"need_weights": "mean"}
+
+BENCHMARK = Benchmark(
+    op="cross_attention",
+    cases=[
+        Case(sizes(16, 8, 20, 196, 64)),
+        Case(sizes(16, 8, 20, 196, 64), MEAN, "mean weights"),
+        Case(sizes(16, 8, 20, 196, 64), {"need_weights": "heads"}, "weights of heads"),
+        Case(sizes(32, 8, 16, 64, 32), MEAN, "captioner teacher"),
+        Case(sizes(32, 4, 16, 64, 32), MEAN, "captioner student", quick=True),
+    ],
+    make=make,
+    stock=stock,
+    work=work,
+)
+
+if __name__ == "__main__":
+    run_script(BENCHMARK, Path(__file__).resolve().parent)

@@ -1,0 +1,59 @@
+"""gru_cell against torch.nn.GRUCell."""
+
+from pathlib import Path
+
+import torch
+
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
+from mbm_kernels.bench.cli import run_script
+
+
+def make(case, generator):
+    b, c, h = (case.sizes[letter] for letter in "BCH")
+
+    def randn(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    return {
+        "x": randn(b, c),
+        "h": randn(b, h),
+        "w_ih": randn(3 * h, c, scale=c**-0.5),
+        "w_hh": randn(3 * h, h, scale=h**-0.5),
+        "b_ih": randn(3 * h, scale=0.1),
+        "b_hh": randn(3 * h, scale=0.1),
+    }
+
+
+def stock_module(inputs):
+    cell = torch.nn.GRUCell(inputs["x"].size(1), inputs["h"].size(1))
+    cell.weight_ih, cell.weight_hh = inputs["w_ih"], inputs["w_hh"]
+    cell.bias_ih, cell.bias_hh = inputs["b_ih"], inputs["b_hh"]
+    return cell, {"input": inputs["x"], "hx": inputs["h"]}
+
+
+def work(case, which):
+    b, c, h = (case.sizes[letter] for letter in "BCH")
+    operations, weights = 6 * b * h * (c + h), 3 * h * (c + h + 2)
+    if which == FORWARD:
+        return Work(operations, 4 * (weights + b * (c + 2 * h)))
+    return Work(3 * operations, 4 * (2 * weights + b * (2 * c + 12 * h)))
+
+
+def sizes(b, c, h):
+    return {"B": b, "C": c, "H": h}
+
+
+BENCHMARK = Benchmark(
+    op="gru_cell",
+    cases=[
+        Case(sizes(1, 256, 512), quick=True),
+        Case(sizes(32, 384, 384), note="captioner teacher"),
+        Case(sizes(32, 192, 192), note="captioner student"),
+    ],
+    make=make,
+    stock=lambda case: eager_and_compiled(stock_module),
+    work=work,
+)
+
+if __name__ == "__main__":
+    run_script(BENCHMARK, Path(__file__).resolve().parent)

@@ -1,0 +1,12 @@
+"""Timing beside the best stock form: ratios, intervals, memory, share of the limit."""
+
+from mbm_kernels.bench.benchmark import BOTH as BOTH
+from mbm_kernels.bench.benchmark import FORWARD as FORWARD
+from mbm_kernels.bench.benchmark import PASSES as PASSES
+from mbm_kernels.bench.benchmark import Benchmark as Benchmark
+from mbm_kernels.bench.benchmark import Case as Case
+from mbm_kernels.bench.benchmark import Form as Form
+from mbm_kernels.bench.benchmark import as_called as as_called
+from mbm_kernels.bench.benchmark import eager_and_compiled as eager_and_compiled
+from mbm_kernels.bench.benchmark import with_channels_last as with_channels_last
+from mbm_kernels.bench.limits import Work as Work

@@ -1,0 +1,224 @@
+"""What is compared with what: a `Benchmark` is an operation, its cases and its stock forms."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mbm_kernels
+from mbm_kernels._core import dispatch
+from mbm_kernels._core.op import OPS
+from mbm_kernels.bench.limits import Work
+
+Inputs = dict[str, Any]
+Function = Callable[..., Any]
+FORWARD, BOTH = "forward", "forward+backward"
+PASSES = (FORWARD, BOTH)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row's shape: sizes by letter, options of the call, and the reason in a word or two."""
+
+    sizes: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    quick: bool = False  # part of --quick and of pytest benchmarks
+    passes: tuple[str, ...] = PASSES
+    check: dict[str, int] = field(default_factory=dict)  # sizes at which correctness is checked
+
+    @property
+    def label(self) -> str:
+        sizes = " ".join(f"{letter}{size}" for letter, size in self.sizes.items())
+        return f"{sizes} {self.note}".strip()
+
+    def __str__(self) -> str:
+        return self.label.replace(" ", "-")
+
+    def for_check(self) -> "Case":
+        return Case({**self.sizes, **self.check}, self.options, self.note)
+
+
+def as_called(function: Function) -> Callable[[Inputs], tuple[Function, Inputs]]:
+    """The `build` of a form that is a function of the inputs by their names."""
+    return lambda inputs: (function, inputs)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute the operation.
+
+    Args:
+        build: from the inputs, whose differentiable tensors are Parameters, to a function or
+            module and its keyword arguments; a module must use those Parameters as its own.
+        layout: applied to each floating input of four dimensions first.
+        compile: time it through torch.compile, recompiled for each case and thread count.
+        passes: where the form exists.
+    """
+
+    build: Callable[[Inputs], tuple[Function, Inputs]]
+    layout: torch.memory_format | None = None
+    compile: bool = False
+    passes: tuple[str, ...] = PASSES
+
+
+def eager_and_compiled(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
+    return {"eager": Form(build), "compile": Form(build, compile=True)}
+
+
+def with_channels_last(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
+    """NCHW and channels_last, each eager and compiled."""
+    last = torch.channels_last
+    return {
+        "eager": Form(build),
+        "eager channels_last": Form(build, layout=last),
+        "compile": Form(build, compile=True),
+        "compile channels_last": Form(build, layout=last, compile=True),
+    }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An operation beside its stock forms.
+
+    Args:
+        op: its name; `function`, `reference` and `diff` are found by it unless given.
+        cases: the table's shapes.
+        make: a case's inputs by the names of the public function, floats in float32.
+        stock: forms by name for a case; the first is eager and the yardstick of the error rule.
+        work: (case, pass) -> least operations and bytes, where known.
+        layout: of the images that `mbm` is given.
+    """
+
+    op: str
+    cases: Sequence[Case]
+    make: Callable[[Case, torch.Generator], Inputs]
+    stock: Callable[[Case], Mapping[str, Form]]
+    work: Callable[[Case, str], Work] | None = None
+    function: Callable[[Inputs], tuple[Function, Inputs]] | None = None
+    reference: Function | None = None
+    diff: Sequence[str] | Callable[[Inputs], Sequence[str]] | None = None
+    layout: torch.memory_format | None = None
+
+    def mbm(self, backend: str = "auto") -> Form:
+        if self.function is not None:
+            return Form(self.function, layout=self.layout)
+        public = getattr(mbm_kernels, self.op)
+        return Form(lambda inputs: (public, {**inputs, "backend": backend}), layout=self.layout)
+
+    def definition(self) -> Function:
+        if self.reference is not None:
+            return self.reference
+        module = importlib.import_module(f"mbm_kernels.ops.{self.op}.reference")
+        found: Function = getattr(module, self.op)
+        return found
+
+    def differentiable(self, inputs: Inputs) -> list[str]:
+        if callable(self.diff):
+            return list(self.diff(inputs))
+        names = OPS[self.op].diff if self.diff is None else self.diff
+        return [name for name in names if _is_floating(inputs.get(name))]
+
+    def inputs(self, case: Case, seed: int = 0) -> Inputs:
+        return self.make(case, torch.Generator().manual_seed(seed))
+
+    def choose(self, pattern: str | None, quick: bool) -> list[Case]:
+        """The cases whose label holds `pattern` (without regard to case), or the quick ones."""
+        chosen = [case for case in self.cases if case.quick or not quick]
+        if pattern:
+            chosen = [case for case in chosen if pattern.lower() in case.label.lower()]
+        return chosen
+
+
+@dataclass
+class Prepared:
+    """A form on given inputs: two functions to time, and what they return."""
+
+    function: Function
+    arguments: Inputs
+    leaves: dict[str, Tensor]
+    grads: list[Tensor] = field(default_factory=list)
+
+    def forward(self) -> Any:
+        with torch.no_grad():
+            return self.function(**self.arguments)
+
+    def both(self) -> tuple[Tensor, ...]:
+        outputs = flat_outputs(self.function(**self.arguments))
+        if not self.grads:
+            generator = torch.Generator().manual_seed(1)
+            self.grads = [
+                torch.randn(o.shape, generator=generator).to(o.dtype)
+                if o.dim()
+                else torch.ones((), dtype=o.dtype)
+                for o in outputs
+            ]
+        pairs = [(o, g) for o, g in zip(outputs, self.grads, strict=True) if o.requires_grad]
+        return torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(self.leaves.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def call(self, which: str) -> Callable[[], Any]:
+        return self.forward if which == FORWARD else self.both
+
+
+def _is_floating(value: Any) -> bool:
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(first, Tensor) and first.is_floating_point()
+
+
+def flat_outputs(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def prepare(form: Form, inputs: Inputs, diff: Sequence[str]) -> Prepared:
+    """The form on its own copies of the inputs; those of `diff` become leaves with gradients."""
+
+    def own(x: Any, leaf: bool) -> Any:
+        if isinstance(x, (list, tuple)):
+            return type(x)(own(item, leaf) for item in x)
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().clone()
+        if form.layout is not None and x.dim() == 4 and x.is_floating_point():
+            x = x.contiguous(memory_format=form.layout)
+        return nn.Parameter(x) if leaf else x
+
+    owned = {name: own(value, name in diff) for name, value in inputs.items()}
+    leaves: dict[str, Tensor] = {}
+    for name in diff:
+        value = owned[name]
+        if isinstance(value, Tensor):
+            leaves[name] = value
+        else:
+            leaves |= {f"{name}[{i}]": item for i, item in enumerate(value)}
+    function, arguments = form.build(owned)
+    if form.compile:
+        # One shape at a time: dynamic shapes would only slow the stock form.
+        function = torch.compile(function, dynamic=False)
+    return Prepared(function, arguments, leaves)
+
+
+@contextmanager
+def watch_backends() -> Iterator[dict[str, str]]:
+    """Notes which backend answers each operation called within."""
+    noted: dict[str, str] = {}
+    select = dispatch.select
+
+    def watching(op: str, *args: Any) -> str:
+        noted[op] = select(op, *args)
+        return noted[op]
+
+    dispatch.select = watching  # type: ignore[assignment]
+    try:
+        yield noted
+    finally:
+        dispatch.select = select

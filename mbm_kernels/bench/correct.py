@@ -1,0 +1,103 @@
+"""No speed without a right result: the error rule of mbm_kernels.testing, before any timing."""
+
+import torch
+from torch import Tensor
+
+from mbm_kernels.bench.benchmark import (
+    BOTH,
+    Benchmark,
+    Case,
+    Form,
+    Prepared,
+    as_called,
+    flat_outputs,
+    prepare,
+)
+from mbm_kernels.testing.errors import assert_matches, max_abs
+from mbm_kernels.testing.suite import map_floating
+
+SAME_MATHS = 1e-3  # a stock form further than this from the truth computes something else
+
+
+class WrongResult(Exception):
+    """A form's result breaks the error rule, so that it has no speed."""
+
+
+def _evaluate(prepared: Prepared, which: str, positive: bool = False) -> dict[str, Tensor]:
+    """Outputs, or gradients of sum(output * grad), by name; grads are the same for every form."""
+    if which != BOTH:
+        outputs = flat_outputs(prepared.forward())
+        return {f"output {i}": output for i, output in enumerate(outputs)}
+    generator = torch.Generator().manual_seed(1)
+    outputs = flat_outputs(prepared.forward())
+    grads = [torch.randn(o.numel(), generator=generator).reshape(o.shape) for o in outputs]
+    # A scalar is a loss.
+    grads = [g if g.dim() else torch.ones(()) for g in grads]
+    prepared.grads = [
+        (g.abs() if positive else g).to(o.dtype) for g, o in zip(grads, outputs, strict=True)
+    ]
+    found = dict(zip(prepared.leaves, prepared.both(), strict=True))
+    prepared.grads = []
+    return found
+
+
+def check(benchmark: Benchmark, case: Case, which: str, backend: str = "auto") -> dict[str, float]:
+    """The largest error of `mbm` as a share of its budget, by output or gradient.
+
+    Raises:
+        WrongResult: naming the form, the result, its error and the budget.
+    """
+    small = case.for_check()
+    inputs = benchmark.inputs(small)
+    diff = benchmark.differentiable(inputs)
+    reference = Form(as_called(benchmark.definition()))
+    double = map_floating(inputs, Tensor.double)
+    truth = _evaluate(prepare(reference, double, diff), which)
+    absolute = _evaluate(prepare(reference, map_floating(double, Tensor.abs), diff), which, True)
+    forms = {n: f for n, f in benchmark.stock(small).items() if which in f.passes and not f.compile}
+    results = {
+        name: _aligned(_evaluate(prepare(form, inputs, diff), which), truth, name)
+        for name, form in forms.items()
+    }
+    yardstick = next(iter(results.values()))
+    for name, result in results.items():
+        for key in truth:
+            error, scale = max_abs(result[key].double() - truth[key]), max_abs(truth[key])
+            if error > SAME_MATHS * max(scale, max_abs(absolute[key])):
+                raise WrongResult(
+                    f"{benchmark.op}, {small.label}: stock form {name!r} computes something else: "
+                    f"{key} differs by {error:.3g} where the truth reaches {scale:.3g}"
+                )
+    ours = _evaluate(prepare(benchmark.mbm(backend), inputs, diff), which)
+    ours = _aligned(ours, truth, "mbm")
+    shares = {}
+    for key in truth:
+        try:
+            budget = assert_matches(
+                ours[key],
+                truth[key],
+                yardstick[key],
+                absolute[key],
+                gradient=which == BOTH,
+                what=f"gradient of {key}" if which == BOTH else key,
+            )
+        except AssertionError as error:
+            raise WrongResult(f"{benchmark.op}, {small.label}: {error}") from None
+        error_found = max_abs(ours[key].double() - truth[key])
+        shares[key] = error_found / budget.limit if budget.limit else 0.0
+    return shares
+
+
+def _aligned(results: dict[str, Tensor], truth: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """The results in the truth's shapes: nn.GRU's h_n has a dimension for its one layer."""
+    if len(results) < len(truth):
+        raise WrongResult(f"{form}: got {len(results)} results, expected {len(truth)}")
+    aligned = {}
+    for key, expected in truth.items():
+        result = results[key]
+        if result.numel() != expected.numel():
+            raise WrongResult(
+                f"{form}: {key} has shape {tuple(result.shape)}, expected {tuple(expected.shape)}"
+            )
+        aligned[key] = result.reshape(expected.shape)
+    return aligned

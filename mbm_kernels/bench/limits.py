@@ -1,0 +1,58 @@
+"""How near to the machine's limits a time is.
+
+The limits are measured on the same number of threads: arithmetic as the rate of a 1024-cubed
+float32 torch.mm, a proxy for the FMA peak that no row can be expected to pass by much, and memory
+as the rate of copying 128 MiB, read and written bytes both counted.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from mbm_kernels.bench import timing
+
+SIDE = 1024
+COPY_BYTES = 128 * 2**20
+SECONDS = 0.4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cannot do without: floating operations (an FMA is 2) and bytes moved once."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured rates of this machine; `source` says of the arithmetic one how."""
+
+    operations_per_s: float
+    bytes_per_s: float
+    source: str = "float32 torch.mm, 1024 cubed"
+
+    def least_seconds(self, work: Work) -> tuple[float, str]:
+        """The larger of the two bounds, and its name: "arithmetic" or "memory"."""
+        arithmetic = work.operations / self.operations_per_s
+        memory = work.bytes / self.bytes_per_s
+        return (arithmetic, "arithmetic") if arithmetic >= memory else (memory, "memory")
+
+
+@functools.cache
+def measure(threads: int) -> Limits:
+    """The limits on `threads` threads, best sample of each; measured once in a process."""
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    product = torch.empty(SIDE, SIDE)
+    source = torch.ones(COPY_BYTES // 4)
+    target = torch.zeros_like(source)
+    with timing.threads(threads), torch.no_grad():
+        times = timing.interleave(
+            {
+                "mm": lambda: torch.mm(a, b, out=product),
+                "copy": lambda: target.copy_(source),
+            },
+            SECONDS,
+        )
+    return Limits(2 * SIDE**3 / times["mm"].min() * 1e9, 2 * COPY_BYTES / times["copy"].min() * 1e9)

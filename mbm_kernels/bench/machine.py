@@ -1,0 +1,141 @@
+"""The machine that a result belongs to, and its name as a folder."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbm_kernels._core import env, native
+from mbm_kernels.info import package_versions
+
+WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+HEAPS = ("default", "warm")
+VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel", "HygonGenuine": "hygon"}
+MEASURED_CODE = ("csrc", "mbm_kernels", "setup.py", "benchmarks/*.py")
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _fields(cpuinfo: str) -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo."""
+    first = cpuinfo.strip().split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def best_isa(cpuinfo: str) -> str:
+    """The widest code path of csrc that these CPU flags allow."""
+    fields = _fields(cpuinfo)
+    flags = set(fields.get("flags", "").split())
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        return "avx512"
+    if {"avx2", "fma", "f16c"} <= flags:
+        return "avx2"
+    return "baseline"
+
+
+def cpu_slug(cpuinfo: str, isa: str | None = None) -> str:
+    """Vendor, family, model and ISA, as `amd-family26-model2-avx512`.
+
+    A name alone, such as "AMD EPYC", is shared by generations.
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo.
+        isa: the code path in use, where it is not the best of the CPU's.
+    """
+    fields = _fields(cpuinfo)
+    isa = isa or best_isa(cpuinfo)
+    if "vendor_id" in fields and "cpu family" in fields:
+        vendor = VENDORS.get(fields["vendor_id"], slug(fields["vendor_id"]))
+        return f"{vendor}-family{fields['cpu family']}-model{fields.get('model', '0')}-{isa}"
+    if "CPU implementer" in fields:
+        part = fields.get("CPU part", "0x0")
+        return f"arm-implementer{int(fields['CPU implementer'], 16)}-part{int(part, 16)}-{isa}"
+    return f"{slug(platform.machine() or 'unknown')}-{isa}"
+
+
+def read_cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def device() -> str:
+    """The folder of this machine's CPU results."""
+    return cpu_slug(read_cpuinfo(), native.isa())
+
+
+def heap() -> str:
+    """The heap mode of this process: "default", "warm", or "custom" for other malloc settings."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    if not given:
+        return "default"
+    return "warm" if given == WARM_HEAP else "custom"
+
+
+def heap_environment(mode: str) -> dict[str, str]:
+    """The environment in which a re-executed process has that heap.
+
+    In the warm heap freed memory stays mapped, so that calls with large tensors do not page-fault
+    each time.
+
+    Raises:
+        ValueError: for an unknown mode, or "warm" without glibc, whose malloc it sets.
+    """
+    if mode not in HEAPS:
+        raise ValueError(f"heap: got {mode!r}; expected one of {', '.join(HEAPS)}; fix the name")
+    if mode == "warm" and platform.libc_ver()[0] != "glibc":
+        raise ValueError("heap: got 'warm'; expected glibc, whose malloc it sets; use 'default'")
+    rest = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
+    return rest | (WARM_HEAP if mode == "warm" else {})
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit(folder: Path) -> str | None:
+    """The commit checked out in `folder`, None outside git."""
+    return _git(folder, "rev-parse", "HEAD")
+
+
+def is_dirty(folder: Path) -> bool | None:
+    """Whether the measured code differs from that commit; None outside git."""
+    changes = _git(folder, "status", "--porcelain", "--", *MEASURED_CODE)
+    return None if changes is None else bool(changes)
+
+
+def facts() -> dict[str, Any]:
+    """What else a figure depends on, ready for JSON."""
+    fields = _fields(read_cpuinfo())
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "isa": native.isa() or best_isa(read_cpuinfo()),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "openmp_runtimes": native.openmp_runtimes(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": package_versions(),
+        "system": f"{platform.system()} {platform.release()}",
+        "environment": env.in_force(),
+        "libc": " ".join(platform.libc_ver()),
+        "byteorder": sys.byteorder,
+    }
+
+
+def load() -> float | None:
+    """Processes that want to run, averaged over a minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

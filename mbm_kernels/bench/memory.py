@@ -1,0 +1,43 @@
+"""The most memory that a call adds to the process, where Linux's /proc tells."""
+
+import ctypes
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+PROC = Path("/proc/self")
+
+
+def _status(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(match.group(1)) * 1024
+
+
+def _malloc_trim() -> bool:
+    """Gives free heap pages back to the kernel; False where the C library cannot."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
+def peak_extra_bytes(call: Callable[[], object]) -> int | None:
+    """VmHWM of one call minus VmRSS before it, its outputs included; None where it is not known.
+
+    The kernel counts in pages per thread, so that less than about 1 MiB is noise. Call it once
+    before: caches filled by a first call would count too.
+    """
+    try:
+        if not _malloc_trim():
+            return None
+        (PROC / "clear_refs").write_text("5")  # VmHWM = VmRSS
+        before = _status("VmRSS")
+        outputs = call()
+        peak = _status("VmHWM")
+    except OSError:
+        return None
+    del outputs
+    return max(0, peak - before)

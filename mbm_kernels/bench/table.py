@@ -1,0 +1,177 @@
+"""Rows as a table: for the terminal, and as markdown between the README's markers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mbm_kernels.bench.benchmark import FORWARD
+from mbm_kernels.bench.results import Row, write_atomically
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
+COLOURS = {"faster": "green", "slower": "red", "same": "yellow"}
+README_HEAP, README_THREADS = "warm", 2
+
+
+def console_for_rows() -> Console:
+    """The terminal, or a file or pipe as wide as the widest table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
+
+def milliseconds(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def mebibytes(value: int | None) -> str:
+    if value is None:
+        return "?"
+    size = value / 2**20
+    return "<1" if size < 1 else f"{size:,.0f}"
+
+
+def short_pass(name: str) -> str:
+    return "fwd" if name == FORWARD else "fwd+bwd"
+
+
+def _memory(row: Row) -> str:
+    peaks = row["peak_extra_bytes"]
+    return f"{mebibytes(peaks['mbm'])} / {mebibytes(peaks[row['stock_form']])}"
+
+
+def _others(row: Row) -> str:
+    others = [f"{n} {r:.2f}x" for n, r in row["ratios"].items() if n != row["stock_form"]]
+    return ", ".join(others + [f"no {name}" for name in row["unavailable"]])
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return (row["op"], row["heap"], -row["threads"])
+
+
+def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
+    """One table for each operation and heap; narrow terminals get fewer columns."""
+    console = console or console_for_rows()
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["heap"]), []).append(row)
+    for (op, heap), group in groups.items():
+        console.print(_table(op, heap, group, console.width))
+    if rows:
+        console.print(
+            "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster. "
+            "thr: threads. limit: share of the machine's measured arithmetic or memory rate. "
+            "+MiB: peak extra memory of a call.[/dim]"
+        )
+
+
+def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
+    table = Table(
+        title=f"{op}, {heap} heap", title_justify="left", box=None, padding=(0, 1), pad_edge=False
+    )
+    table.add_column("case", min_width=16, overflow="fold")
+    table.add_column("pass", no_wrap=True)
+    table.add_column("thr", no_wrap=True)
+    if width >= NARROW:
+        table.add_column("backend", no_wrap=True)
+    table.add_column("mbm ms", justify="right", no_wrap=True)
+    table.add_column("best stock", min_width=8)
+    for name in ("stock ms", "ratio", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if width >= MEDIUM:
+        table.add_column("limit", justify="right", no_wrap=True)
+        table.add_column("+MiB mbm / stock", justify="right", no_wrap=True)
+    if width >= WIDE:
+        table.add_column("other forms")
+    for row in rows:
+        head = [escape(row["case"]), short_pass(row["pass"]), str(row["threads"])]
+        if width >= NARROW:
+            head.append(row["backend"])
+        if "wrong" in row:
+            table.add_row(*head, "[red]WRONG[/red]", "see below")
+            continue
+        colour = COLOURS[row["verdict"]]
+        cells = [
+            *head,
+            milliseconds(row["mbm_ms"]),
+            row["stock_form"],
+            milliseconds(row["stock_ms"]),
+            f"[{colour}]{row['ratio']:.2f}x[/{colour}]",
+            f"{row['ratio_lo']:.2f}-{row['ratio_hi']:.2f}",
+        ]
+        if width >= MEDIUM:
+            limit = row.get("limit")
+            cells += [f"{100 * limit['share']:.0f} %" if limit else "", _memory(row)]
+        if width >= WIDE:
+            cells.append(_others(row))
+        table.add_row(*cells)
+    return table
+
+
+def markdown(found: dict[str, Any], path: str) -> str:
+    """The README's table of a results file: the warm heap on 2 threads, losing rows too.
+
+    Args:
+        found: the file's content.
+        path: where the README's reader finds it.
+    """
+    machine, commit = found["machine"], found["commit"]
+    rows = [
+        row
+        for row in found["rows"]
+        if row["heap"] == README_HEAP
+        and row["threads"] == README_THREADS
+        and not row["quick"]
+        and "wrong" not in row
+    ]
+    lines = [
+        f"{machine['cpu']} ({found['device']}), {README_THREADS} threads, {README_HEAP} heap, "
+        f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}. "
+        "Ratio: best stock form / mbm_kernels, medians of interleaved rounds, with the bootstrap "
+        "95 % interval; below 1 stock is faster. MiB: peak extra memory of a call. "
+        f"One thread, the default heap and every stock form: [{path}]({path}).",
+        "",
+        "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | "
+        "MiB mbm / stock |",
+        "|---|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows, key=_order):
+        cells = [
+            row["op"],
+            row["case"],
+            row["pass"],
+            row["backend"],
+            row["stock_form"],
+            milliseconds(row["stock_ms"]),
+            milliseconds(row["mbm_ms"]),
+            f"{row['ratio']:.2f} ({row['ratio_lo']:.2f} to {row['ratio_hi']:.2f})",
+            _memory(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace_between_markers(text: str, table: str) -> str:
+    """`text` with what stands between its two markers replaced.
+
+    Raises:
+        ValueError: when the markers are missing, doubled or in the wrong order.
+    """
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin or text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"README: got no single pair of markers; expected {BEGIN} and then {END}; "
+            "put both where the table belongs"
+        )
+    return f"{text[: begin + len(BEGIN)]}\n{table}\n{text[end:]}"
+
+
+def update_readme(readme: Path, found: dict[str, Any], results: Path) -> None:
+    path = results.resolve()
+    root = readme.resolve().parent
+    link = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+    write_atomically(readme, replace_between_markers(readme.read_text(), markdown(found, link)))

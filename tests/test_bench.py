@@ -1,0 +1,524 @@
+"""mbm_kernels.bench: statistics, files, names of machines, tables, and no speed without right."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import mbm_kernels
+from mbm_kernels.bench import (
+    BOTH,
+    FORWARD,
+    Benchmark,
+    Case,
+    Form,
+    Work,
+    as_called,
+    cli,
+    correct,
+    harness,
+    limits,
+    machine,
+    memory,
+    results,
+    statistics,
+    table,
+    timing,
+)
+
+from .conftest import raises
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+OPS = [path.stem.removeprefix("bench_") for path in sorted(BENCHMARKS.glob("bench_*.py"))]
+FAST = harness.Settings(threads=(1,), seconds=0.02, min_rounds=3, compile=False)
+
+AMD = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 26
+model\t\t: 2
+model name\t: AMD EPYC
+flags\t\t: fpu sse2 fma f16c avx avx2 avx512f avx512dq avx512bw avx512vl avx512_vnni
+
+processor\t: 1
+vendor_id\t: AuthenticAMD
+cpu family\t: 99
+"""
+INTEL = """processor\t: 0
+vendor_id\t: GenuineIntel
+cpu family\t: 6
+model\t\t: 94
+model name\t: Intel(R) Core(TM) i7-6700 CPU @ 3.40GHz
+flags\t\t: fpu sse2 fma f16c avx avx2
+"""
+ARM = """processor\t: 0
+BogoMIPS\t: 243.75
+Features\t: fp asimd
+CPU implementer\t: 0x41
+CPU part\t: 0xd0c
+"""
+
+
+def noisy(rounds, scale, seed, drift):
+    """Times with jitter, one outlier in ten and a drift that both forms share."""
+    generator = np.random.default_rng(seed)
+    jitter = generator.normal(1, 0.04, rounds) + 3 * (generator.random(rounds) < 0.1)
+    return 1e6 * scale * jitter * drift
+
+
+class TestStatistics:
+    drift = np.linspace(1, 2.5, 40)
+
+    def test_same_against_same_contains_one(self):
+        inside = 0
+        for seed in range(100):
+            a, b = (noisy(40, 1.0, 2 * seed + i, self.drift) for i in range(2))
+            ratio = statistics.paired_ratio(a, b)
+            inside += ratio.low <= 1 <= ratio.high
+            assert ratio.verdict() == "same"
+        assert inside >= 90
+
+    def test_slow_down_of_a_fifth_is_seen(self):
+        for seed in range(50):
+            stock, mbm = (noisy(40, s, 2 * seed + i, self.drift) for i, s in enumerate((1, 1.2)))
+            ratio = statistics.paired_ratio(stock, mbm)
+            assert ratio.verdict() == "slower"
+            assert ratio.value == pytest.approx(1 / 1.2, rel=0.05)
+            assert statistics.paired_ratio(mbm, stock).verdict() == "faster"
+
+    def test_interval_is_repeatable(self):
+        a, b = (noisy(20, 1.0, i, 1) for i in range(2))
+        assert statistics.paired_ratio(a, b) == statistics.paired_ratio(a, b)
+
+    def test_summary(self):
+        summary = statistics.Summary.of(np.arange(1, 102) * 1e6)
+        assert (summary.median_ms, summary.p20_ms, summary.p80_ms) == (51, 21, 81)
+        assert summary.rounds == 101
+
+    def test_bad_input(self):
+        with raises(ValueError, "same number"):
+            statistics.paired_ratio(np.ones(3), np.ones(4))
+        with raises(ValueError, "at least 1"):
+            statistics.paired_ratio(np.ones(0), np.ones(0))
+
+
+class TestTiming:
+    def test_samples_last_long_enough(self):
+        loops, per_call = timing.calibrate(lambda: None, 200_000)
+        assert loops * per_call >= 200_000
+
+    def test_rounds_hold_every_form_once_in_changing_order(self, monkeypatch):
+        calls, order = {"a": lambda: None, "b": lambda: None, "c": lambda: None}, []
+        names = {call: name for name, call in calls.items()}
+        monkeypatch.setattr(timing, "calibrate", lambda call: (1, 1e6))
+        monkeypatch.setattr(timing, "sample", lambda call, loops: order.append(names[call]) or 1.0)
+        times = timing.interleave(calls, 0.0, min_rounds=20)
+        rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+        assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+        assert len(set(rounds)) > 3
+        assert {name: len(t) for name, t in times.items()} == {"a": 20, "b": 20, "c": 20}
+
+    def test_slower_function_has_larger_times(self):
+        times = timing.interleave(
+            {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.003)}, 0.0
+        )
+        assert statistics.paired_ratio(times["long"], times["short"]).low > 1.5
+
+    def test_threads_are_restored(self):
+        before = torch.get_num_threads()
+        with timing.threads(before + 1):
+            assert torch.get_num_threads() == before + 1
+        assert torch.get_num_threads() == before
+
+
+class TestMachine:
+    def test_slugs(self):
+        assert machine.cpu_slug(AMD) == "amd-family26-model2-avx512"
+        assert machine.cpu_slug(AMD, "avx2") == "amd-family26-model2-avx2"
+        assert machine.cpu_slug(INTEL) == "intel-family6-model94-avx2"
+        assert machine.cpu_slug(ARM) == "arm-implementer65-part3340-baseline"
+        assert machine.cpu_slug("").endswith("-baseline")
+        assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+    def test_heaps(self, monkeypatch):
+        for name in list(os.environ):
+            if name.startswith("MALLOC_"):
+                monkeypatch.delenv(name)
+        assert machine.heap() == "default"
+        monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+        assert machine.heap() == "custom"
+        assert "MALLOC_ARENA_MAX" not in machine.heap_environment("default")
+        with raises(ValueError, "heap: got 'hot'", "default, warm"):
+            machine.heap_environment("hot")
+        warm = machine.heap_environment("warm")
+        code = "from mbm_kernels.bench import machine; print(machine.heap())"
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=warm, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == "warm"
+
+    def test_commit(self, tmp_path):
+        assert machine.commit(tmp_path) is None
+        assert machine.is_dirty(tmp_path) is None
+
+    def test_facts_are_json(self):
+        facts = machine.facts()
+        assert json.loads(json.dumps(facts)) == facts
+        assert facts["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no Linux /proc")
+class TestMemory:
+    def test_peak_of_a_call(self):
+        def call():
+            temporary = torch.ones(16 * 2**20)  # 64 MiB, gone at the end
+            return (temporary + 1)[:1].clone()  # and as much again
+
+        call()
+        peak = memory.peak_extra_bytes(call)
+        if peak is None:
+            pytest.skip("the kernel or the C library does not tell")
+        assert 100 * 2**20 < peak < 160 * 2**20
+        assert memory.peak_extra_bytes(lambda: None) < 4 * 2**20
+
+    def test_unknown_is_none(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory, "PROC", tmp_path / "absent")
+        assert memory.peak_extra_bytes(lambda: None) is None
+
+
+def row(**changes):
+    return {
+        "op": "gru",
+        "case": "B1 T32",
+        "pass": FORWARD,
+        "dtype": "float32",
+        "threads": 2,
+        "heap": "warm",
+        "backend": "cpu",
+        "quick": False,
+        "mbm_ms": 0.5,
+        "stock_form": "eager",
+        "stock_ms": 2.0,
+        "ratio": 4.0,
+        "ratio_lo": 3.9,
+        "ratio_hi": 4.1,
+        "verdict": "faster",
+        "ratios": {"eager": 4.0, "compile": 5.0},
+        "unavailable": {},
+        "peak_extra_bytes": {"mbm": 2**20, "eager": None},
+        **changes,
+    }
+
+
+class TestResults:
+    @pytest.fixture(autouse=True)
+    def _no_out(self, monkeypatch):
+        monkeypatch.delenv("OUT", raising=False)
+
+    def test_round_trip_and_merge(self, tmp_path):
+        commit = "0123456789abcdef"
+        file = results.ResultsFile(tmp_path, commit, "2026-11-30")
+        assert file.path == tmp_path / machine.device() / "2026-11-30-0123456.json"
+        assert file.rows() == []
+        file.append(row())
+        # Another operation, on another day, in another process: the same file.
+        other = results.ResultsFile(tmp_path, commit, "2026-12-01")
+        other.append(row(op="gru_cell"))
+        file.append(row(heap="default"))
+        file.append(row(mbm_ms=0.4))
+        found = results.read(file.path)
+        assert [(r["op"], r["heap"], r["mbm_ms"]) for r in found["rows"]] == [
+            ("gru_cell", "warm", 0.5),
+            ("gru", "default", 0.5),
+            ("gru", "warm", 0.4),
+        ]
+        assert (found["schema"], found["commit"]) == (results.SCHEMA, commit)
+        assert len(list(tmp_path.rglob("*"))) == 2
+
+    def test_losing_rows_of_a_named_backend_stay(self, tmp_path):
+        file = results.ResultsFile(tmp_path, "a" * 40)
+        file.append(row(backend="cpu", ratio=0.5))
+        file.append(row(backend="torch", ratio=1.0))
+        assert [r["ratio"] for r in file.rows()] == [0.5, 1.0]
+
+    def test_out_and_no_commit(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("OUT", str(tmp_path / "out"))
+        file = results.ResultsFile(tmp_path / "base", None, "2026-11-30")
+        assert file.path == tmp_path / "out" / "2026-11-30-nocommit.json"
+        file.append(row())
+        assert results.read(file.path)["commit"] is None
+
+    @pytest.mark.parametrize("stage", ["fsync", "replace"])
+    def test_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch, stage):
+        path = tmp_path / "result.json"
+        results.write_atomically(path, "old")
+
+        def stop(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(*((os, "fsync") if stage == "fsync" else (Path, "replace")), stop)
+        with pytest.raises(KeyboardInterrupt):
+            results.write_atomically(path, "new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_foreign_files(self, tmp_path):
+        path = tmp_path / "x.json"
+        path.write_text('{"schema": 99}')
+        with raises(ValueError, "got schema 99", "expected 1"):
+            results.read(path)
+        path.write_text('{"schema": 1, "ro')
+        with raises(ValueError, "not JSON"):
+            results.read(path)
+
+
+class TestTable:
+    @pytest.mark.parametrize("width", [80, 100, 160])
+    def test_nothing_is_cut_off(self, width):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        losing = row(ratio=0.5, ratio_lo=0.45, ratio_hi=0.55, verdict="slower", op="gru_cell")
+        table.print_rows([row(), losing, row(**{"pass": BOTH}, heap="default")], console)
+        text = console.export_text()
+        assert "…" not in text
+        for part in ("4.00x", "3.90-4.10", "0.50x", "0.45-0.55", "default heap", "fwd+bwd"):
+            assert part in text
+        assert ("compile 5.00x" in text) == (width >= table.WIDE)
+
+    def test_wrong_rows_have_no_speed(self):
+        console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        wrong = {n: row()[n] for n in results.KEY} | {"wrong": "error 1 over the budget"}
+        table.print_rows([wrong], console)
+        line = console.export_text().splitlines()[2]
+        assert "WRONG" in line
+        assert "x " not in line
+
+    def test_markdown_between_markers(self, tmp_path):
+        file = results.ResultsFile(tmp_path / "results", "a" * 40)
+        file.append(row())
+        file.append(row(op="gru_cell", ratio=0.8, ratio_lo=0.7, ratio_hi=0.9))
+        file.append(row(heap="default", ratio=9.0))
+        file.append(row(threads=1, ratio=8.0))
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{table.BEGIN}\nstale\n{table.END}\nafter\n")
+        for _ in range(2):
+            table.update_readme(readme, results.read(file.path), file.path)
+        text = readme.read_text()
+        assert text.startswith(f"before\n{table.BEGIN}\n")
+        assert text.endswith(f"{table.END}\nafter\n")
+        assert "stale" not in text
+        assert "| gru | B1 T32 | forward | cpu | eager | 2 | 0.5 | 4.00 (3.90 to 4.10) |" in text
+        assert "0.80 (0.70 to 0.90)" in text
+        assert "9.00" not in text
+        assert "8.00" not in text
+        assert f"results/{machine.device()}/{file.path.name}" in text
+
+    @pytest.mark.parametrize(
+        "text", ["", table.BEGIN, table.END + table.BEGIN, (table.BEGIN + table.END) * 2]
+    )
+    def test_missing_markers(self, text):
+        with raises(ValueError, "markers"):
+            table.replace_between_markers(text, "new")
+
+
+def make(case, generator):
+    b, t, s, d = (case.sizes[letter] for letter in "BTSD")
+    return {
+        "query": torch.randn(b, t, d, generator=generator),
+        "key": torch.randn(b, s, d, generator=generator),
+        "value": torch.randn(b, s, d, generator=generator),
+        "v": torch.randn(d, generator=generator),
+    }
+
+
+def stock_form(query, key, value, v):
+    weights = (torch.tanh(query[:, :, None] + key[:, None]) @ v).softmax(-1)
+    return weights @ value, weights
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def wrong_forward(inputs):
+    return (lambda query, **rest: stock_form(query * 1.0001, **rest)), inputs
+
+
+def wrong_gradient(inputs):
+    return (lambda query, **rest: stock_form(WrongGradient.apply(query), **rest)), inputs
+
+
+def benchmark_of(function=None, stock=stock_form, case=None):
+    return Benchmark(
+        op="additive_attention",
+        cases=[case or Case({"B": 2, "T": 3, "S": 5, "D": 8}, quick=True)],
+        make=make,
+        stock=lambda case: {"eager": Form(as_called(stock))},
+        work=lambda case, which: Work(1e3, 1e3),
+        function=function,
+    )
+
+
+class TestHarness:
+    @pytest.fixture(autouse=True)
+    def _limits(self, monkeypatch):
+        monkeypatch.setattr(limits, "measure", lambda threads: limits.Limits(1e9, 1e9))
+
+    def test_rows(self):
+        benchmark = benchmark_of()
+        settings = harness.Settings(threads=(2, 1), seconds=0.01, min_rounds=3, backend="torch")
+        found = list(harness.run(benchmark, benchmark.cases, settings))
+        assert [(r["pass"], r["threads"]) for r in found] == [
+            (FORWARD, 2),
+            (FORWARD, 1),
+            (BOTH, 2),
+            (BOTH, 1),
+        ]
+        for r in found:
+            assert json.loads(json.dumps(r)) == r
+            assert (r["backend"], r["stock_form"]) == ("torch", "eager")
+            assert 0 < r["ratio_lo"] <= r["ratio"] <= r["ratio_hi"]
+            assert 0 <= r["error_of_budget"] <= 1
+            assert r["limit"]["share"] == pytest.approx(1e-6 / (r["mbm_ms"] * 1e-3))
+
+    @pytest.mark.parametrize(
+        ("function", "right"), [(wrong_forward, ()), (wrong_gradient, (FORWARD,))]
+    )
+    def test_wrong_kernel_yields_no_speed(self, function, right, tmp_path, capsys):
+        benchmark = benchmark_of(function)
+        found = list(harness.run(benchmark, benchmark.cases, FAST))
+        for r in found:
+            assert ("wrong" not in r) == ("ratio" in r) == ("mbm_ms" in r) == (r["pass"] in right)
+        code = cli.measure([benchmark], FAST, root=tmp_path, base=tmp_path)
+        assert code == cli.EXIT_WRONG
+        assert "over the budget" in capsys.readouterr().out
+        (path,) = tmp_path.rglob("*.json")
+        assert "ratio" not in results.read(path)["rows"][-1]
+
+    def test_stock_form_of_other_maths_is_refused(self):
+        def other(query, key, value, v):
+            return stock_form(query * 1.5, key, value, v)
+
+        benchmark = benchmark_of(stock=other)
+        with pytest.raises(correct.WrongResult, match="computes something else"):
+            correct.check(benchmark, benchmark.cases[0], FORWARD)
+
+    def test_smaller_check_uses_the_backend_that_is_timed(self, monkeypatch):
+        case = Case({"B": 4, "T": 3, "S": 5, "D": 8}, check={"B": 1}, passes=(FORWARD,))
+        checked = []
+        monkeypatch.setattr(harness, "check", lambda *args: checked.append(args[3]) or {})
+        with monkeypatch.context() as patch:
+            select = mbm_kernels._core.dispatch.select
+
+            def large_only(op, backend, device, dtype, sizes):
+                assert sizes["B"] == 4
+                return select(op, "torch", device, dtype, sizes)
+
+            patch.setattr(mbm_kernels._core.dispatch, "select", large_only)
+            (found,) = harness.run(benchmark_of(case=case), [case], FAST)
+        assert checked == ["torch"]
+        assert found["backend"] == "torch"
+
+    def test_best_stock_form_is_the_fastest(self):
+        def slow(**inputs):
+            time.sleep(0.005)
+            return stock_form(**inputs)
+
+        benchmark = benchmark_of()
+        forms = {"slow": Form(as_called(slow)), "fast": Form(as_called(stock_form))}
+        object.__setattr__(benchmark, "stock", lambda case: forms)
+        found = next(harness.run(benchmark, benchmark.cases, FAST))
+        assert found["stock_form"] == "fast"
+        assert found["ratios"]["slow"] > found["ratios"]["fast"] == found["ratio"]
+
+    def test_form_that_does_not_compile_says_why(self, monkeypatch):
+        def fails(function, **options):
+            def compiled(**inputs):
+                raise RuntimeError("no compiler\nlong story")
+
+            return compiled
+
+        monkeypatch.setattr(torch, "compile", fails)
+        benchmark = benchmark_of()
+        forms = {
+            "eager": Form(as_called(stock_form)),
+            "compile": Form(as_called(stock_form), compile=True),
+        }
+        object.__setattr__(benchmark, "stock", lambda case: forms)
+        settings = harness.Settings(threads=(1,), seconds=0.01, min_rounds=3)
+        found = next(harness.run(benchmark, benchmark.cases, settings))
+        assert found["unavailable"] == {"compile": "RuntimeError: no compiler"}
+
+    def test_a_stop_loses_no_row(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("OUT", raising=False)
+
+        def rows(*args, **named):
+            yield row()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(harness, "run", rows)
+        with pytest.raises(KeyboardInterrupt):
+            cli.measure([benchmark_of()], FAST, root=tmp_path, base=tmp_path)
+        (path,) = tmp_path.rglob("*.json")
+        assert len(results.read(path)["rows"]) == 1
+
+    def test_unknown_case(self, tmp_path):
+        with raises(ValueError, "case: got 'B99'", "B2 T3 S5 D8"):
+            cli.measure([benchmark_of()], FAST, root=tmp_path, base=None, case="B99")
+
+
+class TestBenchmarks:
+    def test_every_op_has_one(self):
+        assert set(mbm_kernels.ops.__all__) <= set(OPS)
+
+    @pytest.mark.parametrize("op", [op for op in OPS if op != "captioner"])
+    def test_smallest_case_is_right(self, op):
+        (benchmark,) = cli.load(BENCHMARKS, [op])
+        case = random.Random(0).choice(benchmark.choose(None, quick=True))
+        for which in case.passes:
+            shares = correct.check(benchmark, case, which)
+            assert shares
+            assert max(shares.values()) <= 1
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_labels_differ(self, op):
+        (benchmark,) = cli.load(BENCHMARKS, [op])
+        keys = [(case.label, which) for case in benchmark.cases for which in case.passes]
+        assert len(set(keys)) == len(keys)
+        assert any(case.quick for case in benchmark.cases)
+
+    def test_unknown_op_and_folder(self, tmp_path):
+        with raises(ValueError, "op: got 'gruu'", "gru, gru_cell"):
+            cli.load(BENCHMARKS, ["gruu"])
+        with raises(ValueError, "bench_<op>.py", "checkout"):
+            cli.load(tmp_path)
+
+    @pytest.mark.slow
+    def test_script(self, tmp_path):
+        command = [sys.executable, str(BENCHMARKS / "bench_gru_cell.py"), "--quick", "--threads=1"]
+        command += ["--no-compile", "--seconds=0.1", "--results", str(tmp_path)]
+        environment = {n: v for n, v in os.environ.items() if n != "OUT"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        (path,) = tmp_path.rglob("*.json")
+        found = results.read(path)
+        assert {r["heap"] for r in found["rows"]} == {"warm"}
+        assert path.parent.name == found["device"] == machine.device()
+        done = subprocess.run(
+            [*command, "--heap=hot"], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == cli.EXIT_BAD_INPUT
+        assert done.stderr.startswith("error: heap: got 'hot'")
+        assert "Traceback" not in done.stderr
