@@ -101,6 +101,10 @@ class TestLinearCrossEntropy(OpSuite):
         for name, grad in zip(leaves, torch.autograd.grad(loss, leaves.values()), strict=True):
             assert grad.dtype == torch.float32, name
             assert torch.isfinite(grad).all(), name
+        # Only the projection is rounded to bfloat16: softmax and sums are not.
+        logits = F.linear(cast["hidden"], cast["weight"], cast["bias"]).double()
+        exact = F.cross_entropy(logits, cast["target"]).float()
+        torch.testing.assert_close(loss, exact, rtol=1e-6, atol=1e-6)
         double = map_floating(inputs, lambda x: x.detach().double())
         with torch.autocast("cpu", torch.bfloat16):
             assert self.run(double, backend)[0].dtype == torch.float64

@@ -187,6 +187,10 @@ class TestLinearDistillationLoss(OpSuite):
                 expected = self.run({**inputs, **low}, backend)
                 for output, e in zip(outputs, expected, strict=True):
                     assert torch.equal(output.bfloat16(), e)
+                # Only the projections are rounded to bfloat16: softmax and sums are not.
+                logits = F.linear(*(low[name] for name in STUDENT)).double()
+                exact = F.cross_entropy(logits, inputs["target"]).float()
+                torch.testing.assert_close(outputs[1], exact, rtol=1e-6, atol=1e-6)
             grads = torch.autograd.grad(outputs[0], leaves.values())
             assert all(o.dtype == torch.float32 for o in outputs)
             assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
@@ -324,20 +328,6 @@ class TestLinearDistillationLoss(OpSuite):
         for fewer, more in pairwise(rows):
             assert (more[kept] > fewer[kept] - 1e-12).all()
         assert (rows[-1][kept] > rows[0][kept]).all()
-
-    def test_no_gradient_to_the_teacher(self, backend):
-        for case in (self.cases[0], self.cases[6], self.cases[7]):
-            inputs = self.inputs(case, torch.float32)
-            teacher = [n for n in inputs if n.startswith("teacher") and inputs[n] is not None]
-            for name in teacher:
-                leaf = inputs[name][1] if name == "teacher_topk" else inputs[name]
-                leaf.requires_grad_()
-            assert not any(x.requires_grad for x in self.run(inputs, backend))
-            inputs["student_weight"].requires_grad_()
-            torch.stack(self.run(inputs, backend)).sum().backward()
-            for name in teacher:
-                leaf = inputs[name][1] if name == "teacher_topk" else inputs[name]
-                assert leaf.grad is None
 
     @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
     @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -66,6 +66,24 @@ def test_module_reads_its_backend():
         nn.LinearDistillationLoss(backend="cuda")(**arguments())
 
 
+def test_no_gradient_to_the_teacher():
+    ids, log_probs = topk()
+    linear = {k: v.requires_grad_() for k, v in arguments().items() if k.startswith("teacher")}
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    log_probs.requires_grad_()
+    for teacher, leaves in (
+        (linear, linear.values()),
+        ({"teacher_logits": logits}, [logits]),
+        ({"teacher_topk": (ids, log_probs)}, [log_probs]),
+    ):
+        given = {**without_teacher(), **teacher}
+        assert not any(x.requires_grad for x in mbm_kernels.linear_distillation_loss(**given))
+        weight = given["student_weight"].requires_grad_()
+        torch.stack(mbm_kernels.linear_distillation_loss(**given)).sum().backward()
+        assert weight.grad.abs().max() > 0
+        assert all(leaf.grad is None for leaf in leaves)
+
+
 @pytest.mark.parametrize("build", [nn.LinearDistillationLoss, None])
 def test_bad_options(build):
     def call(**option):

@@ -112,7 +112,7 @@ def _bins(
     The student's bins need no log_softmax over V: the one over bins removes its constant.
     """
     student = logits.gather(-1, ids)
-    teacher = log_probs.detach().to(logits.dtype).clamp_min(LOWEST)
+    teacher = log_probs.to(logits.dtype).clamp_min(LOWEST)
     if ids.size(-1) < logits.size(-1):
         rest = logits.scatter(-1, ids, -float("inf")).logsumexp(-1, keepdim=True)
         student = torch.cat((student, rest), -1)
