@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.op import in_functorch
-from mbm_kernels.ops.gru_cell.backend_torch import composite
+from mbm_kernels.ops.gru_cell.composite import composite
 
 # Packed sequences skip the steps past a row's length, but cost more per step backward: on a CPU
 # thread both forms take the same time, forward and backward, where 80 to 90 % of the steps are

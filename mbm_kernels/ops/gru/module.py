@@ -86,13 +86,17 @@ class GRU(torch.nn.GRU):
         if hx is not None:
             hx = self.permute_hidden(hx, sorted_indices)
             self.check_hidden_size(hx, self.get_expected_hidden_size(data, batch_sizes))
-        if int(batch_sizes[0]) == int(batch_sizes[-1]):
-            y, h_n = self._run(data.view(batch_sizes.size(0), -1, data.size(1)), hx, None)
+        batch = int(batch_sizes[0])
+        if batch == int(batch_sizes[-1]):
+            y, h_n = self._run(data.view(-1, batch, data.size(1)), hx, None)
             out = y.flatten(0, 1)
         else:
-            x, lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, -1)  # type: ignore[attr-defined]
+            lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+            places = _places(batch_sizes, data.size(0), batch).to(data.device)
+            x = data.new_zeros(batch_sizes.size(0) * batch, data.size(1))
+            x = x.index_copy(0, places, data).view(-1, batch, data.size(1))
             y, h_n = self._run(x, hx, lengths)
-            out, _ = torch._VF._pack_padded_sequence(y, lengths, False)  # type: ignore[attr-defined]
+            out = y.flatten(0, 1).index_select(0, places)
         packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(h_n, unsorted_indices)
 
@@ -152,6 +156,14 @@ class GRU(torch.nn.GRU):
     def extra_repr(self) -> str:
         shown: str = super().extra_repr()
         return shown if self.backend == "auto" else f"{shown}, backend={self.backend!r}"
+
+
+def _places(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
+    """Where each of a PackedSequence's rows lies in [T * B]; unlike ATen's padding, traceable."""
+    ends = batch_sizes.cumsum(0)
+    row = torch.arange(rows)
+    time = torch.searchsorted(ends, row, right=True)
+    return time * batch + row - (ends - batch_sizes)[time]
 
 
 traceable(GRU)

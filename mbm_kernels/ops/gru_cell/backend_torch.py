@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core.op import in_functorch
+from mbm_kernels.ops.gru_cell.composite import composite
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -29,11 +30,3 @@ def fwd(
     if in_functorch():
         return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), reserve
     return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh), reserve
-
-
-def composite(from_input: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
-    """The step after W_ih x + b_ih [B, 3H], for torch.func: aten's has no batching rule."""
-    input_r, input_z, input_n = from_input.chunk(3, -1)
-    state_r, state_z, state_n = F.linear(h, w_hh, b_hh).chunk(3, -1)
-    n = torch.tanh(input_n + torch.sigmoid(input_r + state_r) * state_n)
-    return n + torch.sigmoid(input_z + state_z) * (h - n)
