@@ -7,18 +7,25 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
+
+
+def widths(case):
+    """Features of the two inputs; "C2" where they differ."""
+    return case.sizes["C"], case.sizes.get("C2", case.sizes["C"])
 
 
 def make(case, generator):
-    b, t, c, k = (case.sizes[letter] for letter in "BTCK")
+    b, t, k = (case.sizes[letter] for letter in "BTK")
+    c, last = widths(case)
 
     def randn(*shape, scale=1.0):
         return torch.randn(*shape, generator=generator) * scale
 
     shared = 1 if case.options.get("shared") else t
     return {
-        "inputs": [randn(b, shared, c), randn(b, t, c)],
-        "weight": randn(k, 2 * c, scale=(2 * c) ** -0.5),
+        "inputs": [randn(b, shared, c), randn(b, t, last)],
+        "weight": randn(k, c + last, scale=(c + last) ** -0.5),
         "bias": randn(k, scale=0.1),
     }
 
@@ -40,10 +47,11 @@ def stock(case):
 
 
 def work(case, which):
-    b, t, c, k = (case.sizes[letter] for letter in "BTCK")
+    b, t, k = (case.sizes[letter] for letter in "BTK")
+    c, last = widths(case)
     shared = 1 if case.options.get("shared") else t
-    operations = 2 * b * (shared + t) * c * k
-    floats = b * (shared + t) * c + 2 * c * k + b * t * k
+    operations = 2 * b * (shared * c + t * last) * k
+    floats = b * (shared * c + t * last) + (c + last) * k + b * t * k
     return Work(operations, 4 * floats) if which == FORWARD else Work(3 * operations, 12 * floats)
 
 
@@ -51,12 +59,19 @@ def sizes(b, t, c, k):
     return {"B": b, "T": t, "C": c, "K": k}
 
 
+def captioner(size):
+    """The image vector beside the words' embeddings."""
+    found = SIZES[size]
+    shape = sizes(32, 16, found.features, found.hidden) | {"C2": found.embedding}
+    return Case(shape, {"shared": True}, f"captioner {size}", quick=size == "student")
+
+
 BENCHMARK = Benchmark(
     op="concat_linear",
     cases=[
         Case(sizes(32, 20, 512, 512), {"shared": True}, "first shared over T"),
         Case(sizes(32, 20, 512, 512)),
-        Case(sizes(32, 16, 192, 192), {"shared": True}, "captioner student", quick=True),
+        *(captioner(size) for size in SIZES),
     ],
     make=make,
     stock=stock,

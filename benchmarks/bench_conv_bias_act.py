@@ -1,5 +1,6 @@
 """conv_bias_act against convolution, activation and pooling, NCHW and channels_last."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, with_channels_last
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 
 def make(case, generator):
@@ -65,6 +67,17 @@ def body(channels, side):
     ]
 
 
+def captioner(size):
+    """The encoder's three pooled layers on 64x64 pictures, then its residual one."""
+    widths = (3, *SIZES[size].channels)
+    for i, (c, k) in enumerate(itertools.pairwise(widths)):
+        quick = size == "student" and i == 0
+        note = f"{size} {i + 1}, relu pool2"
+        yield Case(sizes(32, c, k, 64 >> i, 3), POOLED, note, quick=quick, check={"B": 4})
+    shape = sizes(32, widths[-1], widths[-1], 8, 3)
+    yield Case(shape, RESIDUAL, f"{size} residual", check={"B": 4})
+
+
 POOLED = {"activation": "relu", "max_pool": 2}
 STRIDED = {"activation": "relu", "stride": 2, "max_pool": (3, 2, 1)}
 RESIDUAL = {"activation": "relu", "residual": True}
@@ -80,12 +93,7 @@ BENCHMARK = Benchmark(
         *body(512, 7),
         Case(sizes(16, 128, 128, 56, 3), {"groups": 128}, "depthwise", check={"B": 1}),
         Case(sizes(16, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
-        Case(sizes(32, 3, 48, 64, 3), POOLED, "teacher 1", check={"B": 4}),
-        Case(sizes(32, 48, 96, 32, 3), POOLED, "teacher 2", check={"B": 4}),
-        Case(sizes(32, 96, 192, 16, 3), POOLED, "teacher 3", check={"B": 4}),
-        Case(sizes(32, 192, 192, 8, 3), RESIDUAL, "teacher residual", check={"B": 4}),
-        Case(sizes(32, 3, 16, 64, 3), POOLED, "student 1", quick=True, check={"B": 4}),
-        Case(sizes(32, 16, 48, 32, 3), POOLED, "student 2", check={"B": 4}),
+        *(case for size in SIZES for case in captioner(size)),
     ],
     make=make,
     stock=lambda case: with_channels_last(build),

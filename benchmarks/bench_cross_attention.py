@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 
 def make(case, generator):
@@ -48,6 +49,12 @@ def sizes(b, n, t, s, d):
     return {"B": b, "N": n, "T": t, "S": s, "D": d}
 
 
+def captioner(size):
+    widths = SIZES[size]
+    shape = sizes(32, widths.heads, 16, 64, widths.features // widths.heads)
+    return Case(shape, MEAN, f"captioner {size}", quick=size == "student")
+
+
 MEAN = {"need_weights": "mean"}
 
 BENCHMARK = Benchmark(
@@ -56,8 +63,7 @@ BENCHMARK = Benchmark(
         Case(sizes(16, 8, 20, 196, 64)),
         Case(sizes(16, 8, 20, 196, 64), MEAN, "mean weights"),
         Case(sizes(16, 8, 20, 196, 64), {"need_weights": "heads"}, "weights of heads"),
-        Case(sizes(32, 8, 16, 64, 32), MEAN, "captioner teacher"),
-        Case(sizes(32, 4, 16, 64, 32), MEAN, "captioner student", quick=True),
+        *(captioner(size) for size in SIZES),
     ],
     make=make,
     stock=stock,

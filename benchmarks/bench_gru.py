@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 
 def make(case, generator):
@@ -86,6 +87,11 @@ def sizes(b, t, c, h):
     return {"B": b, "T": t, "C": c, "H": h}
 
 
+def captioner(size):
+    hidden = SIZES[size].hidden
+    return Case(sizes(32, 16, hidden, hidden), note=f"captioner {size}")
+
+
 BENCHMARK = Benchmark(
     op="gru",
     cases=[
@@ -94,8 +100,7 @@ BENCHMARK = Benchmark(
         Case(sizes(16, 32, 256, 512)),
         Case(sizes(64, 20, 512, 512)),
         Case(sizes(32, 64, 512, 512), {"lengths": "half"}, "lengths T/2"),
-        Case(sizes(32, 16, 384, 384), note="captioner teacher"),
-        Case(sizes(32, 16, 192, 192), note="captioner student"),
+        *(captioner(size) for size in SIZES),
     ],
     make=make,
     stock=stock,

@@ -6,6 +6,7 @@ import torch
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 
 def make(case, generator):
@@ -43,12 +44,16 @@ def sizes(b, c, h):
     return {"B": b, "C": c, "H": h}
 
 
+def captioner(size):
+    hidden = SIZES[size].hidden
+    return Case(sizes(32, hidden, hidden), note=f"captioner {size}")
+
+
 BENCHMARK = Benchmark(
     op="gru_cell",
     cases=[
         Case(sizes(1, 256, 512), quick=True),
-        Case(sizes(32, 384, 384), note="captioner teacher"),
-        Case(sizes(32, 192, 192), note="captioner student"),
+        *(captioner(size) for size in SIZES),
     ],
     make=make,
     stock=lambda case: eager_and_compiled(stock_module),

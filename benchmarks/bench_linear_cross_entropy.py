@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 IGNORE = -100
 
@@ -59,12 +60,17 @@ def sizes(n, h, v):
     return {"N": n, "H": h, "V": v}
 
 
+def captioner(size):
+    shape, quick = sizes(512, SIZES[size].hidden, 2000), size == "student"
+    return Case(shape, note=f"captioner {size}", quick=quick, check={"N": 128})
+
+
 BENCHMARK = Benchmark(
     op="linear_cross_entropy",
     cases=[
         Case(sizes(1280, 512, 10000), check={"N": 160}),
         Case(sizes(1280, 512, 10000), {"ignored": 0.4}, "40 % ignored", check={"N": 160}),
-        Case(sizes(512, 192, 2000), note="captioner student", quick=True, check={"N": 128}),
+        *(captioner(size) for size in SIZES),
     ],
     make=make,
     stock=stock,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.models.captioner import SIZES
 
 IGNORE = -100
 TEMPERATURE = 2.0
@@ -95,7 +96,12 @@ BENCHMARK = Benchmark(
     cases=[
         Case(sizes(1280, 512, 1024, 10000), check={"N": 160}),
         Case(sizes(1280, 512, 1024, 10000), {"ignored": 0.4}, "40 % ignored", check={"N": 160}),
-        Case(sizes(512, 192, 384, 2000), note="captioner", quick=True, check={"N": 128}),
+        Case(
+            sizes(512, SIZES["student"].hidden, SIZES["teacher"].hidden, 2000),
+            note="captioner",
+            quick=True,
+            check={"N": 128},
+        ),
     ],
     make=make,
     stock=stock,

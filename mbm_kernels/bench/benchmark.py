@@ -48,6 +48,12 @@ def as_called(function: Function) -> Callable[[Inputs], tuple[Function, Inputs]]
     return lambda inputs: (function, inputs)
 
 
+def compile_whole(function: Function) -> Function:
+    # One shape at a time: dynamic shapes would only slow the stock form.
+    compiled: Function = torch.compile(function, dynamic=False)
+    return compiled
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to compute the operation.
@@ -56,13 +62,15 @@ class Form:
         build: from the inputs, whose differentiable tensors are Parameters, to a function or
             module and its keyword arguments; a module must use those Parameters as its own.
         layout: applied to each floating input of four dimensions first.
-        compile: time it through torch.compile, recompiled for each case and thread count.
+        compile: time it through `compiler`, recompiled for each case and thread count.
+        compiler: torch.compile of the whole function, unless a model compiles its parts better.
         passes: where the form exists.
     """
 
     build: Callable[[Inputs], tuple[Function, Inputs]]
     layout: torch.memory_format | None = None
     compile: bool = False
+    compiler: Callable[[Function], Function] = compile_whole
     passes: tuple[str, ...] = PASSES
 
 
@@ -202,8 +210,7 @@ def prepare(form: Form, inputs: Inputs, diff: Sequence[str]) -> Prepared:
             leaves |= {f"{name}[{i}]": item for i, item in enumerate(value)}
     function, arguments = form.build(owned)
     if form.compile:
-        # One shape at a time: dynamic shapes would only slow the stock form.
-        function = torch.compile(function, dynamic=False)
+        function = form.compiler(function)
     return Prepared(function, arguments, leaves)
 
 

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from mbm_kernels._core.errors import BackendUnavailableError
@@ -17,6 +16,9 @@ from mbm_kernels.bench import harness, machine, results, table
 from mbm_kernels.bench.benchmark import Benchmark
 
 EXIT_WRONG, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+# Typer carries click within itself since 0.26 and uses the package before; both derive from this.
+ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 Quick = Annotated[
     bool,
@@ -148,6 +150,8 @@ def _run(
     results_folder: Path | None,
 ) -> int:
     wanted = heap or ("warm" if quick else "both")
+    if wanted not in (*machine.HEAPS, "both"):
+        raise ValueError(f"heap: got {heap!r}; expected default, warm or both; fix the name")
     modes = machine.HEAPS if wanted == "both" else (wanted,)
     environments = {mode: machine.heap_environment(mode) for mode in modes}  # raises before work
     if tuple(environments) != (machine.heap(),):
@@ -244,10 +248,10 @@ def _main(command: Callable[..., int], argv: list[str] | None = None) -> None:
     app.command()(command)
     try:
         code = app(argv, standalone_mode=False)
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; the rows so far are in the results file", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except (ValueError, OSError, BackendUnavailableError) as error:
