@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mbm_kernels._core import native
 
-_entries: dict[tuple[int, str], "_Entry"] = {}
+_entries: dict[tuple[int, Callable[..., None]], "_Entry"] = {}
 
 
 class _Entry:
@@ -22,48 +22,45 @@ class _Entry:
 
     def __init__(self, owner: "weakref.ref[Tensor]"):
         self.owner = owner
-        self.state: tuple[Any, ...] | None = None
+        self.state: list[Any] | None = None
         self.buffer: Tensor | None = None
 
 
 def packed(
-    kind: str,
-    owner: Tensor,
-    others: tuple[Tensor | None, ...],
-    size: Callable[[], int],
-    pack: Callable[[Tensor], None],
+    size: Callable[..., int], pack: Callable[..., None], owner: Tensor, *others: Tensor | None
 ) -> Tensor:
     """The packed form of `owner` and `others`, a float32 vector.
 
     Args:
-        kind: names the layout; one entry is kept for each owner and kind.
+        size: size(owner, *others), elements of the packed form in the ISA in use.
+        pack: pack(out, owner, *others) writes it. The buffer is written again when a weight
+            changes, so that training touches no new pages each step. One form is kept for each
+            owner and `pack`.
         owner: the weight with whose life the entry ends.
         others: further tensors packed with it; an entry made with others is redone.
-        size: elements of the packed form in the ISA in use.
-        pack: writes it; a buffer may be written again when the weight changes, so that training
-            touches no new pages each step.
     """
-    if owner.is_inference() or any(t is not None and t.is_inference() for t in others):
-        unkept = torch.empty(size())  # inference tensors count no versions
-        pack(unkept)
-        return unkept
-    state = (
-        native.cpu().isa(),
-        owner.data_ptr(),
-        owner._version,
-        *[None if t is None else (t.data_ptr(), t._version) for t in others],
-    )
-    key = (id(owner), kind)
+    sources = (owner, *others)
+    state: list[Any] = [native.cpu().isa()]
+    for tensor in sources:
+        if tensor is None:
+            state.append(None)
+        elif tensor.is_inference():  # counts no versions
+            unkept = torch.empty(size(*sources))
+            pack(unkept, *sources)
+            return unkept
+        else:
+            state += (tensor.data_ptr(), tensor._version)
+    key = (id(owner), pack)
     entry = _entries.get(key)
     if entry is None or entry.owner() is not owner:  # an id may be used again
         entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: _entries.pop(key, None)))
     if entry.buffer is not None and entry.state == state:
         return entry.buffer
-    elements = size()
+    elements = size(*sources)
     kept = entry.buffer
     fresh = kept if kept is not None and kept.numel() == elements else torch.empty(elements)
     entry.state = None
-    pack(fresh)
+    pack(fresh, *sources)
     entry.buffer, entry.state = fresh, state
     return fresh
 

@@ -59,7 +59,7 @@ def fwd(
         # Rows are saved one after another, valid ones only; the same call gives the same tensor.
         valid = int(lengths.clamp(0, steps).sum())
         reserve.view(-1, 4 * hidden)[valid:].zero_()
-    return y.to(dtype), h_n.to(dtype), reserve.to(dtype)
+    return packed.rounded(y, dtype), packed.rounded(h_n, dtype), packed.rounded(reserve, dtype)
 
 
 def bwd(
@@ -93,4 +93,4 @@ def bwd(
         packed.optional_dense(grad_h_n),
         tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
     )
-    return tuple(None if g is None else g.to(x.dtype) for g in grads)
+    return tuple(None if g is None else packed.rounded(g, x.dtype) for g in grads)

@@ -45,7 +45,7 @@ def fwd(
         reserve.data_ptr(),
         torch.get_num_threads(),
     )
-    return h_new.to(dtype), reserve.to(dtype)
+    return packed.rounded(h_new, dtype), packed.rounded(reserve, dtype)
 
 
 def bwd(
@@ -75,5 +75,5 @@ def bwd(
         packed.optional_dense(grad_h_new),
         tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
     )
-    grad_x, *others = (None if g is None else g.to(x.dtype) for g in grads)
+    grad_x, *others = (None if g is None else packed.rounded(g, x.dtype) for g in grads)
     return None if grad_x is None else grad_x.squeeze(0), *others
