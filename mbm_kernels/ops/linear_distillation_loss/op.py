@@ -217,8 +217,9 @@ def linear_distillation_loss(
             "k": 0 if ids is None else ids.size(-1),
         },
     )
-    shape = lead if reduction == "none" else ()
-    loss, hard, soft = (x.reshape(shape).to(result_dtype) for x in results)
+    if reduction == "none":
+        results = tuple(x.reshape(lead) for x in results)
+    loss, hard, soft = (x.to(result_dtype) for x in results)
     return loss, hard, soft
 
 
