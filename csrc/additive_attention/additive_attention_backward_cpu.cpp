@@ -41,16 +41,12 @@ inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, 
   }
   for (int64_t t = 0; t < T; ++t) {
     const vf a = load(query + 2 * t * kLanes), x = load(query + (2 * t + 1) * kLanes);
-    vf n[kKeys], inverse[kKeys], sum_query = zero(), sum_tanh = zero();
+    vf n[kKeys] = {}, inverse[kKeys] = {}, sum_query = zero(), sum_tanh = zero();
     if constexpr (form != Form::kDirect) {
 #pragma GCC unroll 4
-      for (int s = 0; s < kKeys; ++s) n[s] = fma(a, y[s], b[s]);
-#pragma GCC unroll 2
-      for (int s = 0; s < kKeys; s += 2) {
-        const vf den0 = n[s] + two, den1 = n[s + 1] + two;
-        const vf both = one / (den0 * den1);
-        inverse[s] = den1 * both;
-        inverse[s + 1] = den0 * both;
+      for (int s = 0; s < kKeys; ++s) {
+        n[s] = fma(a, y[s], b[s]);
+        inverse[s] = one / (n[s] + two);
       }
     }
 #pragma GCC unroll 4
@@ -59,15 +55,19 @@ inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, 
       vf p;
       if constexpr (form == Form::kFactored) {
         // (1 - tanh^2) / 4 = x y / (n + 2)^2 keeps its digits where tanh is near -1 or 1.
-        const vf h = g * inverse[s];
-        sum_tanh = fma(h, n[s], sum_tanh);
-        p = h * inverse[s] * (x * y[s]);
+        sum_tanh = fma(g, n[s] * inverse[s], sum_tanh);
+        p = g * inverse[s] * inverse[s] * (x * y[s]);
       } else {
-        // kDirect: its own division for each key, as a NaN must not spread and tanh must reach 1.
-        const vf m = form == Form::kDirect ? direct(a + y[s]) : n[s];
-        const vf tanh = form == Form::kDirect ? m / (m + two) : m * inverse[s];
+        // kDirect takes any argument, infinity included.
+        vf slope;
+        vf tanh = n[s] * inverse[s];
+        if constexpr (form == Form::kDirect) {
+          tanh = direct_tanh(a + y[s], &slope);
+        } else {
+          slope = one - tanh * tanh;
+        }
         sum_tanh = fma(g, tanh, sum_tanh);
-        p = g * (one - tanh * tanh);
+        p = g * slope;
       }
       sum_key[s] = sum_key[s] + p;
       sum_query = sum_query + p;
@@ -192,7 +192,7 @@ class Backward {
       bound = std::max(bound, query_bound(q + t * in_.query_stride_t, shift, width));
       largest_query = std::max(largest_query, max_magnitude(q + t * in_.query_stride_t, width));
     }
-    if (bound > kPairLimit) return Form::kDirect;
+    if (bound > kFactoredLimit) return Form::kDirect;
     if (largest_query > kSmallLimit) return Form::kFactored;
     for (int64_t s = 0; s < S; ++s)
       largest_key = std::max(largest_key, max_magnitude(k + s * in_.key_stride_s, width));

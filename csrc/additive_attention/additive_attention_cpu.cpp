@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kKeys = 4;                // keys of a tile
 constexpr int kQueries = kLanes / 4;    // queries of a tile: kLanes sums in registers
-// Vectors of d that share one division. On Zen 5 one, two and four cost about the same (a division
-// takes two FMA slots); with two no machine waits for its divider.
+// Vectors of d of one turn of the loop.
 constexpr int kGroup = 2;
 constexpr int64_t kChunk = 64;          // rows packed at a time; 64 x 512 floats are 128 KiB of L2
 constexpr int64_t kDirectQueries = 2;   // up to here packing costs as many exponentials as it saves
@@ -30,15 +29,12 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t g
     for (int t = 0; t < queries; ++t)
 #pragma GCC unroll 4
       for (int s = 0; s < kKeys; ++s) {
-        vf num[kGroup], den[kGroup];
+        vf& sum = sums[t * kKeys + s];
         for (int i = 0; i < kGroup; ++i) {
           const float* y = k + (i * kKeys + s) * 2 * kLanes;
           const vf n = fma(load(q + (i * queries + t) * kLanes), load(y), load(y + kLanes));
-          den[i] = n + set1(2.0f);
-          num[i] = load(v + i * kLanes) * n;
+          sum = fma(load(v + i * kLanes), n / (n + set1(2.0f)), sum);
         }
-        vf& sum = sums[t * kKeys + s];
-        sum = sum + fma(num[0], den[1], num[1] * den[0]) / (den[0] * den[1]);
       }
     q += kGroup * queries * kLanes;
     k += kGroup * kKeys * 2 * kLanes;
@@ -48,19 +44,10 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t g
 }
 
 inline float score_direct(const float* q, const float* k, const float* v, int64_t D) {
-  const vf two = set1(2.0f);
   vf acc = zero();
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-    const vf n0 = direct(load(q + d) + load(k + d)), d0 = n0 + two;
-    const vf n1 = direct(load(q + d + kLanes) + load(k + d + kLanes)), d1 = n1 + two;
-    const vf num = fma(load(v + d) * n0, d1, load(v + d + kLanes) * n1 * d0);
-    acc = fma(num, set1(1.0f) / (d0 * d1), acc);
-  }
-  for (; d < D; d += kLanes) {
-    const vf n = direct(load_at_most(q + d, D - d) + load_at_most(k + d, D - d));
-    acc = acc + load_at_most(v + d, D - d) * n / (n + two);
-  }
+  for (int64_t d = 0; d < D; d += kLanes)
+    acc = fma(load_at_most(v + d, D - d),
+              tanh(load_at_most(q + d, D - d) + load_at_most(k + d, D - d)), acc);
   return sum(acc);
 }
 
@@ -178,7 +165,7 @@ class Forward {
       if (!attends(tiles, t, queries)) continue;
       float bound = work.bound[t - tiles.t0];
       for (int i = 1; i < queries; ++i) bound = std::max(bound, work.bound[t - tiles.t0 + i]);
-      if (bound > kPairLimit) {
+      if (bound > kFactoredLimit) {
         for (int i = 0; i < queries; ++i)
           for (int j = 0; j < tiles.keys; ++j)
             score_row(tiles.b, t + i)[tiles.s + j] = score_direct(
@@ -233,7 +220,11 @@ class Forward {
       total = total + e;
     }
     const vf divisor = set1(sum(total));
-    for (int64_t s = 0; s < padded_S; s += kLanes) store(padded + s, load(padded + s) / divisor);
+    for (int64_t s = 0; s < padded_S; s += kLanes) {
+      // A masked weight stays 0 beside a NaN; exp never returns 0.
+      const vf e = load(padded + s);
+      store(padded + s, e == zero() ? zero() : e / divisor);
+    }
     std::copy_n(padded, S, row);
     std::fill(row + S, row + in_.S, 0.0f);
     return true;

@@ -6,7 +6,7 @@
 // With c = max of k over the keys at hand y <= 1 and -1 <= b <= 0, so that the sum loses no more than
 // eps |b| and tanh keeps its relative accuracy near 0 (1 - 2 / (1 + e^2q e^2k), one multiplication
 // less, has 8 eps where tanh is -1 and 1e-7 absolute near 0). a stays in range while q + c <= 20;
-// beyond, or with an infinity or a NaN, n is computed for each pair (`direct`).
+// beyond, or with an infinity or a NaN, tanh is computed for each pair (`direct_tanh`).
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr float kPairLimit = 20.0f;  // two denominators of e^40 multiply to 5.5e34
+constexpr float kFactoredLimit = 20.0f;  // of q + c; (n + 2)^2 = e^80 is still a float
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -111,8 +111,17 @@ inline void pack_key(const float* key, const float* shift, int64_t D, int64_t pa
   }
 }
 
-// n of a single pair. min() keeps NaN; tanh is 1 from x = 9 on, and (e^40 + 2)^2 is still a float.
-inline vf direct(vf x) { return expm1(min(set1(40.0f), x + x)); }
+// tanh x and 1 - tanh^2 of a single pair: e^-2|x| keeps the digits of a small slope, and both are
+// exact at infinity.
+inline vf direct_tanh(vf x, vf* slope) {
+  const vf down = set1(-2.0f) * abs(x);
+  const ExpParts e = exp_parts(down);
+  const vf w = fma(e.poly, e.scale, e.scale), n = fma(e.poly, e.scale, e.scale - set1(1.0f));
+  const vf den = n + set1(2.0f), t = -n / den, inverse = set1(1.0f) / den;
+  const vf tail = down < set1(-80.0f) ? zero() : set1(4.0f) * w * (inverse * inverse);
+  *slope = t < set1(0.5f) ? set1(1.0f) - t * t : tail;
+  return copysign(t, x);
+}
 
 }  // namespace
 }  // namespace mbm::MBM_ISA
