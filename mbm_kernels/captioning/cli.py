@@ -165,6 +165,38 @@ def evaluate_command(
 
 
 @app.command()
+def demo(
+    name: Data = "scenes",
+    out: Annotated[Path | None, typer.Option(help="Folder; default out/demo/<data>.")] = None,
+    attention: Attention = "additive",
+    steps: Steps = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Also time torch.compile of stock.")
+    ] = True,
+) -> None:
+    """Train a teacher and two students, caption, time against stock layers, write a report."""
+    from mbm_kernels.captioning import demo as whole
+
+    if name == "emoji" and data_root is None:
+        from mbm_kernels.captioning.data import emoji
+
+        emoji.prepare(progress=typer.echo)
+    whole.run(
+        name,
+        out=out,
+        root=data_root,
+        attention=attention,
+        seed=seed,
+        limit=limit,
+        steps=steps,
+        compiled=compiled,
+    )
+
+
+@app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
     pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
@@ -195,9 +227,9 @@ def _changed(
     batch_size: int | None,
     learning_rate: float | None,
 ) -> TrainSettings:
-    """The preset with what the command line gives; the warm-up never exceeds half of the steps."""
+    """The preset with what the command line gives."""
     if steps is not None:
-        settings = replace(settings, steps=steps, warmup=min(settings.warmup, steps // 2))
+        settings = settings.shortened(steps)
     if batch_size is not None:
         settings = replace(settings, batch_size=batch_size)
     if learning_rate is not None:

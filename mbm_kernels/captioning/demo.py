@@ -1,0 +1,228 @@
+"""`make demo`: teacher, student with and without it, captions, speed, and a report of all that."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mbm_kernels.bench import machine
+from mbm_kernels.captioning import data, metrics
+from mbm_kernels.captioning.checkpoint import remove, replace_file
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.evaluate import evaluate
+from mbm_kernels.captioning.fit import History
+from mbm_kernels.captioning.presets import Preset, preset
+from mbm_kernels.captioning.speed import Speed, measure
+from mbm_kernels.captioning.train import Trained, train_student, train_teacher
+
+Scores = dict[str, dict[str, float]]  # split -> metric -> value
+MODELS = {"teacher": "teacher", "student": "student", "student_no_distill": "student alone"}
+SPEED_SECONDS = 8.0
+
+
+@dataclass
+class Demo:
+    """Everything that the report shows."""
+
+    data: str
+    attention: str
+    seed: int
+    sets: dict[str, CaptionSet]
+    tokenizer: WordTokenizer
+    scores: dict[str, Scores] = field(default_factory=dict)
+    baselines: dict[str, Scores] = field(default_factory=dict)
+    predictions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)  # of the student, by split
+    histories: dict[str, History] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    speed: list[Speed] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> list[str]:
+        return [name for name in self.sets if name != "train"]
+
+
+def run(
+    name: str,
+    *,
+    out: Path | None = None,
+    root: Path | None = None,
+    attention: str = "additive",
+    seed: int = 0,
+    limit: int | None = None,
+    steps: int | None = None,
+    compiled: bool = True,
+    console: Console | None = None,
+) -> Demo:
+    """Trains, captions, times and writes `report.html` and `results.json`.
+
+    Args:
+        name: "scenes" or "emoji".
+        out: folder to write to; default out/demo/<name> below the current folder.
+        root: folder of the prepared data.
+        limit, steps: smaller than the preset's, for a trial.
+        compiled: whether torch.compile of the stock model is among the forms timed.
+
+    Raises:
+        ValueError: unknown data set, or data that does not fit.
+        OSError: when something cannot be written.
+    """
+    from mbm_kernels.captioning.report import write_report
+
+    chosen = preset(name)
+    out = out or Path("out") / "demo" / name
+    console = console or Console()
+    started = time.monotonic()
+    console.print(f"[bold]Captioning demo on {name}[/bold], {torch.get_num_threads()} threads")
+    demo = Demo(name, attention, seed, {}, WordTokenizer.train(["-"]))
+    with _clock(demo, "data", console):
+        demo.sets = data.load(name, seed=seed, root=root, limit=limit)
+        demo.tokenizer = WordTokenizer.train(demo.sets["train"].captions)
+    teacher = _train(demo, chosen, out, steps, console)
+    with _clock(demo, "baselines", console):
+        _baselines(demo)
+    with _clock(demo, "speed", console):
+        demo.speed = measure(
+            teacher,
+            demo.sets[demo.splits[0]],
+            demo.tokenizer,
+            name="teacher",
+            batch_size=chosen.teacher.batch_size,
+            max_length=chosen.max_length,
+            seconds=SPEED_SECONDS,
+            compiled=compiled,
+        )
+    demo.seconds["total"] = time.monotonic() - started
+    results = as_results(demo)
+    replace_file(_in(out, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
+    write_report(demo, results, _in(out, "report.html"))
+    print_summary(demo, console)
+    console.print(f"\nreport: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    return demo
+
+
+def _in(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+@contextmanager
+def _clock(demo: Demo, name: str, console: Console) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    demo.seconds[name] = time.monotonic() - start
+    console.print(f"  {name}: {demo.seconds[name]:.0f} s", style="dim")
+
+
+def _train(demo: Demo, chosen: Preset, out: Path, steps: int | None, console: Console) -> Any:
+    """The three trainings and their captions; returns the teacher's model."""
+    validation = None if chosen.validation is None else demo.sets[chosen.validation]
+    shared: dict[str, Any] = {
+        "attention": demo.attention,
+        "seed": demo.seed,
+        "validation": validation,
+    }
+    teacher: Trained | None = None
+    for role in MODELS:
+        settings = chosen.teacher if role == "teacher" else chosen.student
+        if steps is not None:
+            settings = settings.shortened(steps)
+        folder = out / "models" / role
+        remove(folder)
+        with _clock(demo, role, console):
+            if role == "teacher":
+                done = teacher = train_teacher(
+                    demo.sets["train"], demo.tokenizer, settings, run=folder, **shared
+                )
+            else:
+                done = train_student(
+                    demo.sets["train"],
+                    demo.tokenizer,
+                    settings,
+                    teacher=teacher.model if teacher and role == "student" else None,
+                    distill=chosen.distill,
+                    run=folder,
+                    **shared,
+                )
+        demo.histories[role] = done.history
+        demo.parameters[role] = sum(p.numel() for p in done.model.parameters())
+        demo.scores[role], demo.predictions[role] = {}, {}
+        with _clock(demo, f"captions of the {MODELS[role]}", console):
+            for split in demo.splits:
+                texts, scores, weights = evaluate(
+                    done.model, demo.sets[split], demo.tokenizer, max_length=chosen.max_length
+                )
+                demo.scores[role][split], demo.predictions[role][split] = scores, texts
+                if role == "student":
+                    demo.weights[split] = weights
+    assert teacher is not None
+    return teacher.model
+
+
+def _baselines(demo: Demo) -> None:
+    train = demo.sets["train"]
+    frequent = metrics.most_frequent_caption(train)
+    for name in ("most_frequent", "nearest"):
+        demo.baselines[name], demo.predictions[name] = {}, {}
+        for split in demo.splits:
+            wanted = demo.sets[split]
+            texts = (
+                [frequent] * len(wanted)
+                if name == "most_frequent"
+                else metrics.nearest_image_captions(train, wanted.images)
+            )
+            demo.predictions[name][split] = texts
+            demo.baselines[name][split] = metrics.score(texts, wanted.captions)
+
+
+def as_results(demo: Demo) -> dict[str, Any]:
+    """The content of results.json."""
+    facts = machine.facts()
+    return {
+        "data": demo.data,
+        "device": machine.device(),
+        "versions": facts["versions"],
+        "commit": machine.commit(Path(__file__).resolve().parent),
+        "seconds": demo.seconds["total"],
+        **demo.scores,
+        "baselines": demo.baselines,
+        "speed": [row.as_dict() for row in demo.speed],
+        "seconds_by_part": {k: v for k, v in demo.seconds.items() if k != "total"},
+        "pictures": {name: len(captions) for name, captions in demo.sets.items()},
+        "parameters": demo.parameters,
+        "seed": demo.seed,
+        "attention": demo.attention,
+        "threads": torch.get_num_threads(),
+        "machine": facts,
+    }
+
+
+def print_summary(demo: Demo, console: Console) -> None:
+    """The report's two tables in the terminal."""
+    table = Table("captions by", title=f"{demo.data}: exact match %, BLEU-4, CIDEr-D")
+    for split in demo.splits:
+        table.add_column(split, justify="right")
+    for name, scores in {**demo.scores, **demo.baselines}.items():
+        cells = [
+            f"{100 * s['exact_match']:.1f}   {s['bleu4']:.1f}   {s['cider_d']:.2f}"
+            for s in (scores[split] for split in demo.splits)
+        ]
+        table.add_row(MODELS.get(name, name.replace("_", " ")), *cells)
+    console.print(table)
+    speed = Table("what", "stock form", "stock ms", "mbm ms", "ratio (95 %)", title="speed")
+    for row in demo.speed:
+        ratio = f"{row.ratio:.2f} ({row.ratio_lo:.2f} to {row.ratio_hi:.2f})"
+        speed.add_row(row.what, row.stock_form, f"{row.stock_ms:.1f}", f"{row.mbm_ms:.1f}", ratio)
+    console.print(speed)
+    console.print(f"{demo.seconds['total']:.0f} s in all")
