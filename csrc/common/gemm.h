@@ -11,11 +11,11 @@ namespace mbm::MBM_ISA {
 
 struct GemmOperands {
   int64_t M, N, K;
-  Rows a;             // rows of A, or with a_transposed the K rows of its transpose
+  Rows a;  // rows of A, or with a_transposed the K rows of its transpose
   bool a_transposed;
-  const float* b;     // panel p at b + p * b_step, [K, kPanel]
-  int64_t b_step;     // K * kPanel, or more for a slice of K of a deeper pack
-  float* c;           // row m at c + m * ldc, or at c_rows[m]
+  const float* b;  // panel p at b + p * b_step, [K, kPanel]
+  int64_t b_step;  // K * kPanel, or more for a slice of K of a deeper pack
+  float* c;        // row m at c + m * ldc, or at c_rows[m]
   int64_t ldc;
   float* const* c_rows;
   bool accumulate;
@@ -28,11 +28,16 @@ struct StoreAsIs {
   vf operator()(vf sum, int64_t, int64_t) const { return sum; }
 };
 template <class Epilogue>
-struct is_store_as_is { static constexpr bool value = false; };
+struct is_store_as_is {
+  static constexpr bool value = false;
+};
 template <>
-struct is_store_as_is<StoreAsIs> { static constexpr bool value = true; };
+struct is_store_as_is<StoreAsIs> {
+  static constexpr bool value = true;
+};
 
-// K is cut into slices of whole chains: a slice of a panel of B is 32 KiB at 16 lanes and stays in L1.
+// K is cut into slices of whole chains: a slice of a panel of B is 32 KiB at 16 lanes and stays in
+// L1.
 constexpr int64_t kSlice = 4 * kChain;
 // Eight row tiles of a slice of A: 112 KiB at 16 lanes, in L2 while every panel of B passes.
 constexpr int64_t kTilesPerBlock = 8;
@@ -48,11 +53,12 @@ inline void store_part(float* p, vf v, int64_t left) {
     store_n(p, v, static_cast<int>(left));
 }
 
-// One register tile whose C cannot be written in place: columns past N, scattered rows, an epilogue.
+// One register tile whose C cannot be written in place: columns past N, scattered rows, an
+// epilogue.
 template <class Epilogue>
-void gemm_edge_tile(const GemmOperands& g, int64_t m0, int rows, int64_t p0, int panels, MicroFn micro,
-                    int64_t depth, const float* a, const float* b, bool add, bool last,
-                    const Epilogue& epilogue) {
+void gemm_edge_tile(const GemmOperands& g, int64_t m0, int rows, int64_t p0, int panels,
+                    MicroFn micro, int64_t depth, const float* a, const float* b, bool add,
+                    bool last, const Epilogue& epilogue) {
   alignas(64) float tile[kMaxRows * kMaxPanels * kPanel];
   const int64_t ld = panels * kPanel, n0 = p0 * kPanel;
   const int64_t width = g.N - n0 < ld ? g.N - n0 : ld;
@@ -73,8 +79,8 @@ void gemm_edge_tile(const GemmOperands& g, int64_t m0, int rows, int64_t p0, int
 
 // Rows [m_begin, m_end), panels [p_begin, p_end) on this thread; packed_a: kPackedA floats.
 template <class Epilogue = StoreAsIs>
-void gemm_block(const GemmOperands& g, int64_t m_begin, int64_t m_end, int64_t p_begin, int64_t p_end,
-                float* packed_a, const Epilogue& epilogue = Epilogue()) {
+void gemm_block(const GemmOperands& g, int64_t m_begin, int64_t m_end, int64_t p_begin,
+                int64_t p_end, float* packed_a, const Epilogue& epilogue = Epilogue()) {
   const RowTiles tiles(m_end - m_begin);
   for (int64_t t0 = 0; t0 < tiles.tiles; t0 += kTilesPerBlock) {
     const int64_t t1 = t0 + kTilesPerBlock < tiles.tiles ? t0 + kTilesPerBlock : tiles.tiles;
@@ -117,7 +123,8 @@ template <class Epilogue = StoreAsIs>
 void gemm(int num_threads, const GemmOperands& g, const Epilogue& epilogue = Epilogue()) {
   if (g.M <= 0 || g.N <= 0) return;
   const int64_t panels = panels_of(g.N), work = g.M * g.N * (g.K > 0 ? g.K : 1);
-  // Below half a million multiply-adds (4 us at 16 lanes) a second thread costs more than it brings.
+  // Below half a million multiply-adds (4 us at 16 lanes) a second thread costs more than it
+  // brings.
   const int threads = work < 500000 ? 1 : num_threads;
   const int64_t block_rows = kTilesPerBlock * kMaxRows;
   int64_t row_blocks = (g.M + block_rows - 1) / block_rows, column_blocks = 1;
@@ -133,7 +140,8 @@ void gemm(int num_threads, const GemmOperands& g, const Epilogue& epilogue = Epi
       if (item >= row_blocks * column_blocks) return;
       const int64_t i = item % row_blocks, j = item / row_blocks;
       gemm_block(g, i * g.M / row_blocks, (i + 1) * g.M / row_blocks, j * panels / column_blocks,
-                 (j + 1) * panels / column_blocks, packed_a.as<float>() + thread * kPackedA, epilogue);
+                 (j + 1) * panels / column_blocks, packed_a.as<float>() + thread * kPackedA,
+                 epilogue);
     }
   });
 }

@@ -1,19 +1,19 @@
 // The register tiles of the packed GEMM: C[MR, NP * kPanel] (+)= A[MR, K] B[K, NP * kPanel].
 //
-// One order of accumulation everywhere: an element of C is a chain of multiply-adds from 0 over each
-// kChain values of k, and chains are added to C in order. So its bits depend neither on the tile it
-// falls in, nor on its neighbours, nor on the threads; and the error grows with sqrt(K * kChain), not
-// with K (half that of one chain at K = 256, for 3 % of the time).
+// One order of accumulation everywhere: an element of C is a chain of multiply-adds from 0 over
+// each kChain values of k, and chains are added to C in order. So its bits depend neither on the
+// tile it falls in, nor on its neighbours, nor on the threads; and the error grows with sqrt(K *
+// kChain), not with K (half that of one chain at K = 256, for 3 % of the time).
 #pragma once
 
 #include "common/simd.h"
 
 namespace mbm::MBM_ISA {
 
-constexpr int kPanel = 2 * kLanes;            // columns of a packed panel of B
+constexpr int kPanel = 2 * kLanes;               // columns of a packed panel of B
 constexpr int kMaxRows = kLanes == 16 ? 14 : 6;  // 28 of 32, or 12 of 16, registers hold C
 constexpr int64_t kChain = 64;
-constexpr int kMaxPanels = 4;                 // panels side by side, so that few rows still fill the FMA pipes
+constexpr int kMaxPanels = 4;  // panels side by side, so that few rows still fill the FMA pipes
 
 constexpr bool micro_fits(int rows, int panels) {
   return rows <= kMaxRows && rows * panels <= (kLanes == 16 ? 14 : 6);
@@ -78,15 +78,15 @@ constexpr MicroFn micro_or_null() {
 // rows 1 to kMaxRows, panels 1 to kMaxPanels; micro_fits() must hold.
 inline MicroFn micro_for(int rows, int panels) {
   static constexpr MicroFn table[14][kMaxPanels] = {
-      MBM_MICRO_ROW(1),  MBM_MICRO_ROW(2),  MBM_MICRO_ROW(3),  MBM_MICRO_ROW(4),  MBM_MICRO_ROW(5),
-      MBM_MICRO_ROW(6),  MBM_MICRO_ROW(7),  MBM_MICRO_ROW(8),  MBM_MICRO_ROW(9),  MBM_MICRO_ROW(10),
+      MBM_MICRO_ROW(1),  MBM_MICRO_ROW(2),  MBM_MICRO_ROW(3),  MBM_MICRO_ROW(4), MBM_MICRO_ROW(5),
+      MBM_MICRO_ROW(6),  MBM_MICRO_ROW(7),  MBM_MICRO_ROW(8),  MBM_MICRO_ROW(9), MBM_MICRO_ROW(10),
       MBM_MICRO_ROW(11), MBM_MICRO_ROW(12), MBM_MICRO_ROW(13), MBM_MICRO_ROW(14)};
   return table[rows - 1][panels - 1];
 }
 #undef MBM_MICRO_ROW
 
-// Panels in one register tile when `panels` lie side by side: 5 go as 3 + 2 rather than 4 + 1, since
-// a lone panel of one row leaves the FMA pipes idle.
+// Panels in one register tile when `panels` lie side by side: 5 go as 3 + 2 rather than 4 + 1,
+// since a lone panel of one row leaves the FMA pipes idle.
 inline int panels_at_once(int rows, int64_t panels) {
   int most = kMaxPanels;
   while (most > 1 && !micro_fits(rows, most)) --most;

@@ -1,6 +1,6 @@
-// Working memory for one native call. Blocks of up to kKeep bytes come from an arena that the calling
-// thread keeps, since pages that malloc maps anew cost more to touch than a small GRU takes to run
-// (0.25 us a page against 100 us a call).
+// Working memory for one native call. Blocks of up to kKeep bytes come from an arena that the
+// calling thread keeps, since pages that malloc maps anew cost more to touch than a small GRU takes
+// to run (0.25 us a page against 100 us a call).
 #pragma once
 
 #include <cstddef>
@@ -24,8 +24,8 @@ inline ScratchArena& scratch_arena() {
   return arena;
 }
 
-// `bytes` of uninitialised memory, 64-byte aligned, freed with the object. Objects of one thread are
-// destroyed in the reverse order of their making.
+// `bytes` of uninitialised memory, 64-byte aligned, freed with the object. Objects of one thread
+// are destroyed in the reverse order of their making.
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {

@@ -8,8 +8,8 @@ GruPackedSizes gru_packed_sizes(int64_t C, int64_t H) {
           panels_of(C) * 3 * H * kPanel};
 }
 
-void gru_pack_forward(int64_t C, int64_t H, const float* w_ih, const float* w_hh,
-                      const float* b_ih, const float* b_hh, float* out, int num_threads) {
+void gru_pack_forward(int64_t C, int64_t H, const float* w_ih, const float* w_hh, const float* b_ih,
+                      const float* b_hh, float* out, int num_threads) {
   const GruPackedParts<float> packed(out, C, H);
   const int threads = H * (C + H) < 32768 ? 1 : num_threads;
   parallel_for(threads, panels_of(H) * 3, 1, [&](int64_t begin, int64_t end) {

@@ -13,7 +13,8 @@ class Backward {
         padded_(panels_of(seq_.H) * kPanel),
         schedule_(seq_.T, seq_.B, seq_.lengths),
         num_threads_(num_threads),
-        threads_(threads_for(num_threads, 3 * seq_.H * schedule_.rows * seq_.H)),
+        threads_(
+            threads_for(num_threads, 3 * seq_.H * schedule_.rows * seq_.H, seq_.T, seq_.B, seq_.H)),
         barriers_(threads_),
         grad_h_(floats(seq_.B * padded_)),
         grad_gates_(floats(schedule_.rows * 4 * seq_.H)),
@@ -79,8 +80,7 @@ class Backward {
   // The state before step t of a rank that has this step.
   const float* previous_h(int64_t t, int64_t rank) const {
     const int64_t b = schedule_.order[rank], H = seq_.H;
-    const bool from_h0 =
-        seq_.reverse ? t + 1 == seq_.T || rank >= schedule_.active[t + 1] : t == 0;
+    const bool from_h0 = seq_.reverse ? t + 1 == seq_.T || rank >= schedule_.active[t + 1] : t == 0;
     if (from_h0) return seq_.h0 ? seq_.h0 + b * H : zeros_.as<float>();
     return args_.y + ((seq_.reverse ? t + 1 : t - 1) * seq_.B + b) * H;
   }
@@ -96,10 +96,9 @@ class Backward {
     const RowTiles tiles(share.rows);
     for (int64_t row = 0; row < n; ++row) {
       const int64_t rank = share.rank(row);
-      const float* grad_y =
-          args_.grad_y ? args_.grad_y + t * args_.grad_y_stride_t +
-                             schedule_.order[rank] * args_.grad_y_stride_b
-                       : nullptr;
+      const float* grad_y = args_.grad_y ? args_.grad_y + t * args_.grad_y_stride_t +
+                                               schedule_.order[rank] * args_.grad_y_stride_b
+                                         : nullptr;
       row_gates(args_.reserve + (schedule_.first[t] + rank) * 4 * H, previous_h(t, rank), grad_y,
                 grad_h_row(share, row), gates_row(t, rank), share.block_begin * kPanel,
                 unit_end(share));
@@ -116,9 +115,10 @@ class Backward {
     }
   }
 
-  // saved [4H] = r, z, n, hn; grad [4H] = n, r, z, hn: the first three meet W_ih, the last three W_hh.
-  void row_gates(const float* saved, const float* h, const float* grad_y, float* grad_h, float* grad,
-                 int64_t u0, int64_t u1) const {
+  // saved [4H] = r, z, n, hn; grad [4H] = n, r, z, hn: the first three meet W_ih, the last three
+  // W_hh.
+  void row_gates(const float* saved, const float* h, const float* grad_y, float* grad_h,
+                 float* grad, int64_t u0, int64_t u1) const {
     const int64_t H = seq_.H;
     const vf one = set1(1.0f);
     for (int64_t u = u0; u < u1; u += kLanes) {
@@ -180,8 +180,8 @@ class Backward {
     const Scratch table(table_bytes());
     if (args_.grad_w_hh) {
       const Scratch packed(floats(panels_of(H) * M * kPanel));
-      const float* const* h = row_table(
-          table, [&](int64_t t, int64_t rank, int64_t) { return previous_h(t, rank); });
+      const float* const* h =
+          row_table(table, [&](int64_t t, int64_t rank, int64_t) { return previous_h(t, rank); });
       pack_b(num_threads_, Rows{nullptr, 0, h}, false, H, M, packed.as<float>());
       weight_product(H, 3 * H, H, packed.as<float>(), args_.grad_w_hh);
     }

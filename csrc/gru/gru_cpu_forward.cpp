@@ -22,7 +22,8 @@ class Forward {
         seq_(args.sequence),
         w_(args.packed, seq_.C, seq_.H),
         schedule_(seq_.T, seq_.B, seq_.lengths),
-        threads_(threads_for(num_threads, 3 * seq_.H * (schedule_.rows * (seq_.C + seq_.H)))),
+        threads_(threads_for(num_threads, 3 * seq_.H * schedule_.rows * (seq_.C + seq_.H), seq_.T,
+                             seq_.B, seq_.H)),
         chunk_(chunk_steps()),
         barriers_(threads_),
         h_(floats(seq_.B * w_.padded)),
@@ -107,8 +108,8 @@ class Forward {
     for (int64_t i = s; i < last; ++i) {
       const int64_t t = time(i), n = share.rows_of(schedule_.active[t]);
       for (int64_t row = 0; row < n; ++row)
-        rows[count++] = seq_.x + t * seq_.x_stride_t +
-                        schedule_.order[share.rank(row)] * seq_.x_stride_b;
+        rows[count++] =
+            seq_.x + t * seq_.x_stride_t + schedule_.order[share.rank(row)] * seq_.x_stride_b;
     }
     const int64_t width = projected_width(share), panel = 3 * share.block_begin;
     GemmOperands g{};
@@ -142,7 +143,8 @@ class Forward {
         for (int i = 0; i < rows; ++i) {
           const int64_t rank = share.rank(row0 + i);
           float* y = args_.y ? args_.y + (t * seq_.B + schedule_.order[rank]) * H : nullptr;
-          float* saved = args_.reserve ? args_.reserve + (schedule_.first[t] + rank) * 4 * H : nullptr;
+          float* saved =
+              args_.reserve ? args_.reserve + (schedule_.first[t] + rank) * 4 * H : nullptr;
           gates(gx + (row0 + i) * width, tile_c + i * 3 * kPanel, h_row(share, row0 + i), y, saved,
                 u0, u1);
         }

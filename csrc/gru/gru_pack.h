@@ -16,8 +16,13 @@ struct GruPackedParts {
   T* bias_hn;            // [padded]: b_hh of n, inside the product with r
 
   GruPackedParts(T* base, int64_t C, int64_t H)
-      : C(C), H(H), padded(panels_of(H) * kPanel), w_ih(base), w_hh(base + 3 * padded * C),
-        bias(w_hh + 3 * padded * H), bias_hn(bias + 3 * padded) {}
+      : C(C),
+        H(H),
+        padded(panels_of(H) * kPanel),
+        w_ih(base),
+        w_hh(base + 3 * padded * C),
+        bias(w_hh + 3 * padded * H),
+        bias_hn(bias + 3 * padded) {}
   static int64_t size(int64_t C, int64_t H) { return panels_of(H) * kPanel * (3 * (C + H) + 4); }
 };
 

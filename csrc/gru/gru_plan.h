@@ -72,8 +72,13 @@ inline Grid thread_grid(int team, int64_t B, int64_t H) {
   return {groups > 0 ? static_cast<int>(groups) : 1, units};
 }
 
-// Threads for `work` multiply-adds over all steps; below 300,000 (5 us) waking one does not pay.
-inline int threads_for(int num_threads, int64_t work) { return work < 300000 ? 1 : num_threads; }
+// Threads for `work` multiply-adds over all T steps. Below 300,000 (5 us) waking one does not pay;
+// nor does a barrier a step (0.3 us) for less than 40,000 in the step's recurrent product, unless
+// there are rows enough to do without.
+inline int threads_for(int num_threads, int64_t work, int64_t T, int64_t B, int64_t H) {
+  if (num_threads <= 1 || work < 300000) return 1;
+  return T > 1 && B / num_threads < 6 && 3 * B * H * H < 40000 ? 1 : num_threads;
+}
 
 // The share of one thread. Ranks are dealt in turn, so that groups get equal lengths.
 struct Share {

@@ -26,6 +26,11 @@ class _Entry:
         self.buffer: Tensor | None = None
 
 
+def _empty(elements: int) -> Tensor:
+    # Whatever the default dtype and device are.
+    return torch.empty(elements, dtype=torch.float32, device="cpu")
+
+
 def packed(
     size: Callable[..., int], pack: Callable[..., None], owner: Tensor, *others: Tensor | None
 ) -> Tensor:
@@ -45,7 +50,7 @@ def packed(
         if tensor is None:
             state.append(None)
         elif tensor.is_inference():  # counts no versions
-            unkept = torch.empty(size(*sources))
+            unkept = _empty(size(*sources))
             pack(unkept, *sources)
             return unkept
         else:
@@ -58,7 +63,7 @@ def packed(
         return entry.buffer
     elements = size(*sources)
     kept = entry.buffer
-    fresh = kept if kept is not None and kept.numel() == elements else torch.empty(elements)
+    fresh = kept if kept is not None and kept.numel() == elements else _empty(elements)
     entry.state = None
     pack(fresh, *sources)
     entry.buffer, entry.state = fresh, state

@@ -35,9 +35,9 @@ def fwd(
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
     x, h0, lengths = packed.rows(x), packed.optional_dense(h0), _on_cpu(lengths)
-    y = torch.empty(steps, batch, hidden)
-    h_n = torch.empty(batch, hidden)
-    reserve = torch.empty(steps, batch, 4 * hidden) if save else torch.empty(0)
+    y = x.new_empty((steps, batch, hidden))
+    h_n = x.new_empty((batch, hidden))
+    reserve = x.new_empty((steps, batch, 4 * hidden) if save else (0,))
     native.cpu().gru_forward(
         steps,
         batch,

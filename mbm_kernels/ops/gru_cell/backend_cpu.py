@@ -26,8 +26,8 @@ def fwd(
     hidden, dtype = h.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
     x, h = packed.rows(x), packed.dense(h)
-    h_new = torch.empty(batch, hidden)
-    reserve = torch.empty(batch, 4 * hidden) if save else torch.empty(0)
+    h_new = x.new_empty((batch, hidden))
+    reserve = x.new_empty((batch, 4 * hidden) if save else (0,))
     native.cpu().gru_forward(
         1,
         batch,

@@ -122,7 +122,7 @@ def backward(
         (gates,),
         (gates,),
     )
-    grads = [torch.empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
+    grads = [x.new_empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
     strides = (0, 0) if grad_y is None else (grad_y.stride(0), grad_y.stride(1))
     packed_input = packing.packed(_input_size, _pack_input, w_ih) if wanted[0] else None
     packed_recurrent = packing.packed(_recurrent_size, _pack_recurrent, w_hh)
