@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.bench import harness, machine, results, table
@@ -38,7 +39,7 @@ Backend = Annotated[
     str, typer.Option("--backend", help="Of the operation; a named one also where auto says torch.")
 ]
 Seconds = Annotated[
-    float | None, typer.Option("--seconds", min=0.05, help="Of sampling a row; without it 3.")
+    float | None, typer.Option("--seconds", min=0.05, help="Of sampling a row; without it 2.5.")
 ]
 NoCompile = Annotated[
     bool, typer.Option("--no-compile", help="Leave torch.compile out: no ratio to publish.")
@@ -121,9 +122,9 @@ def measure(
     table.print_rows(rows, console)
     wrong = [row["wrong"] for row in rows if "wrong" in row]
     for message in wrong:
-        console.print(f"[red]wrong:[/red] {message}", soft_wrap=True)
+        console.print(f"[red]wrong:[/red] {escape(message)}", soft_wrap=True, highlight=False)
     if file is not None:
-        console.print(f"written: {file.path}", soft_wrap=True)
+        console.print(f"written: {file.path}", soft_wrap=True, highlight=False)
         if readme is not None and not settings.quick:
             table.update_readme(readme, results.read(file.path), file.path)
     return EXIT_WRONG if wrong else 0
@@ -248,11 +249,13 @@ def _main(command: Callable[..., int], argv: list[str] | None = None) -> None:
     app.command()(command)
     try:
         code = app(argv, standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # Typer's own answer to Ctrl-C, without a word
+            print("interrupted", file=sys.stderr)
     except ClickException as error:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the rows so far are in the results file", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except (ValueError, OSError, BackendUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ class Settings:
     """
 
     threads: Sequence[int] = (2, 1)
-    seconds: float = 3.0
+    seconds: float = 2.5
     min_rounds: int = timing.MIN_ROUNDS
     backend: str = "auto"
     compile: bool = True

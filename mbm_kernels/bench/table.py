@@ -65,7 +65,8 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         console.print(
             "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster. "
             "thr: threads. limit: share of the machine's measured arithmetic or memory rate. "
-            "+MiB: peak extra memory of a call.[/dim]"
+            "+MiB: peak extra memory of a call.[/dim]",
+            highlight=False,
         )
 
 

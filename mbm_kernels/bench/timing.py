@@ -16,8 +16,8 @@ import torch
 from mbm_kernels.bench.statistics import Times
 
 LEAST_SAMPLE_NS = 2_000_000  # perf_counter_ns and the loop cost under 0.1 us
-MIN_ROUNDS = 7
-MAX_ROUNDS = 60
+MIN_ROUNDS = 9
+MAX_ROUNDS = 200
 WARM_UP_CALLS = 3
 WARM_UP_NS = 200_000_000  # enough calls of a slow form
 

@@ -1,0 +1,232 @@
+"""mbm_kernels.bench: no speed without a right result; the benchmarks of this repository."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mbm_kernels
+from mbm_kernels.bench import (
+    BOTH,
+    FORWARD,
+    Benchmark,
+    Case,
+    Form,
+    Work,
+    as_called,
+    cli,
+    correct,
+    harness,
+    limits,
+    machine,
+    results,
+)
+
+from .conftest import raises
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+OPS = [path.stem.removeprefix("bench_") for path in sorted(BENCHMARKS.glob("bench_*.py"))]
+FAST = harness.Settings(threads=(1,), seconds=0.02, min_rounds=3, compile=False)
+
+
+def make(case, generator):
+    b, t, s, d = (case.sizes[letter] for letter in "BTSD")
+    return {
+        "query": torch.randn(b, t, d, generator=generator),
+        "key": torch.randn(b, s, d, generator=generator),
+        "value": torch.randn(b, s, d, generator=generator),
+        "v": torch.randn(d, generator=generator),
+    }
+
+
+def stock_form(query, key, value, v):
+    weights = (torch.tanh(query[:, :, None] + key[:, None]) @ v).softmax(-1)
+    return weights @ value, weights
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+def wrong_forward(inputs):
+    return (lambda query, **rest: stock_form(query * 1.0001, **rest)), inputs
+
+
+def wrong_gradient(inputs):
+    return (lambda query, **rest: stock_form(WrongGradient.apply(query), **rest)), inputs
+
+
+def benchmark_of(function=None, stock=stock_form, case=None):
+    return Benchmark(
+        op="additive_attention",
+        cases=[case or Case({"B": 2, "T": 3, "S": 5, "D": 8}, quick=True)],
+        make=make,
+        stock=lambda case: {"eager": Form(as_called(stock))},
+        work=lambda case, which: Work(1e3, 1e3),
+        function=function,
+    )
+
+
+class TestHarness:
+    @pytest.fixture(autouse=True)
+    def _limits(self, monkeypatch):
+        monkeypatch.setattr(limits, "measure", lambda threads: limits.Limits(1e9, 1e9))
+
+    def test_rows(self):
+        benchmark = benchmark_of()
+        settings = harness.Settings(threads=(2, 1), seconds=0.01, min_rounds=3, backend="torch")
+        found = list(harness.run(benchmark, benchmark.cases, settings))
+        assert [(r["pass"], r["threads"]) for r in found] == [
+            (FORWARD, 2),
+            (FORWARD, 1),
+            (BOTH, 2),
+            (BOTH, 1),
+        ]
+        for r in found:
+            assert json.loads(json.dumps(r)) == r
+            assert (r["backend"], r["stock_form"]) == ("torch", "eager")
+            assert 0 < r["ratio_lo"] <= r["ratio"] <= r["ratio_hi"]
+            assert 0 <= r["error_of_budget"] <= 1
+            assert r["limit"]["share"] == pytest.approx(1e-6 / (r["mbm_ms"] * 1e-3))
+
+    @pytest.mark.parametrize(
+        ("function", "right"), [(wrong_forward, ()), (wrong_gradient, (FORWARD,))]
+    )
+    def test_wrong_kernel_yields_no_speed(self, function, right, tmp_path, capsys):
+        benchmark = benchmark_of(function)
+        found = list(harness.run(benchmark, benchmark.cases, FAST))
+        for r in found:
+            assert ("wrong" not in r) == ("ratio" in r) == ("mbm_ms" in r) == (r["pass"] in right)
+        code = cli.measure([benchmark], FAST, root=tmp_path, base=tmp_path)
+        assert code == cli.EXIT_WRONG
+        assert "over the budget" in capsys.readouterr().out
+        (path,) = tmp_path.rglob("*.json")
+        assert "ratio" not in results.read(path)["rows"][-1]
+
+    def test_stock_form_of_other_maths_is_refused(self):
+        def other(query, key, value, v):
+            return stock_form(query * 1.5, key, value, v)
+
+        benchmark = benchmark_of(stock=other)
+        with pytest.raises(correct.WrongResult, match="computes something else"):
+            correct.check(benchmark, benchmark.cases[0], FORWARD)
+
+    def test_smaller_check_uses_the_backend_that_is_timed(self, monkeypatch):
+        case = Case({"B": 4, "T": 3, "S": 5, "D": 8}, check={"B": 1}, passes=(FORWARD,))
+        checked = []
+        monkeypatch.setattr(harness, "check", lambda *args: checked.append(args[3]) or {})
+        with monkeypatch.context() as patch:
+            select = mbm_kernels._core.dispatch.select
+
+            def large_only(op, backend, device, dtype, sizes):
+                assert sizes["B"] == 4
+                return select(op, "torch", device, dtype, sizes)
+
+            patch.setattr(mbm_kernels._core.dispatch, "select", large_only)
+            (found,) = harness.run(benchmark_of(case=case), [case], FAST)
+        assert checked == ["torch"]
+        assert found["backend"] == "torch"
+
+    def test_best_stock_form_is_the_fastest(self):
+        def slow(**inputs):
+            time.sleep(0.005)
+            return stock_form(**inputs)
+
+        benchmark = benchmark_of()
+        forms = {"slow": Form(as_called(slow)), "fast": Form(as_called(stock_form))}
+        object.__setattr__(benchmark, "stock", lambda case: forms)
+        found = next(harness.run(benchmark, benchmark.cases, FAST))
+        assert found["stock_form"] == "fast"
+        assert found["ratios"]["slow"] > found["ratios"]["fast"] == found["ratio"]
+
+    def test_form_that_does_not_compile_says_why(self, monkeypatch):
+        def fails(function, **options):
+            def compiled(**inputs):
+                raise RuntimeError("no compiler\nlong story")
+
+            return compiled
+
+        monkeypatch.setattr(torch, "compile", fails)
+        benchmark = benchmark_of()
+        forms = {
+            "eager": Form(as_called(stock_form)),
+            "compile": Form(as_called(stock_form), compile=True),
+        }
+        object.__setattr__(benchmark, "stock", lambda case: forms)
+        settings = harness.Settings(threads=(1,), seconds=0.01, min_rounds=3)
+        found = next(harness.run(benchmark, benchmark.cases, settings))
+        assert found["unavailable"] == {"compile": "RuntimeError: no compiler"}
+
+    def test_a_stop_loses_no_row(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("OUT", raising=False)
+
+        def rows(*args, **named):
+            yield dict.fromkeys(results.KEY) | {"wrong": "stopped here"}
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(harness, "run", rows)
+        with pytest.raises(KeyboardInterrupt):
+            cli.measure([benchmark_of()], FAST, root=tmp_path, base=tmp_path)
+        (path,) = tmp_path.rglob("*.json")
+        assert len(results.read(path)["rows"]) == 1
+
+    def test_unknown_case(self, tmp_path):
+        with raises(ValueError, "case: got 'B99'", "B2 T3 S5 D8"):
+            cli.measure([benchmark_of()], FAST, root=tmp_path, base=None, case="B99")
+
+
+class TestBenchmarks:
+    def test_every_op_has_one(self):
+        assert set(mbm_kernels.ops.__all__) <= set(OPS)
+
+    @pytest.mark.parametrize("op", [op for op in OPS if op != "captioner"])
+    def test_smallest_case_is_right(self, op):
+        (benchmark,) = cli.load(BENCHMARKS, [op])
+        case = random.Random(0).choice(benchmark.choose(None, quick=True))
+        for which in case.passes:
+            shares = correct.check(benchmark, case, which)
+            assert shares
+            assert max(shares.values()) <= 1
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_labels_differ(self, op):
+        (benchmark,) = cli.load(BENCHMARKS, [op])
+        keys = [(case.label, which) for case in benchmark.cases for which in case.passes]
+        assert len(set(keys)) == len(keys)
+        assert any(case.quick for case in benchmark.cases)
+
+    def test_unknown_op_and_folder(self, tmp_path):
+        with raises(ValueError, "op: got 'gruu'", "gru, gru_cell"):
+            cli.load(BENCHMARKS, ["gruu"])
+        with raises(ValueError, "bench_<op>.py", "checkout"):
+            cli.load(tmp_path)
+
+    @pytest.mark.slow
+    def test_script(self, tmp_path):
+        command = [sys.executable, str(BENCHMARKS / "bench_gru_cell.py"), "--quick", "--threads=1"]
+        command += ["--no-compile", "--seconds=0.1", "--results", str(tmp_path)]
+        environment = {n: v for n, v in os.environ.items() if n != "OUT"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        (path,) = tmp_path.rglob("*.json")
+        found = results.read(path)
+        assert {r["heap"] for r in found["rows"]} == {"warm"}
+        assert path.parent.name == found["device"] == machine.device()
+        done = subprocess.run(
+            [*command, "--heap=hot"], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == cli.EXIT_BAD_INPUT
+        assert done.stderr.startswith("error: heap: got 'hot'")
+        assert "Traceback" not in done.stderr
