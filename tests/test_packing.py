@@ -1,0 +1,109 @@
+"""The cache of packed weights: redone when a weight changes, freed with it."""
+
+import gc
+
+import pytest
+import torch
+
+from mbm_kernels._core import native, packing
+
+pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+
+
+calls = []
+
+
+def size(weight, bias=None):
+    return weight.numel()
+
+
+def pack(out, weight, bias=None):
+    calls.append(weight.shape)
+    out.copy_(weight if bias is None else weight + bias)
+
+
+def packed(weight, *others):
+    return packing.packed(size, pack, weight, *others)
+
+
+@pytest.fixture
+def weight():
+    calls.clear()
+    return torch.ones(6)
+
+
+def test_packed_once_while_unchanged(weight):
+    first = packed(weight)
+    assert packed(weight) is first
+    assert len(calls) == 1
+
+
+def test_redone_into_the_same_memory_after_an_in_place_write(weight):
+    address = packed(weight).data_ptr()
+    with torch.no_grad():
+        weight.mul_(3)
+    again = packed(weight)
+    assert again.tolist() == [3] * 6
+    assert again.data_ptr() == address
+
+
+def test_redone_when_another_tensor_changes_or_comes(weight):
+    bias = torch.ones(6)
+    assert packed(weight, None).tolist() == [1] * 6
+    assert packed(weight, bias).tolist() == [2] * 6
+    bias.add_(4)
+    assert packed(weight, bias).tolist() == [6] * 6
+
+
+def test_freed_with_the_weight():
+    weight = torch.ones(6)
+    key = (id(weight), pack)
+    packed(weight)
+    assert key in packing._entries
+    del weight
+    gc.collect()
+    assert key not in packing._entries
+
+
+def test_an_id_used_again_is_another_weight():
+    for value in range(50):
+        assert packed(torch.full((6,), float(value))).tolist() == [value] * 6
+
+
+def test_writes_through_data_need_forget(weight):
+    packed(weight)
+    weight.data.fill_(7)
+    packing.forget(weight)
+    assert packed(weight).tolist() == [7] * 6
+
+
+def test_inference_tensors_are_packed_each_time():
+    with torch.inference_mode():
+        weight = torch.ones(6)
+        packed(weight)
+        weight.fill_(2)
+        assert packed(weight).tolist() == [2] * 6
+
+
+def test_default_dtype_and_device_do_not_matter(weight):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = packed(weight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype == torch.float32
+    assert made.device.type == "cpu"
+
+
+def test_a_failed_pack_is_not_kept(weight):
+    def broken(out, weight):
+        if fail:
+            raise RuntimeError("no")
+        out.copy_(weight)
+
+    fail = True
+    with pytest.raises(RuntimeError):
+        packing.packed(size, broken, weight)
+    fail = False
+    assert packing.packed(size, broken, weight).tolist() == [1] * 6
