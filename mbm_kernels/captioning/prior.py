@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Added to the logits of unseen pairs. At -30 nothing is learnt there and seen pairs are named as
-# unseen ones (shape right in 63 % of val after 1200 steps); at 0 no unseen pair is ever named; at
-# -3 both come out alike (97 % and 93 % after 900).
+# Added to the logits of unseen pairs. At 0 no unseen pair is ever named; at -30 nothing is learnt
+# there and seen pairs are named as unseen ones. At -3 both come out alike: a student alone has
+# exact match 0.992 on val and 0.988 on held_out (scenes, 2400 steps of 32).
 EXCLUDED = -3.0
 
 
