@@ -5,8 +5,8 @@
 //   context[b,t,:] = sum_s weights[b,t,s] value[b,s,:]
 //
 // Strides count elements and may be 0 (expanded); the innermost dimension of every float tensor is
-// contiguous. Inputs may alias one another; outputs alias nothing. All memory is the caller's and is
-// used during the call only. [B,T,S,D] never exists: the largest buffer is [B,T,S] (backward).
+// contiguous. Inputs may alias one another; outputs alias nothing. All memory is the caller's and
+// is used during the call only. [B,T,S,D] never exists: the largest buffer is [B,T,S] (backward).
 //
 // Results are bitwise the same for any num_threads: each element is summed in an order that the
 // sizes alone decide.

@@ -1,10 +1,9 @@
 // Backward: the gradient of the scores per block of queries, then query, key and v in one pass that
-// recomputes tanh. Lanes run over d and work is cut by (b, block of d), so that no two pieces add to
-// the same element; grad_v alone is summed afterwards, over b in order.
-#include "additive_attention/additive_attention.h"
-
+// recomputes tanh. Lanes run over d and work is cut by (b, block of d), so that no two pieces add
+// to the same element; grad_v alone is summed afterwards, over b in order.
 #include <algorithm>
 
+#include "additive_attention/additive_attention.h"
 #include "additive_attention/small_matmul.h"
 #include "additive_attention/tanh_forms.h"
 #include "common/parallel.h"
@@ -13,8 +12,8 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int kKeys = 4;                // keys of a tile
-constexpr int64_t kBlock = 32;          // d of a piece: two cache lines of each row
+constexpr int kKeys = 4;        // keys of a tile
+constexpr int64_t kBlock = 32;  // d of a piece: two cache lines of each row
 constexpr int kVectors = kBlock / kLanes;
 constexpr int64_t kValueRows = 64;      // rows of grad_value in a piece
 constexpr int64_t kSerialWork = 15000;  // tanh below which a second thread costs more than it saves
@@ -26,9 +25,9 @@ enum class Form {
 };
 constexpr float kSmallLimit = 0.5f;
 
-// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][2][kLanes] holds a, a + 1 and
-// key [kKeys][2][kLanes] y, b; in kDirect the inputs themselves in their first vector.
-// Adds sum over s of g (1 - tanh^2) to grad_query [T][kLanes], writes that over t to grad_key
+// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][2][kLanes] holds a, a + 1
+// and key [kKeys][2][kLanes] y, b; in kDirect the inputs themselves in their first vector. Adds sum
+// over s of g (1 - tanh^2) to grad_query [T][kLanes], writes that over t to grad_key
 // [kKeys][kLanes], both times 1/4 in kFactored, and returns the sum of g tanh.
 template <Form form>
 inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, float* grad_query,
@@ -89,18 +88,19 @@ class Backward {
         grad_v_parts_(grad_v_parts),
         tiles_((in_.S + kKeys - 1) / kKeys) {}
 
-  // weights * (g - sum of weights * g) with g = grad_context value^T + grad_weights, for the queries
-  // [t0, t1), at most kDotRows of them; keys past the length are left out, those of a tile are 0.
+  // weights * (g - sum of weights * g) with g = grad_context value^T + grad_weights, for the
+  // queries [t0, t1), at most kDotRows of them; keys past the length are left out, those of a tile
+  // are 0.
   void score_gradient(int64_t b, int64_t t0, int64_t t1) const {
     const int64_t S = key_count(in_, b);
     const Scratch memory(sizeof(float) * kDotRows * (S + kKeys));
     float* g = memory.as<float>();
     const float* value = in_.value + b * in_.value_stride_b;
     if (args_.grad_context != nullptr) {
-      matmul_transposed(t1 - t0, S, in_.E,
-                        args_.grad_context + b * args_.grad_context_stride_b +
-                            t0 * args_.grad_context_stride_t,
-                        args_.grad_context_stride_t, value, in_.value_stride_s, g, S);
+      matmul_transposed(
+          t1 - t0, S, in_.E,
+          args_.grad_context + b * args_.grad_context_stride_b + t0 * args_.grad_context_stride_t,
+          args_.grad_context_stride_t, value, in_.value_stride_s, g, S);
     } else {
       std::fill_n(g, (t1 - t0) * S, 0.0f);
     }
@@ -108,7 +108,9 @@ class Backward {
       float* row = g + (t - t0) * S;
       const float* weights = args_.weights + (b * in_.T + t) * in_.S;
       if (args_.grad_weights != nullptr)
-        add(row, args_.grad_weights + b * args_.grad_weights_stride_b + t * args_.grad_weights_stride_t, S);
+        add(row,
+            args_.grad_weights + b * args_.grad_weights_stride_b + t * args_.grad_weights_stride_t,
+            S);
       const float mean = weighted_mean(row, weights, S);
       float* out = grad_scores_ + b * tiles_ * in_.T * kKeys + t * kKeys;
       for (int64_t s = 0; s < S; s += kKeys, out += in_.T * kKeys)
@@ -244,10 +246,10 @@ class Backward {
           std::fill_n(grad_key, kKeys * kLanes, 0.0f);
           continue;
         }
-        grad_v[i] = grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * 2 * T * kLanes,
-                                                        block.grad_query + i * T * kLanes,
-                                                        block.key + (i * padded_S + s) * 2 * kLanes,
-                                                        grad_key);
+        grad_v[i] =
+            grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * 2 * T * kLanes,
+                                            block.grad_query + i * T * kLanes,
+                                            block.key + (i * padded_S + s) * 2 * kLanes, grad_key);
       }
     }
     for (int i = 0; i < vectors; ++i) {

@@ -1,8 +1,7 @@
 // Forward: scores tile by tile into `weights`, then softmax and context per block of queries.
-#include "additive_attention/additive_attention.h"
-
 #include <algorithm>
 
+#include "additive_attention/additive_attention.h"
 #include "additive_attention/small_matmul.h"
 #include "additive_attention/tanh_forms.h"
 #include "common/parallel.h"
@@ -11,16 +10,16 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int kKeys = 4;                // keys of a tile
-constexpr int kQueries = kLanes / 4;    // queries of a tile: kLanes sums in registers
+constexpr int kKeys = 4;              // keys of a tile
+constexpr int kQueries = kLanes / 4;  // queries of a tile: kLanes sums in registers
 // Vectors of d of one turn of the loop.
 constexpr int kGroup = 2;
 constexpr int64_t kChunk = 64;          // rows packed at a time; 64 x 512 floats are 128 KiB of L2
 constexpr int64_t kDirectQueries = 2;   // up to here packing costs as many exponentials as it saves
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
 
-// scores of queries x 4 keys. q [groups][kGroup][queries][kLanes], k [groups][kGroup][kKeys][2][kLanes],
-// v [groups][kGroup][kLanes].
+// scores of queries x 4 keys. q [groups][kGroup][queries][kLanes], k
+// [groups][kGroup][kKeys][2][kLanes], v [groups][kGroup][kLanes].
 template <int queries>
 inline void score_tile(const float* q, const float* k, const float* v, int64_t groups, vf* score) {
   vf sums[queries * kKeys] = {};
@@ -43,8 +42,8 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t g
   for (int i = 0; i < queries * kKeys; ++i) score[i] = sums[i];
 }
 
-// The lanes' sum rounded once: a score of 20 rounded at every step of a float sum is 2e-6 off, which
-// the softmax hands on. 2 to 8 % of a tile.
+// The lanes' sum rounded once: a score of 20 rounded at every step of a float sum is 2e-6 off,
+// which the softmax hands on. 2 to 8 % of a tile.
 inline float sum_wide(vf v) {
   typedef double vd __attribute__((vector_size(8 * kLanes)));
   const vd wide = __builtin_convertvector(v, vd);
@@ -95,8 +94,8 @@ class Forward {
     s1 = std::min(s1, key_count(in_, b));
     if (s0 >= s1) return;
     const float* k = in_.key + b * in_.key_stride_b + s0 * in_.key_stride_s;
-    const bool factored = in_.T > kDirectQueries &&
-                          key_shift(k, in_.key_stride_s, s1 - s0, in_.D, work.shift);
+    const bool factored =
+        in_.T > kDirectQueries && key_shift(k, in_.key_stride_s, s1 - s0, in_.D, work.shift);
     if (factored) pack_keys(work, k, s1 - s0);
     for (int64_t t0 = 0; t0 < in_.T; t0 += kChunk) {
       const int64_t t1 = std::min(in_.T, t0 + kChunk);
@@ -163,8 +162,8 @@ class Forward {
       for (int i = 0; i < block; ++i) {
         const float* row = q + (t + i) * in_.query_stride_t;
         work.bound[t - t0 + i] = query_bound(row, work.shift, in_.D);
-        pack_query(row, work.shift, in_.D, padded_D_, work.query + (t - t0) * padded_D_ + i * kLanes,
-                   block * kLanes);
+        pack_query(row, work.shift, in_.D, padded_D_,
+                   work.query + (t - t0) * padded_D_ + i * kLanes, block * kLanes);
       }
     }
   }

@@ -71,8 +71,7 @@ inline void matmul_row_block(int64_t I, int64_t J, int64_t E, const float* a, in
 inline void matmul(int64_t I, int64_t J, int64_t E, const float* a, int64_t a_stride_i,
                    int64_t a_stride_j, const float* m, int64_t m_stride_j, float* out,
                    int64_t out_stride_i) {
-  matmul_row_block<kRowBlock>(I, J, E, a, a_stride_i, a_stride_j, m, m_stride_j, out,
-                              out_stride_i);
+  matmul_row_block<kRowBlock>(I, J, E, a, a_stride_i, a_stride_j, m, m_stride_j, out, out_stride_i);
 }
 
 constexpr int kDotRows = kLanes / 4;  // kDotRows x 4 sums fill one sum_rows()

@@ -3,10 +3,11 @@
 //
 //   a = expm1(2 (q + c)), y = e^(2 (k - c)), b = expm1(2 (k - c)):   n = a y + b
 //
-// With c = max of k over the keys at hand y <= 1 and -1 <= b <= 0, so that the sum loses no more than
-// eps |b| and tanh keeps its relative accuracy near 0 (1 - 2 / (1 + e^2q e^2k), one multiplication
-// less, has 8 eps where tanh is -1 and 1e-7 absolute near 0). a stays in range while q + c <= 20;
-// beyond, or with an infinity or a NaN, tanh is computed for each pair (`direct_tanh`).
+// With c = max of k over the keys at hand y <= 1 and -1 <= b <= 0, so that the sum loses no more
+// than eps |b| and tanh keeps its relative accuracy near 0 (1 - 2 / (1 + e^2q e^2k), one
+// multiplication less, has 8 eps where tanh is -1 and 1e-7 absolute near 0). a stays in range while
+// q + c <= 20; beyond, or with an infinity or a NaN, tanh is computed for each pair
+// (`direct_tanh`).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,9 @@ namespace {
 
 constexpr float kFactoredLimit = 20.0f;  // of q + c; (n + 2)^2 = e^80 is still a float
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 inline int64_t key_count(const AdditiveAttentionInputs& in, int64_t b) {
   return in.key_lengths == nullptr ? in.S : in.key_lengths[b];
