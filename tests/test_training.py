@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mbm_kernels._core import files
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
@@ -221,6 +222,7 @@ def test_full_disk_leaves_the_previous_checkpoint(
         write(path, content)
 
     monkeypatch.setattr(checkpoint, "write_synced", full)
+    monkeypatch.setattr(files, "write_synced", full)
 
     def remember():
         expected.update(weights_of(tmp_path))
@@ -240,7 +242,7 @@ def test_full_disk_leaves_the_previous_checkpoint(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "step-00000003"]
     assert_same(weights_of(tmp_path), expected)
     assert_same(weights_of(tmp_path, "best"), expected)
-    monkeypatch.setattr(checkpoint, "write_synced", write)
+    monkeypatch.undo()
     fit(
         CrossEntropyObjective(make(tokenizer)),
         train_set,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mbm_kernels._core.files import sync_folder, write_atomic, write_synced
 from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.models import Captioner
 
@@ -75,7 +75,7 @@ def save(
         names["latest"] = name
         if best or "best" not in names:
             names["best"] = name
-        replace_file(run / INDEX, _json_bytes(names))
+        write_atomic(run / INDEX, _json_bytes(names))
     except OSError as error:
         raise OSError(
             error.errno,
@@ -178,34 +178,6 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Tensor]:
         FileNotFoundError: if the checkpoint has none. ValueError: if they are damaged.
     """
     return _read_tensors(checkpoint.path, "training.safetensors", checkpoint.config)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync and rename, so that readers see old or new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_synced(partial, content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:

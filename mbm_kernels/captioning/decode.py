@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 
-from mbm_kernels.captioning.checkpoint import replace_file
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.data import WordTokenizer, normalise
 from mbm_kernels.models import Captioner
 
@@ -89,5 +89,4 @@ def save_attention_sheet(
         draw.text((place * TILE + 4, TILE + 2), word, fill="black")
     content = io.BytesIO()
     sheet.save(content, format="PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, content.getvalue())
+    write_atomic(path, content.getvalue())

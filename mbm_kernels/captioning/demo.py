@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 from mbm_kernels.captioning import data, metrics
-from mbm_kernels.captioning.checkpoint import remove, replace_file
+from mbm_kernels.captioning.checkpoint import remove
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.fit import History
@@ -105,16 +106,11 @@ def run(
         )
     demo.seconds["total"] = time.monotonic() - started
     results = as_results(demo)
-    replace_file(_in(out, "results.json"), (json.dumps(results, indent=2) + "\n").encode())
-    write_report(demo, results, _in(out, "report.html"))
+    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_report(demo, results, out / "report.html")
     print_summary(demo, console)
     console.print(f"\nreport: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return demo
-
-
-def _in(folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from mbm_kernels.captioning.checkpoint import replace_file
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.decode import attention_overlay
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def write_report(demo: Demo, results: dict[str, Any], path: Path) -> None:
         galleries={split: gallery(demo, split) for split in demo.splits},
         curves=loss_curves(demo),
     )
-    replace_file(path, page.encode())
+    write_atomic(path, page.encode())
 
 
 def gallery(demo: Demo, split: str) -> list[dict[str, Any]]:

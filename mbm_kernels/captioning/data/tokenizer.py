@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from .files import write_atomic
+from mbm_kernels._core.files import write_atomic
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
