@@ -11,8 +11,8 @@ from mbm_kernels.models.captioner import SIZES
 
 
 def widths(case):
-    """Features of the two inputs; "C2" where they differ."""
-    return case.sizes["C"], case.sizes.get("C2", case.sizes["C"])
+    """Features of the two inputs; C' where the second's differ."""
+    return case.sizes["C"], case.sizes.get("C'", case.sizes["C"])
 
 
 def make(case, generator):
@@ -62,7 +62,7 @@ def sizes(b, t, c, k):
 def captioner(size):
     """The image vector beside the words' embeddings."""
     found = SIZES[size]
-    shape = sizes(32, 16, found.features, found.hidden) | {"C2": found.embedding}
+    shape = sizes(32, 16, found.features, found.hidden) | {"C'": found.embedding}
     return Case(shape, {"shared": True}, f"captioner {size}", quick=size == "student")
 
 

@@ -101,11 +101,19 @@ class TestTiming:
         assert len(set(rounds)) > 3
         assert {name: len(t) for name, t in times.items()} == {"a": 20, "b": 20, "c": 20}
 
-    def test_slower_function_has_larger_times(self):
+    def test_times_are_per_call(self, monkeypatch):
+        now = [0]
+
+        def advance(nanoseconds):
+            now[0] += nanoseconds
+
+        monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
         times = timing.interleave(
-            {"short": lambda: time.sleep(0.001), "long": lambda: time.sleep(0.003)}, 0.0
+            {"short": lambda: advance(1_000), "long": lambda: advance(3_000_000)}, 0.0
         )
-        assert statistics.paired_ratio(times["long"], times["short"]).low > 1.5
+        assert set(times["short"]) == {1_000}
+        assert set(times["long"]) == {3_000_000}
+        assert len(times["long"]) == timing.MIN_ROUNDS
 
     def test_threads_are_restored(self):
         before = torch.get_num_threads()

@@ -139,6 +139,26 @@ class TestHarness:
         assert checked == ["torch"]
         assert found["backend"] == "torch"
 
+    def test_gradients_are_checked_away_from_kinks(self):
+        def on_the_kink(case, generator):
+            if generator.initial_seed() == 0:
+                return {"x": torch.full((4,), 1e-12)}
+            return {"x": torch.randn(4, generator=generator)}
+
+        benchmark = Benchmark(
+            op="relu",
+            cases=[Case({"B": 4})],
+            make=on_the_kink,
+            stock=lambda case: {"eager": Form(lambda i: (lambda x: torch.relu(x - 1e-12), i))},
+            function=lambda inputs: (lambda x: torch.relu(x - 1e-12), inputs),
+            reference=lambda x: torch.relu(x - 1e-12),
+            diff=("x",),
+            kinks=True,
+        )
+        found = correct._inputs(benchmark, benchmark.cases[0], BOTH)
+        assert torch.equal(found["x"], benchmark.inputs(benchmark.cases[0], 1)["x"])
+        assert correct._inputs(benchmark, benchmark.cases[0], FORWARD)["x"][0] == 1e-12
+
     def test_best_stock_form_is_the_fastest(self):
         def slow(**inputs):
             time.sleep(0.005)
@@ -191,7 +211,7 @@ class TestBenchmarks:
     def test_every_op_has_one(self):
         assert set(mbm_kernels.ops.__all__) <= set(OPS)
 
-    @pytest.mark.parametrize("op", [op for op in OPS if op != "captioner"])
+    @pytest.mark.parametrize("op", OPS)
     def test_smallest_case_is_right(self, op):
         (benchmark,) = cli.load(BENCHMARKS, [op])
         case = random.Random(0).choice(benchmark.choose(None, quick=True))

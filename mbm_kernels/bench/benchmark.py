@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Case:
     quick: bool = False  # part of --quick and of pytest benchmarks
     passes: tuple[str, ...] = PASSES
     check: dict[str, int] = field(default_factory=dict)  # sizes at which correctness is checked
+    check_gradients: dict[str, int] = field(default_factory=dict)  # beside `check`, for gradients
 
     @property
     def label(self) -> str:
@@ -39,8 +40,9 @@ class Case:
     def __str__(self) -> str:
         return self.label.replace(" ", "-")
 
-    def for_check(self) -> "Case":
-        return Case({**self.sizes, **self.check}, self.options, self.note)
+    def for_check(self, which: str) -> "Case":
+        sizes = {**self.sizes, **self.check, **(self.check_gradients if which == BOTH else {})}
+        return replace(self, sizes=sizes, passes=(which,))
 
 
 def as_called(function: Function) -> Callable[[Inputs], tuple[Function, Inputs]]:
@@ -100,6 +102,11 @@ class Benchmark:
         stock: forms by name for a case; the first is eager and the yardstick of the error rule.
         work: (case, pass) -> least operations and bytes, where known.
         layout: of the images that `mbm` is given.
+        extra: what the error rule allows more, times max|truth|: an operation's named constant.
+        kinks: the gradient jumps where two values of a pooling window, or a value and 0, are equal;
+            right forms then differ, so that it is checked away from such inputs.
+        positive: whether the reference on absolute values of the inputs bounds its rounding, as it
+            does for a single operation; a model's floor is taken from its largest result.
     """
 
     op: str
@@ -111,6 +118,9 @@ class Benchmark:
     reference: Function | None = None
     diff: Sequence[str] | Callable[[Inputs], Sequence[str]] | None = None
     layout: torch.memory_format | None = None
+    extra: float = 0.0
+    positive: bool = True
+    kinks: bool = False
 
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:
