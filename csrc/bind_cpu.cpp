@@ -8,6 +8,7 @@
 #include "additive_attention/additive_attention.h"
 #include "common/checked_ptr.h"
 #include "common/isa.h"
+#include "common/peak.h"
 #include "common/vector_math.h"
 #include "gru/gru.h"
 
@@ -27,6 +28,12 @@ void bind_common(py::module_& m) {
   m.def("isa", [] { return mbm::isa_name(mbm::active_isa()); });
   m.def("best_isa", [] { return mbm::isa_name(mbm::best_isa()); });
   m.def("set_isa", [](const std::string& name) { mbm::set_isa(parse_isa(name)); });
+
+  m.def("peak_operations", [] { return MBM_CALL(peak_operations); });
+  m.def("peak_run", [](int64_t iterations, int num_threads) {
+    py::gil_scoped_release release;
+    return MBM_CALL(peak_run, iterations, num_threads);
+  });
 
   py::enum_<mbm::VectorFunction>(m, "VectorFunction")
       .value("exp", mbm::VectorFunction::kExp)

@@ -41,10 +41,15 @@ def info(
 
 def _mount() -> None:
     """The parts with dependencies of their own are imported only when their command is named."""
-    if "caption" in sys.argv[1:2] or len(sys.argv) < 2 or sys.argv[1] == "--help":
+    asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if asked in ("caption", "--help"):
         from mbm_kernels.captioning import cli as caption
 
         app.add_typer(caption.app, name="caption")
+    if asked in ("bench", "--help"):
+        from mbm_kernels.bench.cli import bench
+
+        app.command()(bench)
 
 
 def main() -> None:

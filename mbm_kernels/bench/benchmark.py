@@ -176,13 +176,16 @@ class Prepared:
                 for o in outputs
             ]
         pairs = [(o, g) for o, g in zip(outputs, self.grads, strict=True) if o.requires_grad]
-        return torch.autograd.grad(
+        found = torch.autograd.grad(
             [o for o, _ in pairs],
             list(self.leaves.values()),
             [g for _, g in pairs],
             allow_unused=True,
             materialize_grads=True,
         )
+        # As after an optimizer's step: what a backend packed from the weights is stale.
+        torch.autograd.graph.increment_version(list(self.leaves.values()))
+        return found
 
     def call(self, which: str) -> Callable[[], Any]:
         return self.forward if which == FORWARD else self.both
