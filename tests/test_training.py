@@ -18,6 +18,7 @@ from mbm_kernels.captioning.fit import fit, hard_loss, mask_words, schedule
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.captioning.presets import PRESETS, DistillSettings, TrainSettings, preset
 from mbm_kernels.captioning.prior import NeighbourPrior
+from mbm_kernels.captioning.style import restyle
 from mbm_kernels.captioning.train import train_student, train_teacher
 from mbm_kernels.models import Captioner
 
@@ -353,6 +354,24 @@ def test_schedule_warms_up_and_reaches_zero():
     assert rates[9] == rates[10] == 1
     assert rates[100] == pytest.approx(0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_restyle_keeps_white_and_changes_the_drawing():
+    images = torch.ones(4, 3, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    white = restyle(images, generator)
+    torch.testing.assert_close(white, images, atol=1e-4, rtol=0)  # a byte is 8e-3
+    images[:, 0, 10:20, 8:24] = -0.5
+    images[:, 1, 12:18, 8:24] = 0.2
+    before = images.clone()
+    first, second = (restyle(images, torch.Generator().manual_seed(k)) for k in (1, 1))
+    assert torch.equal(first, second)
+    assert torch.equal(images, before)
+    assert first.shape == images.shape
+    assert first.abs().max() <= 1
+    pairs = [(first[a] - first[b]).abs().mean() for a in range(4) for b in range(a)]
+    assert min(pairs) > 0.005
+    assert (first[:, 0] < 0).float().mean() > 0.05  # still drawn
 
 
 def test_mask_words_spares_the_special_ones(tokenizer):

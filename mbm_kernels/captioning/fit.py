@@ -24,6 +24,7 @@ from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, augment, coll
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.progress import training_progress
+from mbm_kernels.captioning.style import restyle
 from mbm_kernels.models import Captioner
 
 LOG_EVERY = 20
@@ -147,7 +148,7 @@ class _Trainer:
         with seeded(self.seed, self.step):
             if settings.augment:
                 generator = torch.Generator().manual_seed(mix_seed(self.seed, self.step))
-                images = augment(images, generator)
+                images = restyle(augment(images, generator), generator)
             inputs = mask_words(tokens[:, :-1], settings.word_dropout, self.tokenizer)
             loss = self.objective(images, tokens, inputs)
         self.optimizer.zero_grad(set_to_none=True)
