@@ -1,4 +1,4 @@
-"""Plants bugs in the kernels, one at a time in a copy of the tree, and shows that the tests see each.
+"""Plants bugs in the kernels, one at a time, in a copy of the tree; the tests must see each.
 
     make mutants        or: python tests/mutants.py [--only NAME]
 

@@ -15,7 +15,7 @@ from mbm_kernels._core.op import OPS
 from .conftest import raises
 
 OP = "additive_attention"
-SIZES = {"B": 2, "T": 3, "S": 5, "D": 8, "E": 4, "training": 0}
+SIZES = {"B": 2, "T": 3, "S": 5, "D": 8, "E": 4, "elements": 240, "training": 0}
 CPU = torch.device("cpu")
 
 

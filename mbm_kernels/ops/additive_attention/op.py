@@ -96,5 +96,6 @@ def additive_attention(
     query, key, value, v = autocast.cast(query, key, value, v)
     checks.same_floating(NAME, (("query", query), ("key", key), ("value", value), ("v", v)))
     sizes = {"B": batch, "T": steps, "S": positions, "D": features, "E": value.size(2)}
+    sizes["elements"] = batch * steps * positions * features
     context, weights = OP(backend, query, key, value, v, key_lengths, mask, sizes=sizes)
     return context, weights
