@@ -81,22 +81,28 @@ void bind_gru(py::module_& m) {
     py::gil_scoped_release release;
     MBM_CALL(gru_pack_input, C, H, w_ih_ptr, out_ptr, num_threads);
   });
-  m.def("gru_forward",
-        [](int64_t T, int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_t,
-           int64_t x_stride_b, Address h0, Address packed, Address lengths, bool reverse, Address y,
-           Address h_n, Address reserve, int num_threads) {
-          mbm::GruForward args{};
-          args.sequence = {T, B, C, H, checked_ptr<const float>(x, T * B * C, "x"), x_stride_t,
-                           x_stride_b, optional_ptr<const float>(h0, B * H, "h0"),
-                           optional_ptr<const int64_t>(lengths, B, "lengths"), reverse};
-          const int64_t packed_size = MBM_CALL(gru_packed_sizes, C, H).forward;
-          args.packed = checked_ptr<const float>(packed, packed_size, "packed");
-          args.y = optional_ptr<float>(y, T * B * H, "y");
-          args.h_n = checked_ptr<float>(h_n, B * H, "h_n");
-          args.reserve = optional_ptr<float>(reserve, T * B * 4 * H, "reserve");
-          py::gil_scoped_release release;
-          MBM_CALL(gru_forward, args, num_threads);
-        });
+  m.def("gru_forward", [](int64_t T, int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_t,
+                          int64_t x_stride_b, Address h0, Address packed, Address lengths,
+                          bool reverse, Address y, Address h_n, Address reserve, int num_threads) {
+    mbm::GruForward args{};
+    args.sequence = {T,
+                     B,
+                     C,
+                     H,
+                     checked_ptr<const float>(x, T * B * C, "x"),
+                     x_stride_t,
+                     x_stride_b,
+                     optional_ptr<const float>(h0, B * H, "h0"),
+                     optional_ptr<const int64_t>(lengths, B, "lengths"),
+                     reverse};
+    const int64_t packed_size = MBM_CALL(gru_packed_sizes, C, H).forward;
+    args.packed = checked_ptr<const float>(packed, packed_size, "packed");
+    args.y = optional_ptr<float>(y, T * B * H, "y");
+    args.h_n = checked_ptr<float>(h_n, B * H, "h_n");
+    args.reserve = optional_ptr<float>(reserve, T * B * 4 * H, "reserve");
+    py::gil_scoped_release release;
+    MBM_CALL(gru_forward, args, num_threads);
+  });
   m.def("gru_backward",
         [](int64_t T, int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_t,
            int64_t x_stride_b, Address h0, Address packed_recurrent, Address packed_input,
@@ -106,10 +112,16 @@ void bind_gru(py::module_& m) {
            Address grad_b_hh, int num_threads) {
           const mbm::GruPackedSizes sizes = MBM_CALL(gru_packed_sizes, C, H);
           mbm::GruBackward args{};
-          args.sequence = {T, B, C, H,
-                           checked_ptr<const float>(x, grad_w_ih ? T * B * C : 0, "x"), x_stride_t,
-                           x_stride_b, optional_ptr<const float>(h0, B * H, "h0"),
-                           optional_ptr<const int64_t>(lengths, B, "lengths"), reverse};
+          args.sequence = {T,
+                           B,
+                           C,
+                           H,
+                           checked_ptr<const float>(x, grad_w_ih ? T * B * C : 0, "x"),
+                           x_stride_t,
+                           x_stride_b,
+                           optional_ptr<const float>(h0, B * H, "h0"),
+                           optional_ptr<const int64_t>(lengths, B, "lengths"),
+                           reverse};
           args.packed_recurrent =
               checked_ptr<const float>(packed_recurrent, sizes.recurrent, "packed_recurrent");
           args.packed_input =
@@ -131,7 +143,8 @@ void bind_gru(py::module_& m) {
         });
 }
 
-// Sizes B, T, S, D, E; tensors as (address, stride of b, stride of the rows), the mask with a third.
+// Sizes B, T, S, D, E; tensors as (address, stride of b, stride of the rows), the mask with a
+// third.
 using AttentionSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 using Rows = std::tuple<Address, int64_t, int64_t>;
 using Mask = std::tuple<Address, int64_t, int64_t, int64_t>;
@@ -171,10 +184,8 @@ void bind_additive_attention(py::module_& m) {
            Mask mask, Address context, Address weights, int num_threads) {
           mbm::AdditiveAttentionForward args{};
           args.in = additive_attention_inputs(sizes, query, key, value, v, key_lengths, mask);
-          args.context =
-              checked_ptr<float>(context, args.in.B * args.in.T * args.in.E, "context");
-          args.weights =
-              checked_ptr<float>(weights, args.in.B * args.in.T * args.in.S, "weights");
+          args.context = checked_ptr<float>(context, args.in.B * args.in.T * args.in.E, "context");
+          args.weights = checked_ptr<float>(weights, args.in.B * args.in.T * args.in.S, "weights");
           py::gil_scoped_release release;
           MBM_CALL(additive_attention_fwd, args, num_threads);
         });

@@ -33,9 +33,7 @@ inline vf zero() { return vf{}; }
 #if defined(__AVX512F__) && MBM_LANES == 16
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline vf load_n(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p); }
-inline void store_n(float* p, vf v, int n) {
-  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
-}
+inline void store_n(float* p, vf v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
 #elif defined(__AVX2__) && MBM_LANES == 8
 inline __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

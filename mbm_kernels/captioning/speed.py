@@ -14,7 +14,7 @@ from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.models import Captioner
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 LOSS_TOLERANCE = 1e-4  # relative: two float32 evaluations of the same loss
 SAME_WORDS = 0.99  # share of captions; a word may flip where two logits are equal but for rounding
 
@@ -41,8 +41,8 @@ class Speed:
 
 def rebuilt(model: Captioner, layers: str) -> Captioner:
     """The same model with the same weights out of other layers."""
-    settings = {name: value for name, value in model.settings.items() if name != "vocab_size"}
-    other = Captioner(model.vocab_size, layers=layers, **settings)
+    settings: dict[str, Any] = dict(model.settings)
+    other = Captioner(layers=layers, **settings)
     other.load_state_dict(model.state_dict())
     return other
 
@@ -112,9 +112,9 @@ def measure(
         for form, is_compiled in forms.items()
     }
     ours = training_step(rebuilt(model, "mbm"), (images, tokens), False)
-    loss = ours()
+    loss: float = ours()
     for form, step in steps.items():
-        other = step()
+        other: float = step()
         if not abs(loss - other) <= LOSS_TOLERANCE * abs(other):
             raise ValueError(
                 f"speed: training step: got loss {loss}, expected {other} as {form}; "
@@ -122,7 +122,7 @@ def measure(
             )
     rows = [compare(f"training step, {name}, B{len(images)}", ours, steps, seconds)]
 
-    passes = {
+    passes: dict[str, Call] = {
         form: captioning_pass(rebuilt(model, "stock"), images, max_length, is_compiled)
         for form, is_compiled in forms.items()
     }
