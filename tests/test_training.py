@@ -1,7 +1,5 @@
 """Training: the loop, its checkpoints, and what happens when something goes wrong."""
 
-import errno
-import json
 import os
 import signal
 from dataclasses import replace
@@ -9,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mbm_kernels._core import files
 from mbm_kernels.captioning import checkpoint
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.data import WordTokenizer, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.fit import fit, hard_loss, mask_words, schedule
@@ -22,46 +19,18 @@ from mbm_kernels.captioning.style import restyle
 from mbm_kernels.captioning.train import train_student, train_teacher
 from mbm_kernels.models import Captioner
 
-SETTINGS = TrainSettings(
-    steps=6, batch_size=4, warmup=2, learning_rate=1e-3, evaluate_every=3, word_dropout=0.2
+from .training_helpers import (  # noqa: F401  the fixtures are used by name
+    SETTINGS,
+    Stop,
+    assert_same,
+    colours,
+    make,
+    run_once,
+    stop_at,
+    tokenizer,
+    train_set,
+    weights_of,
 )
-
-
-def colours(count=12, side=16):
-    """Flat pictures named by their colour and how bright they are."""
-    names = ("red", "green", "blue")
-    images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
-    captions = []
-    for k in range(count):
-        bright = k // 3 % 2
-        images[k, k % 3] = 250 if bright else 110
-        captions.append(f"a {'bright' if bright else 'dark'} {names[k % 3]} square")
-    return CaptionSet(images, captions, [str(k) for k in range(count)])
-
-
-@pytest.fixture
-def train_set():
-    return colours()
-
-
-@pytest.fixture
-def tokenizer(train_set):
-    return WordTokenizer.train(train_set.captions)
-
-
-def make(tokenizer, seed=0, size="student", layers="stock"):
-    torch.manual_seed(seed)
-    return Captioner(tokenizer.vocab_size, size=size, layers=layers, image_size=16)
-
-
-def weights_of(run, which="latest"):
-    return checkpoint.load(run, layers="stock", which=which).model.state_dict()
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_learns_by_heart(train_set, tokenizer):
@@ -101,18 +70,6 @@ def test_training_leaves_the_global_generator_alone(train_set, tokenizer):
     fit(CrossEntropyObjective(make(tokenizer, 5)), train_set, tokenizer, SETTINGS)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), expected)
-
-
-class Stop(Exception):
-    """Ends a training from its callback."""
-
-
-def stop_at(step, raises):
-    def callback(done):
-        if done == step:
-            raises()
-
-    return callback
 
 
 @pytest.mark.parametrize("kind", ["cross-entropy", "distillation"])
@@ -197,126 +154,6 @@ def test_best_checkpoint_is_of_the_lowest_validation_loss(train_set, tokenizer, 
     # Only what the index names is kept.
     kept = {folder.name for folder in tmp_path.iterdir()}
     assert kept == {"checkpoints.json", f"step-{best.config['step']:08d}", "step-00000006"}
-
-
-def run_once(run, train_set, tokenizer, **changes):
-    return fit(
-        CrossEntropyObjective(make(tokenizer)),
-        train_set,
-        tokenizer,
-        replace(SETTINGS, **changes),
-        run=run,
-    )
-
-
-@pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "checkpoints.json"])
-def test_full_disk_leaves_the_previous_checkpoint(
-    broken, train_set, tokenizer, tmp_path, monkeypatch
-):
-    write = checkpoint.write_synced
-    expected = {}
-
-    def full(path, content):
-        if expected and broken in path.name:
-            write(path, content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, content)
-
-    monkeypatch.setattr(checkpoint, "write_synced", full)
-    monkeypatch.setattr(files, "write_synced", full)
-
-    def remember():
-        expected.update(weights_of(tmp_path))
-
-    with pytest.raises(OSError, match="No space left") as caught:
-        fit(
-            CrossEntropyObjective(make(tokenizer)),
-            train_set,
-            tokenizer,
-            SETTINGS,
-            run=tmp_path,
-            after_step=stop_at(4, remember),
-        )
-    assert caught.value.errno == errno.ENOSPC
-    assert "saving the checkpoint of step 6 failed" in str(caught.value)
-    if broken != "checkpoints.json":
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "step-00000003"]
-    assert_same(weights_of(tmp_path), expected)
-    assert_same(weights_of(tmp_path, "best"), expected)
-    monkeypatch.undo()
-    fit(
-        CrossEntropyObjective(make(tokenizer)),
-        train_set,
-        tokenizer,
-        SETTINGS,
-        run=tmp_path,
-        resume=True,
-    )
-    assert checkpoint.load(tmp_path, layers="stock", which="latest").config["step"] == 6
-
-
-def test_checkpoint_round_trip_in_both_layers(train_set, tokenizer, tmp_path):
-    run_once(tmp_path, train_set, tokenizer)
-    stock = checkpoint.load(tmp_path, layers="stock")
-    fused = checkpoint.load(stock.path, layers="mbm")
-    assert_same(stock.model.state_dict(), fused.model.state_dict())
-    assert stock.tokenizer.encode("a dark red square") == tokenizer.encode("a dark red square")
-    images, _, _ = collate(train_set, range(4), tokenizer)
-    assert stock.model.generate(images, 6) == fused.model.generate(images, 6)
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def truncate(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip_a_bit(folder):
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-50] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE = {
-    "truncated": (truncate, ValueError, "model.safetensors of .* fails its checksum"),
-    "flipped bit": (flip_a_bit, ValueError, "fails its checksum"),
-    "no weights": (
-        lambda folder: (folder / "model.safetensors").unlink(),
-        FileNotFoundError,
-        "no model.safetensors",
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), ValueError, "no config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "not JSON"),
-    "foreign": (lambda f: edit_config(f, format="llama"), ValueError, "format 'llama'"),
-    "newer": (lambda f: edit_config(f, version=99), ValueError, "version 99"),
-    "other size": (
-        lambda f: edit_config(
-            f, model={**json.loads((f / "config.json").read_text())["model"], "size": "teacher"}
-        ),
-        ValueError,
-        "where the model has",
-    ),
-    "odd model": (lambda f: edit_config(f, model={"depth": 3}), ValueError, "no captioner"),
-    "index": (
-        lambda f: (f.parent / "checkpoints.json").write_text('{"best": "../../etc"}'),
-        ValueError,
-        "best '../../etc' in checkpoints.json",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_or_foreign_checkpoint_is_refused(damage, train_set, tokenizer, tmp_path):
-    run_once(tmp_path, train_set, tokenizer, steps=1, warmup=0)
-    change, error, text = DAMAGE[damage]
-    change(tmp_path / "step-00000001")
-    with pytest.raises(error, match=text):
-        checkpoint.load(tmp_path, layers="stock")
 
 
 def test_refusals_of_fit(train_set, tokenizer, tmp_path):
