@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import BOTH, FORWARD, machine, memory, results, statistics, table, timing
 
 from .conftest import raises
@@ -242,14 +243,14 @@ class TestResults:
     @pytest.mark.parametrize("stage", ["fsync", "replace"])
     def test_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch, stage):
         path = tmp_path / "result.json"
-        results.write_atomically(path, "old")
+        write_atomic(path, b"old")
 
         def stop(*args):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(*((os, "fsync") if stage == "fsync" else (Path, "replace")), stop)
         with pytest.raises(KeyboardInterrupt):
-            results.write_atomically(path, "new")
+            write_atomic(path, b"new")
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 

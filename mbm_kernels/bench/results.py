@@ -11,25 +11,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 
 SCHEMA = 1
 KEY = ("op", "case", "pass", "dtype", "threads", "heap", "backend", "quick")
 
 Row = dict[str, Any]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def row_key(row: Row) -> tuple[str, ...]:
@@ -89,7 +77,8 @@ class ResultsFile:
         """
         rows: list[Row] = read(self.path)["rows"] if self.path.exists() else []
         rows = [old for old in rows if row_key(old) != row_key(row)] + [row]
-        write_atomically(self.path, json.dumps({**self._head, "rows": rows}, indent=1) + "\n")
+        text = json.dumps({**self._head, "rows": rows}, indent=1) + "\n"
+        write_atomic(self.path, text.encode())
 
     def rows(self) -> list[Row]:
         return read(self.path)["rows"] if self.path.exists() else []

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench.benchmark import FORWARD
-from mbm_kernels.bench.results import Row, write_atomically
+from mbm_kernels.bench.results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
@@ -175,4 +176,5 @@ def update_readme(readme: Path, found: dict[str, Any], results: Path) -> None:
     path = results.resolve()
     root = readme.resolve().parent
     link = str(path.relative_to(root)) if path.is_relative_to(root) else path.name
-    write_atomically(readme, replace_between_markers(readme.read_text(), markdown(found, link)))
+    text = replace_between_markers(readme.read_text(), markdown(found, link))
+    write_atomic(readme, text.encode())
