@@ -19,62 +19,64 @@ constexpr int64_t kValueRows = 64;      // rows of grad_value in a piece
 constexpr int64_t kSerialWork = 15000;  // tanh below which a second thread costs more than it saves
 
 enum class Form {
-  kSmall,     // |q| + |k| <= 0.5: factored, with 1 - tanh^2 as it stands, exact to half an eps
-  kFactored,  // q + c <= 20
+  kSmall,     // |q| + |k| <= 0.5: 1 - tanh^2 as it stands, exact to half an eps
+  kFactored,  // q + c <= 15
   kDirect     // anything
 };
 constexpr float kSmallLimit = 0.5f;
 
-// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][2][kLanes] holds a, a + 1
-// and key [kKeys][2][kLanes] y, b; in kDirect the inputs themselves in their first vector. Adds sum
-// over s of g (1 - tanh^2) to grad_query [T][kLanes], writes that over t to grad_key
-// [kKeys][kLanes], both times 1/4 in kFactored, and returns the sum of g tanh.
+// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][kLanes] holds a, or
+// x = a + 1 in kFactored; keys y and b; in kDirect the inputs themselves, in y for the keys. Adds
+// sum over s of g (1 - tanh^2) to grad_query [T][kLanes], that over t to sum_key, both halved in
+// kFactored, and returns the sum of g tanh.
 template <Form form>
 inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, float* grad_query,
-                        const float* key, float* grad_key) {
-  const vf one = set1(1.0f), two = set1(2.0f);
-  vf y[kKeys], b[kKeys], sum_key[kKeys] = {}, weighted = zero();
-  for (int s = 0; s < kKeys; ++s) {
-    y[s] = load(key + 2 * s * kLanes);
-    b[s] = load(key + (2 * s + 1) * kLanes);
-  }
+                        const vf* y, const vf* b, vf* sum_key) {
+  const vf one = set1(1.0f), half = set1(0.5f);
+  vf weighted = zero();
   for (int64_t t = 0; t < T; ++t) {
-    const vf a = load(query + 2 * t * kLanes), x = load(query + (2 * t + 1) * kLanes);
-    vf n[kKeys] = {}, inverse[kKeys] = {}, sum_query = zero(), sum_tanh = zero();
-    if constexpr (form != Form::kDirect) {
-#pragma GCC unroll 4
-      for (int s = 0; s < kKeys; ++s) {
-        n[s] = fma(a, y[s], b[s]);
-        inverse[s] = one / (n[s] + two);
-      }
-    }
-#pragma GCC unroll 4
-    for (int s = 0; s < kKeys; ++s) {
-      const vf g = set1(grad_score[t * kKeys + s]);
-      vf p;
-      if constexpr (form == Form::kFactored) {
-        // (1 - tanh^2) / 4 = x y / (n + 2)^2 keeps its digits where tanh is near -1 or 1.
-        sum_tanh = fma(g, n[s] * inverse[s], sum_tanh);
-        p = g * inverse[s] * inverse[s] * (x * y[s]);
-      } else {
-        // kDirect takes any argument, infinity included.
-        vf slope;
-        vf tanh = n[s] * inverse[s];
-        if constexpr (form == Form::kDirect) {
-          tanh = direct_tanh(a + y[s], &slope);
-        } else {
-          slope = one - tanh * tanh;
+    const vf a = load(query + t * kLanes);
+    vf sum_query = zero(), sum_tanh = zero();
+#pragma GCC unroll 2
+    for (int s = 0; s < kKeys; s += 2) {
+      vf product[2] = {}, m[2] = {}, inverse[2] = {};  // inverse: 1 / (m + 1), one division for two
+      if constexpr (form != Form::kDirect) {
+        vf d[2];
+        for (int j = 0; j < 2; ++j) {
+          product[j] = a * y[s + j];
+          m[j] = form == Form::kSmall ? product[j] + b[s + j] : product[j] - half;
+          d[j] = form == Form::kSmall ? m[j] + one : product[j] + half;
         }
-        sum_tanh = fma(g, tanh, sum_tanh);
-        p = g * slope;
+        const vf shared = one / (d[0] * d[1]);
+        inverse[0] = shared * d[1];
+        inverse[1] = shared * d[0];
       }
-      sum_key[s] = sum_key[s] + p;
-      sum_query = sum_query + p;
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        const vf g = set1(grad_score[t * kKeys + s + j]);
+        vf p;
+        if constexpr (form == Form::kFactored) {
+          // (1 - tanh^2) / 2 = x y / (m + 1)^2 keeps its digits where tanh is near -1 or 1.
+          const vf scaled = g * inverse[j];
+          sum_tanh = fma(scaled, m[j], sum_tanh);
+          p = product_of(scaled, inverse[j] * product[j]);
+        } else {
+          vf slope, tanh = m[j] * inverse[j];
+          if constexpr (form == Form::kDirect) {
+            tanh = direct_tanh(a + y[s + j], &slope);
+          } else {
+            slope = one - tanh * tanh;
+          }
+          sum_tanh = fma(g, tanh, sum_tanh);
+          p = product_of(g, slope);
+        }
+        sum_key[s + j] = sum_key[s + j] + p;
+        sum_query = sum_query + p;
+      }
     }
     weighted = weighted + sum_tanh;
     store(grad_query + t * kLanes, load(grad_query + t * kLanes) + sum_query);
   }
-  for (int s = 0; s < kKeys; ++s) store(grad_key + s * kLanes, sum_key[s]);
   return weighted;
 }
 
@@ -121,40 +123,27 @@ class Backward {
 
   // grad_query, grad_key and grad_v of b for the block of d that starts at d0.
   void query_key_v(int64_t b, int64_t d0) const {
-    const int64_t S = key_count(in_, b), T = in_.T, padded_S = round_up(S, kKeys);
-    const Scratch memory(sizeof(float) * kBlock * (3 * T + 3 * padded_S + 1));
+    const int64_t S = key_count(in_, b), T = in_.T;
+    const Scratch memory(sizeof(float) * kBlock * (2 * T + 1));
     Block block;
     block.b = b;
     block.d0 = d0;
     block.width = std::min<int64_t>(kBlock, in_.D - d0);
     block.S = S;
     block.query = memory.as<float>();
-    block.grad_query = block.query + 2 * kBlock * T;
-    block.key = block.grad_query + kBlock * T;
-    block.grad_key = block.key + 2 * kBlock * padded_S;
-    float* shift = block.grad_key + kBlock * padded_S;
+    block.grad_query = block.query + kBlock * T;
+    block.largest_key = block.grad_query + kBlock * T;
     const float* q = in_.query + b * in_.query_stride_b + d0;
     const float* k = in_.key + b * in_.key_stride_b + d0;
-    const Form form = choose_form(q, k, S, block.width, shift);
+    const Form form = choose_form(q, k, S, block.width, block.largest_key);
     for (int64_t t = 0; t < T; ++t)
       for (int64_t i = 0; i < kVectors; ++i) {
         const int64_t d = i * kLanes, left = block.width - d;
         const vf x = left > 0 ? load_at_most(q + t * in_.query_stride_t + d, left) : zero();
-        float* panel = block.query + (i * T + t) * 2 * kLanes;
-        vf a = x, a1 = zero();
-        if (form != Form::kDirect) query_factors(x, load(shift + d), &a, &a1);
-        store(panel, a);
-        store(panel + kLanes, a1);
-      }
-    for (int64_t s = 0; s < padded_S; ++s)
-      for (int64_t i = 0; i < kVectors; ++i) {
-        const int64_t d = i * kLanes, left = s < S ? block.width - d : 0;
-        const vf x = left > 0 ? load_at_most(k + s * in_.key_stride_s + d, left) : zero();
-        float* panel = block.key + (i * padded_S + s) * 2 * kLanes;
-        vf y = x, b = zero();
-        if (form != Form::kDirect && s < S) key_factors(x, load(shift + d), &y, &b);
-        store(panel, y);
-        store(panel + kLanes, b);
+        vf a = x, x_factor = x;
+        if (form != Form::kDirect)
+          query_factors(x, shift_exponent(load(block.largest_key + d)), &a, &x_factor);
+        store(block.query + (i * T + t) * kLanes, form == Form::kFactored ? x_factor : a);
       }
     switch (form) {
       case Form::kSmall: return gradients<Form::kSmall>(block);
@@ -178,23 +167,25 @@ class Backward {
   }
 
  private:
-  // The inputs of gradient_tile for `width` d from d0 on, [kVectors] of each; key for padded S.
+  // `width` d from d0 on: what gradient_tile takes of the queries, for each of kVectors, and the
+  // largest keys [kBlock].
   struct Block {
     int64_t b, d0, width, S;
-    float *query, *grad_query, *key, *grad_key;
+    float *query, *grad_query, *largest_key;
   };
 
-  // Also fills shift [kBlock].
-  Form choose_form(const float* q, const float* k, int64_t S, int64_t width, float* shift) const {
-    std::fill_n(shift, kBlock, 0.0f);
+  // Also fills largest [kBlock].
+  Form choose_form(const float* q, const float* k, int64_t S, int64_t width, float* largest) const {
+    std::fill_n(largest, kBlock, 0.0f);
     if (S == 0) return Form::kSmall;
-    if (!key_shift(k, in_.key_stride_s, S, width, shift)) return Form::kDirect;
+    if (!largest_keys(k, in_.key_stride_s, S, width, largest)) return Form::kDirect;
     float bound = 0.0f, largest_query = 0.0f, largest_key = 0.0f;
     for (int64_t t = 0; t < in_.T; ++t) {
-      bound = std::max(bound, query_bound(q + t * in_.query_stride_t, shift, width));
-      largest_query = std::max(largest_query, max_magnitude(q + t * in_.query_stride_t, width));
+      float magnitude;
+      bound = std::max(bound, query_bound(q + t * in_.query_stride_t, largest, width, &magnitude));
+      largest_query = std::max(largest_query, magnitude);
     }
-    if (bound > kFactoredLimit) return Form::kDirect;
+    if (bound > kPairLimit) return Form::kDirect;
     if (largest_query > kSmallLimit) return Form::kFactored;
     for (int64_t s = 0; s < S; ++s)
       largest_key = std::max(largest_key, max_magnitude(k + s * in_.key_stride_s, width));
@@ -233,38 +224,65 @@ class Backward {
 
   template <Form form>
   void gradients(const Block& block) const {
-    const int64_t T = in_.T, S = block.S, padded_S = round_up(S, kKeys);
+    const int64_t T = in_.T, S = block.S;
     const int vectors = static_cast<int>((block.width + kLanes - 1) / kLanes);
     const float* grad_score = grad_scores_ + block.b * tiles_ * T * kKeys;
-    vf grad_v[kVectors] = {};
+    vf grad_v[kVectors] = {}, scale[kVectors] = {};
+    for (int i = 0; i < vectors; ++i)
+      scale[i] = load_at_most(in_.v + block.d0 + i * kLanes, block.width - i * kLanes) *
+                 set1(form == Form::kFactored ? 2.0f : 1.0f);
     std::fill_n(block.grad_query, kBlock * T, 0.0f);
     for (int64_t s = 0; s < S; s += kKeys, grad_score += T * kKeys) {
       const bool skip = in_.mask != nullptr && !any_gradient(grad_score);
       for (int i = 0; i < vectors; ++i) {
-        float* grad_key = block.grad_key + (i * padded_S + s) * kLanes;
-        if (skip) {
-          std::fill_n(grad_key, kKeys * kLanes, 0.0f);
-          continue;
+        // Keys are taken and their gradients written tile by tile: rows a power of two apart share
+        // a few sets of L1, and a pass over them alone waits for every line.
+        vf sum_key[kKeys] = {};
+        if (!skip) {
+          vf y[kKeys], b[kKeys];
+          for (int j = 0; j < kKeys; ++j) key_vector<form>(block, s + j, i, &y[j], &b[j]);
+          grad_v[i] =
+              grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * T * kLanes,
+                                              block.grad_query + i * T * kLanes, y, b, sum_key);
         }
-        grad_v[i] =
-            grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * 2 * T * kLanes,
-                                            block.grad_query + i * T * kLanes,
-                                            block.key + (i * padded_S + s) * 2 * kLanes, grad_key);
+        if (args_.grad_key != nullptr)
+          for (int64_t j = 0; j < std::min<int64_t>(kKeys, S - s); ++j)
+            store_n(grad_key_row(block, s + j) + i * kLanes, sum_key[j] * scale[i],
+                    lanes_of(block, i));
       }
     }
+    if (args_.grad_key != nullptr)
+      for (int64_t s = S; s < in_.S; ++s) std::fill_n(grad_key_row(block, s), block.width, 0.0f);
     for (int i = 0; i < vectors; ++i) {
       const int64_t d = block.d0 + i * kLanes;
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, in_.D - d));
-      const vf scale = load_n(in_.v + d, n) * set1(form == Form::kFactored ? 4.0f : 1.0f);
       if (args_.grad_query != nullptr)
         for (int64_t t = 0; t < T; ++t)
           store_n(args_.grad_query + (block.b * T + t) * in_.D + d,
-                  load(block.grad_query + (i * T + t) * kLanes) * scale, n);
-      if (args_.grad_key != nullptr)
-        for (int64_t s = 0; s < in_.S; ++s)
-          store_n(args_.grad_key + (block.b * in_.S + s) * in_.D + d,
-                  s < S ? load(block.grad_key + (i * padded_S + s) * kLanes) * scale : zero(), n);
-      store_n(grad_v_parts_ + block.b * in_.D + d, grad_v[i], n);
+                  load(block.grad_query + (i * T + t) * kLanes) * scale[i], lanes_of(block, i));
+      store_n(grad_v_parts_ + block.b * in_.D + d, grad_v[i], lanes_of(block, i));
+    }
+  }
+
+  static int lanes_of(const Block& block, int i) {
+    return static_cast<int>(std::min<int64_t>(kLanes, block.width - i * kLanes));
+  }
+  float* grad_key_row(const Block& block, int64_t s) const {
+    return args_.grad_key + (block.b * in_.S + s) * in_.D + block.d0;
+  }
+
+  // y and b of vector i of key s; those of a key of 0 past the length, where g is 0.
+  template <Form form>
+  void key_vector(const Block& block, int64_t s, int i, vf* y, vf* b) const {
+    vf k = zero();
+    if (s < block.S)
+      k = load_at_most(
+          in_.key + block.b * in_.key_stride_b + s * in_.key_stride_s + block.d0 + i * kLanes,
+          block.width - i * kLanes);
+    if constexpr (form == Form::kDirect) {
+      *y = k;
+      *b = zero();
+    } else {
+      key_factors(k, shift_exponent(load(block.largest_key + i * kLanes)), y, b);
     }
   }
 

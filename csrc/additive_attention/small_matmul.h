@@ -10,6 +10,8 @@ namespace mbm::MBM_ISA {
 namespace {
 
 constexpr int kRowBlock = kLanes == 16 ? 8 : 4;
+// Vectors side by side: few rows take many, so that a row of m is read in long runs.
+constexpr int columns_for(int rows) { return rows >= 4 ? 2 : 8 / rows; }
 
 template <int rows, int columns, bool tail>
 inline void matmul_block(int64_t J, const float* a, int64_t a_stride_i, int64_t a_stride_j,
@@ -48,14 +50,13 @@ inline void matmul_row_block(int64_t I, int64_t J, int64_t E, const float* a, in
     const float* ai = a + i * a_stride_i;
     float* oi = out + i * out_stride_i;
     int64_t e = 0;
-    for (; e + 2 * kLanes <= E; e += 2 * kLanes)
-      matmul_block<rows, 2, false>(J, ai, a_stride_i, a_stride_j, m + e, m_stride_j, oi + e,
-                                   out_stride_i, kLanes);
-    if (e + kLanes <= E) {
+    constexpr int columns = columns_for(rows);
+    for (; e + columns * kLanes <= E; e += columns * kLanes)
+      matmul_block<rows, columns, false>(J, ai, a_stride_i, a_stride_j, m + e, m_stride_j, oi + e,
+                                         out_stride_i, kLanes);
+    for (; e + kLanes <= E; e += kLanes)
       matmul_block<rows, 1, false>(J, ai, a_stride_i, a_stride_j, m + e, m_stride_j, oi + e,
                                    out_stride_i, kLanes);
-      e += kLanes;
-    }
     if (e < E)
       matmul_block<rows, 1, true>(J, ai, a_stride_i, a_stride_j, m + e, m_stride_j, oi + e,
                                   out_stride_i, static_cast<int>(E - e));
