@@ -12,8 +12,8 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int kKeys = 4;        // keys of a tile
-constexpr int64_t kBlock = 32;  // d of a piece: two cache lines of each row
+constexpr int kKeys = 4;         // keys of a tile
+constexpr int64_t kBlock = 128;  // d of a piece: long enough runs of each row for the prefetcher
 constexpr int kVectors = kBlock / kLanes;
 constexpr int64_t kValueRows = 64;      // rows of grad_value in a piece
 constexpr int64_t kSerialWork = 15000;  // tanh below which a second thread costs more than it saves
