@@ -1,15 +1,18 @@
 // The only CPU file that includes pybind11. Tensors arrive as addresses; checked_ptr guards them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "additive_attention/additive_attention.h"
 #include "common/checked_ptr.h"
 #include "common/isa.h"
 #include "common/peak.h"
 #include "common/vector_math.h"
+#include "conv_bias_act/conv_bias_act.h"
 #include "gru/gru.h"
 
 namespace py = pybind11;
@@ -214,6 +217,85 @@ void bind_additive_attention(py::module_& m) {
         });
 }
 
+// Sizes in the order of ConvSizes; maps as (address, strides of B, C, Y, X).
+using ConvInts = std::vector<int64_t>;
+using ConvStrides = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
+
+mbm::ConvSizes conv_sizes(const ConvInts& v) {
+  if (v.size() != 25) throw std::invalid_argument("sizes: expected 25 numbers");
+  return {v[0],  v[1],  v[2],  v[3],  v[4],
+          v[5],  v[6],  v[7],  v[8],  v[9],
+          v[10], v[11], v[12], v[13], v[14],
+          v[15], v[16], v[17], v[18], v[19],
+          v[20], v[21], v[22], v[23], static_cast<mbm::Activation>(v[24])};
+}
+
+template <class T>
+mbm::ConvMap<T> conv_map(const ConvStrides& map, int64_t count, const char* name) {
+  const auto [address, b, c, y, x] = map;
+  return {optional_ptr<T>(address, count, name), b, c, y, x};
+}
+
+mbm::ConvWeight conv_weight(const ConvInts& v, bool transposed, bool winograd) {
+  return {v.at(0), v.at(1) * v.at(4), v.at(2), v.at(3), v.at(4), transposed, winograd};
+}
+
+void bind_conv_bias_act(py::module_& m) {
+  m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
+    return MBM_CALL(conv_packed_size, conv_weight(weight, transposed, winograd));
+  });
+  m.def("conv_pack", [](const ConvInts& weight, bool transposed, bool winograd, Address w,
+                        Address packed, int num_threads) {
+    const mbm::ConvWeight sizes = conv_weight(weight, transposed, winograd);
+    const auto* w_ptr =
+        checked_ptr<const float>(w, sizes.K * sizes.C / sizes.groups * sizes.R * sizes.S, "weight");
+    auto* packed_ptr = checked_ptr<float>(packed, MBM_CALL(conv_packed_size, sizes), "packed");
+    py::gil_scoped_release release;
+    MBM_CALL(conv_pack, sizes, w_ptr, packed_ptr, num_threads);
+  });
+  m.def("conv_forward", [](const ConvInts& sizes, ConvStrides x, Address packed, Address bias,
+                           ConvStrides residual, ConvStrides y, Address places, Address z,
+                           bool winograd, int num_threads) {
+    mbm::ConvForward args{};
+    const mbm::ConvSizes& s = args.sizes = conv_sizes(sizes);
+    const int64_t in = s.B * s.C * s.Y * s.X, out = s.B * s.K * s.out_y * s.out_x;
+    checked_ptr<const float>(std::get<0>(x), in, "x");
+    checked_ptr<const float>(std::get<0>(y), out, "y");
+    args.x = conv_map<const float>(x, in, "x");
+    args.packed = checked_ptr<const float>(packed, 1, "packed");
+    args.bias = optional_ptr<const float>(bias, s.K, "bias");
+    args.residual = conv_map<const float>(residual, s.B * s.K * s.conv_y * s.conv_x, "residual");
+    args.y = conv_map<float>(y, out, "y");
+    args.places = optional_ptr<uint8_t>(places, out, "places");
+    args.z = optional_ptr<float>(z, out, "z");
+    py::gil_scoped_release release;
+    MBM_CALL(conv_forward, args, winograd, num_threads);
+  });
+  m.def("conv_backward",
+        [](const ConvInts& sizes, ConvStrides grad_y, ConvStrides x, Address packed, Address places,
+           Address z, ConvStrides grad_x, ConvStrides grad_residual, Address grad_weight,
+           Address grad_bias, bool winograd_x, bool winograd_weight, int num_threads) {
+          mbm::ConvBackward args{};
+          const mbm::ConvSizes& s = args.sizes = conv_sizes(sizes);
+          const int64_t in = s.B * s.C * s.Y * s.X, out = s.B * s.K * s.out_y * s.out_x;
+          checked_ptr<const float>(std::get<0>(grad_y), out, "grad_y");
+          args.grad_y = conv_map<const float>(grad_y, out, "grad_y");
+          checked_ptr<const float>(std::get<0>(x), grad_weight ? in : 0, "x");
+          args.x = conv_map<const float>(x, in, "x");
+          args.grad_x = conv_map<float>(grad_x, in, "grad_x");
+          args.packed = checked_ptr<const float>(packed, args.grad_x.data ? 1 : 0, "packed");
+          args.places = optional_ptr<const uint8_t>(places, out, "places");
+          args.z = optional_ptr<const float>(z, out, "z");
+          args.grad_residual =
+              conv_map<float>(grad_residual, s.B * s.K * s.conv_y * s.conv_x, "grad_residual");
+          args.grad_weight =
+              optional_ptr<float>(grad_weight, s.K * s.C / s.groups * s.R * s.S, "grad_weight");
+          args.grad_bias = optional_ptr<float>(grad_bias, s.K, "grad_bias");
+          py::gil_scoped_release release;
+          MBM_CALL(conv_backward, args, winograd_x, winograd_weight, num_threads);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cpu, m) {
@@ -221,4 +303,5 @@ PYBIND11_MODULE(_C_cpu, m) {
   bind_common(m);
   bind_gru(m);
   bind_additive_attention(m);
+  bind_conv_bias_act(m);
 }

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels.ops.conv_bias_act import geometry, op, reference
+from mbm_kernels.ops.conv_bias_act import backend_cpu, geometry, op, reference
 from mbm_kernels.testing import Case, OpSuite
 
 from .conftest import raises
@@ -155,6 +155,12 @@ class TestConvBiasAct(OpSuite):
     def stock(self, inputs, backend):
         return (stock(**inputs),)
 
+    def compare(self, evaluate, inputs, backend, *, gradient):
+        channels = inputs["weight"].shape[:2]
+        winograd = backend == "cpu" and min(channels) >= backend_cpu.WINOGRAD_CHANNELS
+        self.extra = backend_cpu.WINOGRAD_ERROR if winograd else 0.0
+        super().compare(evaluate, inputs, backend, gradient=gradient)
+
     def schema_args(self, inputs):
         def pair(name):
             return geometry.pair(self.op, name, inputs.get(name, 1), 1)
@@ -194,20 +200,23 @@ class TestConvBiasAct(OpSuite):
         expected = stock(x, weight, **options)
         assert y.stride() == expected.stride()
         torch.testing.assert_close(y, expected)
-        registered = torch.ops.mbm_kernels.conv_bias_act(
+        registered, _, _ = torch.ops.mbm_kernels.conv_bias_act(
             *self.schema_args({"x": x, "weight": weight, **options}), backend
         )
         assert registered.stride() == expected.stride()
         fake_args = self.schema_args({"x": x.to("meta"), "weight": weight.to("meta"), **options})
-        assert torch.ops.mbm_kernels.conv_bias_act(*fake_args, backend).stride() == y.stride()
+        fake, _, _ = torch.ops.mbm_kernels.conv_bias_act(*fake_args, backend)
+        assert fake.stride() == y.stride()
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("max_pool", [None, 2, (3, 1, 1)])
     def test_ties_are_torchs(self, activation, max_pool, backend):
         # Small whole numbers: every sum is exact, most windows hold ties.
-        x = torch.randint(-1, 2, (2, 2, 6, 8)).double().requires_grad_()
-        weight = torch.randint(-1, 2, (3, 2, 3, 3)).double().requires_grad_()
-        residual = torch.randint(-1, 2, (2, 3, 6, 8)).double().requires_grad_()
+        dtype = torch.float64 if backend == "torch" else torch.float32
+        x = torch.randint(-1, 2, (2, 2, 6, 8)).to(dtype).requires_grad_()
+        weight = torch.randint(-1, 2, (3, 2, 3, 3)).to(dtype).requires_grad_()
+        residual = torch.randint(-1, 2, (2, 3, 6, 8)).to(dtype).requires_grad_()
+        eps = torch.finfo(dtype).eps
         options = option(padding=1, activation=activation, max_pool=max_pool)
         results = []
         for call in (stock, mbm_kernels.conv_bias_act):
@@ -216,7 +225,7 @@ class TestConvBiasAct(OpSuite):
             grad = torch.arange(y.numel(), dtype=y.dtype).view_as(y)
             results.append((y, *torch.autograd.grad(y, (x, weight, residual), grad)))
         for actual, expected in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-11)
+            torch.testing.assert_close(actual, expected, rtol=500 * eps, atol=5e4 * eps)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     @pytest.mark.parametrize("max_pool", [None, 2])
@@ -226,7 +235,9 @@ class TestConvBiasAct(OpSuite):
         weight = torch.tensor([1.0]).view(1, 1, 1, 1)
         options = option(activation=activation, max_pool=max_pool)
         y = mbm_kernels.conv_bias_act(x, weight, **options, backend=backend)
-        torch.testing.assert_close(y, stock(x, weight, **options), equal_nan=True)
+        # oneDNN's gelu makes NaN of infinity, where the definition has infinity.
+        define = reference.conv_bias_act if (activation, backend) == ("gelu", "cpu") else stock
+        torch.testing.assert_close(y, define(x, weight, **options), equal_nan=True)
         assert y.isnan().any()
 
     def test_inputs_are_left_alone(self, backend):

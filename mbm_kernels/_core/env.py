@@ -23,6 +23,7 @@ VARIABLES = (
     ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
+    Variable("MBM_WINOGRAD", "0 turns Winograd's convolution off on CPUs"),
 )
 
 
@@ -52,6 +53,10 @@ def backend() -> str:
 def isa() -> str | None:
     """The ISA asked for, or None for the best that the CPU has."""
     return _choice("MBM_ISA", "", ("", *ISAS)) or None
+
+
+def winograd() -> bool:
+    return os.environ.get("MBM_WINOGRAD") != "0"
 
 
 def cache_dir() -> Path:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core.op import in_functorch
+from mbm_kernels.ops.conv_bias_act import geometry
 
 # In place only where autograd keeps the result rather than the input: the others would be copied.
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,8 +43,9 @@ def fwd(
     groups: int,
     activation: str | None,
     max_pool: Sequence[int] | None,
-) -> Tensor:
-    channels_last = is_channels_last(x) or is_channels_last(weight)
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels_last = geometry.is_channels_last(x) or geometry.is_channels_last(weight)
     # On CPUs NCHW pooling is scalar code: converting pays for itself once there is a pool (README).
     convert = (
         max_pool is not None
@@ -64,24 +66,11 @@ def fwd(
         y = _activate(z, activation)
         y = y if max_pool is None else _pool(y, max_pool)
     # An unbatched result is dense in [K, Y, X] whatever the weight's layout.
-    return y.contiguous() if convert or x.dim() == 3 else y
-
-
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch's convolution takes this tensor as a reason to answer in channels_last.
-
-    The rule of ATen's is_channels_last_strides_2d: a tensor that is dense both ways, having one
-    channel or one pixel, goes by its strides.
-    """
-    if tensor.dim() != 4 or tensor.stride(1) == 0 or in_functorch():
-        return False
-    least = 0
-    for axis in (1, 3, 2, 0):
-        size, stride = tensor.size(axis), tensor.stride(axis)
-        if size == 0 or stride < least or (axis == 0 and least == tensor.stride(1)):
-            return False
-        least = stride * max(size, 1)
-    return True
+    y = y.contiguous() if convert or x.dim() == 3 else y
+    # Autograd saves what the backward needs, except as a registered op, whose fake kernel announces
+    # what the cpu backend would save.
+    keep = save and not torch.is_grad_enabled()
+    return y, *geometry.saved(y, activation, max_pool, keep, zeros=True)
 
 
 def _convolution(

@@ -1,12 +1,16 @@
 """Sizes of a convolution and of a pool: arguments in any accepted form to explicit integers."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
+from mbm_kernels._core.op import in_functorch
 
 Pair = tuple[int, int]
+BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values
 
 
 def pair(op: str, name: str, value: Any, least: int) -> Pair:
@@ -103,6 +107,50 @@ def pooled_size(op: str, size: Pair, window: tuple[int, ...] | None) -> Pair:
             checks.fail(op, "max_pool", f"kernel {kernel}", expected, "use a smaller kernel")
         sizes.append((size[axis] + 2 * padding - kernel) // stride + 1)
     return sizes[0], sizes[1]
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether torch's convolution takes this tensor as a reason to answer in channels_last.
+
+    The rule of ATen's is_channels_last_strides_2d: a tensor that is dense both ways, having one
+    channel or one pixel, goes by its strides.
+    """
+    if tensor.dim() != 4 or tensor.stride(1) == 0 or in_functorch():
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = tensor.size(axis), tensor.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * max(size, 1)
+    return True
+
+
+def pooled(size: Sequence[int], window: Sequence[int]) -> Pair:
+    """(Y'', X'') after a pool that fits."""
+    y, x = ((size[i] + 2 * window[4 + i] - window[i]) // window[2 + i] + 1 for i in (0, 1))
+    return y, x
+
+
+def saved(
+    y: Tensor,
+    activation: str | None,
+    max_pool: Sequence[int] | None,
+    save: bool,
+    zeros: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Room for what the cpu backend saves for an output like `y`: places and z, [B, Y'', X'', K].
+
+    places, a byte for each y: where in its window it stood, and which of two values f' has. z: what
+    the activation was applied to, where f' does not follow from that byte.
+    """
+    channels, height, width = y.shape[-3:]
+    shape = (y.shape[0] if y.dim() == 4 else 1, height, width, channels)
+    make = y.new_zeros if zeros else y.new_empty
+    has_places = save and (activation is not None or max_pool is not None)
+    has_z = save and activation not in BY_PLACE
+    places = make(shape if has_places else (0,), dtype=torch.uint8)
+    return places, make(shape if has_z else (0,), dtype=torch.float32)
 
 
 def _is_int(value: Any) -> bool:

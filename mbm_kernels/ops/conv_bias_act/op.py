@@ -36,7 +36,8 @@ def _fake(
     groups: int,
     activation: str | None,
     max_pool: Sequence[int] | None,
-) -> Tensor:
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     top, bottom, left, right = padding
     size = geometry.convolved_size(
         NAME,
@@ -47,22 +48,23 @@ def _fake(
         (dilation[0], dilation[1]),
     )
     size = geometry.pooled_size(NAME, size, None if max_pool is None else tuple(max_pool))
-    channels_last = backend_torch.is_channels_last(x) or (
-        x.dim() == 4 and backend_torch.is_channels_last(weight)
+    channels_last = geometry.is_channels_last(x) or (
+        x.dim() == 4 and geometry.is_channels_last(weight)
     )
-    return x.new_empty(*x.shape[:-3], weight.shape[0], *size).contiguous(
+    y = x.new_empty(*x.shape[:-3], weight.shape[0], *size).contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
+    return y, *geometry.saved(y, activation, max_pool, save)
 
 
 OP = Op(
     NAME,
     fwd="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride,"
-    " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, SymInt[]? max_pool)"
-    " -> (Tensor y)",
-    bwd="(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride,"
     " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, SymInt[]? max_pool,"
-    " bool[] needs)",
+    " bool save) -> (Tensor y, Tensor places, Tensor z)",
+    bwd="(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor places,"
+    " Tensor z, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,"
+    " str? activation, SymInt[]? max_pool, bool[] needs)",
     diff=("x", "weight", "bias", "residual"),
     fake=_fake,
     reference=reference.conv_bias_act,
@@ -155,6 +157,7 @@ def conv_bias_act(
         "dilation": max(spread),
         "groups": groups,
         "pool": 0 if window is None else window[0],
+        "pool_area": 0 if window is None else window[0] * window[1],
     }
     y: Tensor = OP(
         backend,

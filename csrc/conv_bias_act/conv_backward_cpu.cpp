@@ -1,0 +1,138 @@
+// Backward: grad_z from the saved places, then the gradients that are wanted from it.
+#include "conv_bias_act/conv_grad_z.h"
+#include "conv_bias_act/conv_plan.h"
+
+namespace mbm::MBM_ISA {
+namespace {
+
+constexpr int64_t kRows = 8;  // of grad_z in one task
+
+// The gradient of x is the convolution of grad_z, taken apart by the stride, with the turned
+// kernels.
+ConvForward transposed(const ConvBackward& args, const ConvMap<const float>& grad_z, int64_t height,
+                       int64_t width) {
+  const ConvSizes& s = args.sizes;
+  ConvForward f{};
+  f.sizes = {s.B,
+             s.K,
+             s.C,
+             height,
+             width,
+             s.R,
+             s.S,
+             1,
+             1,
+             (s.R - 1) * s.dilation_y - s.top,
+             (s.S - 1) * s.dilation_x - s.left,
+             s.dilation_y,
+             s.dilation_x,
+             s.groups,
+             s.Y,
+             s.X,
+             s.Y,
+             s.X,
+             1,
+             1,
+             1,
+             1,
+             0,
+             0,
+             Activation::kNone};
+  f.x = grad_z;
+  f.packed = args.packed;
+  f.y = args.grad_x;
+  return f;
+}
+
+void copy_residual(const ConvBackward& args, const float* grad_z, int64_t padded, int threads) {
+  const ConvSizes& s = args.sizes;
+  const ConvMap<float>& to = args.grad_residual;
+  parallel_for(threads, s.B * s.conv_y, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* from = grad_z + i * s.conv_x * padded;
+      const int64_t b = i / s.conv_y, y = i % s.conv_y;
+      if (to.c == 1) {
+        for (int64_t x = 0; x < s.conv_x; ++x)
+          std::copy_n(from + x * padded, s.K, to.at(b, 0, y, x));
+      } else {
+        transpose_rows({from, padded, nullptr}, 0, static_cast<int>(s.conv_x), 0, s.K,
+                       to.at(b, 0, y, 0), to.c);
+      }
+    }
+  });
+}
+
+void sum_bias(const ConvBackward& args, const float* parts, int64_t count, int64_t padded) {
+  for (int64_t k = 0; k < args.sizes.K; ++k) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < count; ++i) total += parts[i * padded + k];
+    args.grad_bias[k] = total;
+  }
+}
+
+}  // namespace
+
+void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weight,
+                   int num_threads) {
+  const ConvSizes& s = args.sizes;
+  const GradZ grad(args);
+  const int64_t padded = grad.padded();
+  const bool few = args.grad_x.data && few_channels_fit(s);
+  const bool whole = (args.grad_x.data && !few) || args.grad_residual.data ||
+                     (args.grad_weight && winograd_weight);
+  if (few) few_channels_grad_x(args, num_threads);
+  if (!whole) {
+    if (args.grad_weight || args.grad_bias) direct_grad_weight(args, nullptr, num_threads);
+    return;
+  }
+  // Strided products of grad_z with the kernel are plain ones with zeros between its pixels.
+  const bool apart = args.grad_x.data && !few && (s.stride_y > 1 || s.stride_x > 1);
+  const int64_t chunks = (s.conv_y + kRows - 1) / kRows;
+  const int64_t slack = 2 * kLanes;  // a vector of the last group may end past its channels
+  const int64_t floats = s.B * s.conv_y * s.conv_x * padded + slack;
+  const int64_t height = apart ? (s.conv_y - 1) * s.stride_y + 1 : s.conv_y;
+  const int64_t width = apart ? (s.conv_x - 1) * s.stride_x + 1 : s.conv_x;
+  const Scratch memory(sizeof(float) * (floats + s.B * chunks * padded +
+                                        (apart ? s.B * height * width * padded : 0)));
+  float* grad_z = memory.as<float>();
+  float* bias = grad_z + floats;
+  float* spaced = bias + s.B * chunks * padded;
+  parallel_for(num_threads, s.B * chunks, 1, [&](int64_t begin, int64_t end) {
+    const Scratch stage(sizeof(float) * grad.staged());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / chunks, r0 = i % chunks * kRows, r1 = std::min(s.conv_y, r0 + kRows);
+      float* sums = args.grad_bias ? bias + i * padded : nullptr;
+      if (sums) std::fill_n(sums, padded, 0.0f);
+      float* to = grad_z + b * s.conv_y * s.conv_x * padded;
+      grad.rows(b, r0, r1, {to, s.conv_x * padded, padded, 0}, sums, stage.as<float>());
+      if (apart) {
+        const int64_t last = r1 == s.conv_y ? height : r1 * s.stride_y;
+        float* image = spaced + b * height * width * padded;
+        std::fill_n(image + r0 * s.stride_y * width * padded,
+                    (last - r0 * s.stride_y) * width * padded, 0.0f);
+        for (int64_t y = r0; y < r1; ++y)
+          for (int64_t x = 0; x < s.conv_x; ++x)
+            std::copy_n(to + (y * s.conv_x + x) * padded, padded,
+                        image + (y * s.stride_y * width + x * s.stride_x) * padded);
+      }
+    }
+  });
+  if (args.grad_bias) sum_bias(args, bias, s.B * chunks, padded);
+  if (args.grad_residual.data) copy_residual(args, grad_z, padded, num_threads);
+  if (args.grad_x.data && !few) {
+    const ConvMap<const float> map{apart ? spaced : grad_z, height * width * padded, 1,
+                                   width * padded, padded};
+    const ConvForward f = transposed(args, map, height, width);
+    conv_forward(f, winograd_x, num_threads);
+  }
+  if (args.grad_weight) {
+    ConvBackward rest = args;
+    rest.grad_bias = nullptr;
+    if (winograd_weight)
+      winograd_grad_weight(rest, grad_z, num_threads);
+    else
+      direct_grad_weight(rest, grad_z, num_threads);
+  }
+}
+
+}  // namespace mbm::MBM_ISA

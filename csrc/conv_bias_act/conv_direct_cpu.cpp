@@ -1,0 +1,172 @@
+// Direct convolution: strips of input rows in cache, register tiles of pixels by output channels,
+// and the epilogue on what a few output rows need.
+#include "conv_bias_act/conv_epilogue.h"
+#include "conv_bias_act/conv_plan.h"
+#include "conv_bias_act/conv_strip.h"
+
+namespace mbm::MBM_ISA {
+
+// [group][panel][R][block][S][channel][kPanel], see StripPlan.
+int64_t direct_packed_size(const ConvWeight& w) {
+  const int64_t outputs = (w.transposed ? w.C : w.K) / w.groups;
+  const int64_t inputs = (w.transposed ? w.K : w.C) / w.groups;
+  return w.groups * panels_of(outputs) * inputs * w.R * w.S * kPanel;
+}
+
+void direct_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
+  const int64_t K = (weight.transposed ? weight.C : weight.K) / weight.groups;
+  const int64_t C = (weight.transposed ? weight.K : weight.C) / weight.groups;
+  const int64_t taps = weight.R * weight.S, panels = panels_of(K);
+  const int64_t width = C <= kFewChannels ? C : kLanes;
+  const int threads = weight.K * C * taps < 32768 ? 1 : num_threads;
+  parallel_for(threads, weight.groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / panels, k0 = i % panels * kPanel;
+      float* to = packed + i * C * taps * kPanel;
+      for (int64_t r = 0; r < weight.R; ++r)
+        for (int64_t c0 = 0; c0 < C; c0 += width)
+          for (int64_t s = 0; s < weight.S; ++s)
+            for (int64_t c = c0; c < std::min(C, c0 + width); ++c)
+              for (int64_t k = k0; k < k0 + kPanel; ++k, ++to) {
+                const int64_t tap = r * weight.S + s;
+                if (k >= K)
+                  *to = 0.0f;
+                else if (weight.transposed)  // [g][c][k]: K and C of the product
+                  *to = w[((g * C + c) * K + k) * taps + taps - 1 - tap];
+                else
+                  *to = w[((g * K + k) * C + c) * taps + tap];
+              }
+    }
+  });
+}
+
+namespace {
+
+constexpr int64_t kStripBytes = 256 << 10;
+constexpr int64_t kTasks = 32;  // wanted, so that threads end together
+
+class Direct {
+ public:
+  Direct(const ConvForward& args, int64_t out_rows)
+      : args_(args),
+        s_(args.sizes),
+        plan_(s_, (out_rows - 1) * s_.pool_stride_y + s_.pool_y),
+        outputs_(s_.K / s_.groups),
+        panels_(panels_of(outputs_)) {
+    const int64_t pixels = plan_.tiles_across * kMaxRows;
+    sum_row_ = pixels * kPanel;
+  }
+
+  // Rows [p0, p1) of the output of image b, channels of group g.
+  void rows(int64_t b, int64_t g, int64_t p0, int64_t p1) const {
+    const int64_t y0 = std::max<int64_t>(0, p0 * s_.pool_stride_y - s_.pool_top);
+    const int64_t y1 = std::min(s_.conv_y, (p1 - 1) * s_.pool_stride_y - s_.pool_top + s_.pool_y);
+    const int64_t height = (p1 - p0 - 1) * s_.pool_stride_y + s_.pool_y;
+    const int64_t kept = side_by_side() ? s_.pool_y : height;
+    const Scratch memory(sizeof(float) *
+                         (plan_.floats() + kept * sum_row_ + staged_floats(kept, s_.conv_x)));
+    float* strip = memory.as<float>();
+    float* sums = strip + plan_.floats();
+    float* staged = sums + kept * sum_row_;
+    pack_strip(s_, args_.x, plan_, b, g, y0, strip);
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      const float* weights =
+          args_.packed + (g * panels_ + panel) * plan_.channels * s_.R * s_.S * kPanel;
+      if (side_by_side()) {
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t top = p * s_.pool_stride_y;
+          multiply(strip, weights, panel, y0, top, top + s_.pool_y, sums);
+          finish_panel(b, g, panel, sums, top, top + s_.pool_y, p, p + 1, staged);
+        }
+      } else {
+        multiply(strip, weights, panel, y0, y0, y1, sums);
+        finish_panel(b, g, panel, sums, y0, y1, p0, p1, staged);
+      }
+    }
+  }
+
+  const StripPlan& plan() const { return plan_; }
+
+ private:
+  // Rows of the output use rows of the convolution apart from one another.
+  bool side_by_side() const { return pool_kind(s_) != 1; }
+
+  // Rows [y, y1) of the convolution into sums; the strip begins at row y0.
+  void multiply(const float* strip, const float* weights, int64_t panel, int64_t y0, int64_t y,
+                int64_t y1, float* sums) const {
+    const int vectors = vectors_of(outputs_ - panel * kPanel);
+    const ConvMicroFn whole = pixels_micro(false, vectors, plan_.step);
+    const ConvMicroFn half = pixels_micro(true, vectors, plan_.step);
+    for (; y < y1; ++y, sums += sum_row_)
+      for (int64_t t = 0; t < plan_.tiles_across; ++t) {
+        const bool short_tile = s_.conv_x - t * kMaxRows <= kMaxRows / 2;
+        (short_tile ? half : whole)(
+            plan_.segments.data(), static_cast<int64_t>(plan_.segments.size()),
+            strip + (y - y0) * s_.stride_y * plan_.row + t * kMaxRows * plan_.step, plan_.step,
+            weights, sums + t * kMaxRows * kPanel);
+      }
+  }
+
+  void finish_panel(int64_t b, int64_t g, int64_t panel, const float* sums, int64_t y0, int64_t y1,
+                    int64_t p0, int64_t p1, float* staged) const {
+    for (int half = 0; half < vectors_of(outputs_ - panel * kPanel); ++half) {
+      const int64_t k = panel * kPanel + half * kLanes;
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, outputs_ - k));
+      finish(args_, b, g * outputs_ + k, n, {sums + half * kLanes, sum_row_, kPanel, y0, 0}, y1,
+             s_.conv_x, p0, p1, 0, s_.out_x, staged);
+    }
+  }
+
+  const ConvForward& args_;
+  const ConvSizes& s_;
+  StripPlan plan_;
+  int64_t outputs_, panels_, sum_row_;
+};
+
+// Output rows of a task: as many as fit, so that the rows between two strips are a small part.
+int64_t rows_of_task(const ConvSizes& s) {
+  const StripPlan one(s, s.pool_y);
+  const int64_t floats_per_row = one.row * one.blocks * s.stride_y * s.pool_stride_y;
+  const int64_t most = std::max<int64_t>(1, kStripBytes / 4 / floats_per_row);
+  const int64_t wanted = std::max<int64_t>(1, s.B * s.groups * s.out_y / kTasks);
+  return std::clamp<int64_t>(std::min(most, wanted), std::min<int64_t>(2, s.out_y), s.out_y);
+}
+
+}  // namespace
+
+void direct_forward(const ConvForward& args, int num_threads) {
+  const ConvSizes& s = args.sizes;
+  if (s.B == 0 || s.out_y == 0 || s.out_x == 0) return;
+  const int64_t size = rows_of_task(s), cuts = (s.out_y + size - 1) / size;
+  const Direct direct(args, size);
+  const int64_t work = s.B * s.K * s.conv_y * s.conv_x * (s.C / s.groups) * s.R * s.S;
+  // Below half a million multiply-adds a second thread costs more than it brings.
+  const int threads = work < 500000 ? 1 : num_threads;
+  parallel_for(threads, s.B * s.groups * cuts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = i % cuts * size, g = i / cuts % s.groups, b = i / cuts / s.groups;
+      direct.rows(b, g, p, std::min(s.out_y, p + size));
+    }
+  });
+}
+
+int64_t conv_packed_size(const ConvWeight& w) {
+  if (!w.winograd) return direct_packed_size(w);
+  return w.transposed ? winograd_packed_size(w.K, w.C) : winograd_packed_size(w.C, w.K);
+}
+
+void conv_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
+  if (weight.winograd)
+    winograd_pack(weight, w, packed, num_threads);
+  else
+    direct_pack(weight, w, packed, num_threads);
+}
+
+void conv_forward(const ConvForward& args, bool winograd, int num_threads) {
+  if (winograd)
+    winograd_forward(args, num_threads);
+  else
+    direct_forward(args, num_threads);
+}
+
+}  // namespace mbm::MBM_ISA

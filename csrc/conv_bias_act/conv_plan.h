@@ -1,0 +1,26 @@
+// The algorithms behind conv_forward and conv_backward.
+#pragma once
+
+#include <vector>
+
+#include "conv_bias_act/conv_bias_act.h"
+
+namespace mbm::MBM_ISA {
+
+int64_t direct_packed_size(const ConvWeight& weight);
+void direct_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads);
+int64_t winograd_packed_size(int64_t C, int64_t K);
+void winograd_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads);
+
+void direct_forward(const ConvForward& args, int num_threads);
+// Pools of 2x2 side by side, or none.
+void winograd_forward(const ConvForward& args, int num_threads);
+
+// grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
+void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+
+bool few_channels_fit(const ConvSizes& sizes);
+void few_channels_grad_x(const ConvBackward& args, int num_threads);
+
+}  // namespace mbm::MBM_ISA

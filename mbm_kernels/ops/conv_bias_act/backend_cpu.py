@@ -1,0 +1,238 @@
+"""The C++ kernels of csrc/conv_bias_act: float32 inside, 16-bit floats cast around them.
+
+A 3x3 convolution of stride 1 with 16 channels or more goes by Winograd's F(4x4, 3x3) unless
+MBM_WINOGRAD=0; every other one is direct.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import env, native, packing
+from mbm_kernels.ops.conv_bias_act import geometry
+
+# Largest error beside the direct sum's, times max|result|; measured 4e-7 to 1.9e-6 (README).
+WINOGRAD_ERROR = 5e-6
+WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
+LARGEST_POOL = 128  # places of a window that fit into seven bits
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# In the order of csrc's enum.
+_ACTIVATIONS = (
+    None,
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "sigmoid",
+    "tanh",
+)
+_NO_MAP = (0, 0, 0, 0, 0)
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    if sizes.get("pool_area", 0) > LARGEST_POOL:
+        return f"it pools windows of up to {LARGEST_POOL} pixels, not {sizes['pool_area']}"
+    return native.cpu_reason()
+
+
+class _Plan:
+    """The numbers of csrc's ConvSizes, and which algorithm runs."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str | None,
+        max_pool: Sequence[int] | None,
+    ):
+        batch, channels, height, width = x.shape
+        out_channels, group_channels, *kernel = weight.shape
+        self.conv = _convolved((height, width), kernel, stride, padding, dilation)
+        self.out = self.conv if max_pool is None else geometry.pooled(self.conv, max_pool)
+        self.batch, self.channels, self.out_channels = batch, channels, out_channels
+        pool = (1, 1, 1, 1, 0, 0) if max_pool is None else tuple(max_pool)
+        self.sizes = (
+            *(batch, channels, out_channels, height, width, *kernel),
+            *(*stride, padding[0], padding[2], *dilation, groups),
+            *(*self.conv, *self.out, *pool, _ACTIVATIONS.index(activation)),
+        )
+        self.weight_sizes = (out_channels, group_channels, *kernel, groups)
+        self.winograd_backward = (
+            tuple(kernel) == (3, 3)
+            and tuple(stride) == tuple(dilation) == (1, 1)
+            and groups == 1
+            and min(channels, out_channels) >= WINOGRAD_CHANNELS
+            and env.winograd()
+        )
+        self.winograd = self.winograd_backward and pool in ((1, 1, 1, 1, 0, 0), (2, 2, 2, 2, 0, 0))
+
+
+def _convolved(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    y, x = (
+        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    )
+    return y, x
+
+
+@functools.cache
+def _packer(
+    groups: int, transposed: bool, winograd: bool
+) -> tuple[Callable[[Tensor], int], Callable[[Tensor, Tensor], None]]:
+    def size(weight: Tensor) -> int:
+        sizes = [*weight.shape, groups]
+        return int(native.cpu().conv_packed_size(sizes, transposed, winograd))
+
+    def pack(out: Tensor, weight: Tensor) -> None:
+        dense = weight.detach().float().contiguous()
+        native.cpu().conv_pack(
+            [*weight.shape, groups],
+            transposed,
+            winograd,
+            dense.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    return size, pack
+
+
+def _packed(weight: Tensor, groups: int, transposed: bool, winograd: bool) -> Tensor:
+    return packing.packed(*_packer(groups, transposed, winograd), weight)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """float32 [B, C, Y, X] with contiguous channels or contiguous rows."""
+    if x.dim() == 3:
+        x = x[None]
+    x = x.float()
+    if x.stride(1) == 1 or x.stride(3) == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _map(x: Tensor | None) -> tuple[int, ...]:
+    return _NO_MAP if x is None else (x.data_ptr(), *x.stride())
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _empty(shape: Sequence[int], channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=torch.float32, memory_format=layout)
+
+
+def fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    max_pool: Sequence[int] | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, unbatched = x.dtype, x.dim() == 3
+    channels_last = geometry.is_channels_last(x) or (
+        not unbatched and geometry.is_channels_last(weight)
+    )
+    x = _dense(x)
+    residual = None if residual is None else _dense(residual)
+    bias = None if bias is None else bias.float().contiguous()
+    plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
+    packed = _packed(weight, groups, False, plan.winograd)
+    y = _empty((plan.batch, plan.out_channels, *plan.out), channels_last)
+    places, z = geometry.saved(y, activation, max_pool, save)
+    native.cpu().conv_forward(
+        plan.sizes,
+        _map(x),
+        packed.data_ptr(),
+        _address(bias),
+        _map(residual),
+        _map(y),
+        places.data_ptr(),
+        z.data_ptr(),
+        plan.winograd,
+        torch.get_num_threads(),
+    )
+    y = y.to(dtype)
+    return y[0] if unbatched else y, places, z
+
+
+def bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    places: Tensor,
+    z: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str | None,
+    max_pool: Sequence[int] | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    dtype, unbatched = x.dtype, x.dim() == 3
+    channels_last = geometry.is_channels_last(x)
+    x, grad_y = _dense(x), _dense(grad_y)
+    plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
+    wanted = [n and g is not None for n, g in zip(needs, (x, weight, bias, residual), strict=True)]
+    grad_x = _empty(x.shape, channels_last) if wanted[0] else None
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32) if wanted[1] else None
+    grad_bias = torch.empty(plan.out_channels, dtype=torch.float32) if wanted[2] else None
+    shape = (plan.batch, plan.out_channels, *plan.conv)
+    grad_residual = None
+    if wanted[3] and residual is not None:
+        grad_residual = _empty(shape, geometry.is_channels_last(residual))
+    packed = _packed(weight, groups, True, plan.winograd_backward) if wanted[0] else None
+    native.cpu().conv_backward(
+        plan.sizes,
+        _map(grad_y),
+        _map(x),
+        _address(packed),
+        places.data_ptr(),
+        z.data_ptr(),
+        _map(grad_x),
+        _map(grad_residual),
+        _address(grad_weight),
+        _address(grad_bias),
+        plan.winograd_backward,
+        plan.winograd_backward,
+        torch.get_num_threads(),
+    )
+    if unbatched:
+        grad_x = None if grad_x is None else grad_x[0]
+        grad_residual = None if grad_residual is None else grad_residual[0]
+    grads = (grad_x, grad_weight, grad_bias, grad_residual)
+    return tuple(None if grad is None else grad.to(dtype) for grad in grads)

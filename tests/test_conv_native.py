@@ -1,0 +1,191 @@
+"""conv_bias_act's CPU kernels past every block, in each ISA, for any threads and drawn shapes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import mbm_kernels
+from mbm_kernels._core import native
+from mbm_kernels.ops.conv_bias_act import backend_cpu
+
+pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+CHANNELS_LAST = torch.channels_last
+
+# B, C, K, Y, X, R, options
+SHAPES = {
+    # More than one block of tiles, channels and panels that end inside a vector, odd sides.
+    "winograd": (5, 35, 70, 23, 37, 3, {"padding": 1, "activation": "relu"}),
+    "winograd, pool": (4, 20, 40, 30, 31, 3, {"padding": 1, "activation": "relu", "max_pool": 2}),
+    "winograd, few tiles": (3, 80, 150, 7, 7, 3, {"padding": 1, "activation": "silu"}),
+    "stem": (3, 3, 40, 70, 66, 3, {"padding": 1, "activation": "relu", "max_pool": 2}),
+    "strided stem": (2, 3, 40, 61, 64, 7, {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
+    "one by one": (2, 70, 90, 12, 11, 1, {"activation": "gelu"}),
+    "groups": (2, 24, 36, 15, 17, 3, {"padding": 1, "groups": 4, "dilation": 2}),
+    "depthwise": (2, 37, 37, 19, 35, 5, {"padding": 2, "groups": 37, "activation": "relu6"}),
+}
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    before = native.cpu().isa()
+    try:
+        native.cpu().set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.cpu().set_isa(before)
+
+
+def tensors(b, c, k, y, x, r, options, *, layout=CHANNELS_LAST, whole=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    group = c // options.get("groups", 1)
+
+    def leaf(*shape, scale=1.0):
+        if whole:
+            return torch.randint(-2, 3, shape, generator=generator).float()
+        return torch.randn(*shape, generator=generator) * scale
+
+    pixels = leaf(b, c, y, x).contiguous(memory_format=layout).requires_grad_()
+    weight = leaf(k, group, r, r, scale=(group * r * r) ** -0.5).requires_grad_()
+    return pixels, weight, leaf(k, scale=0.1).requires_grad_()
+
+
+def run(inputs, options, threads=1, backend="cpu"):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = mbm_kernels.conv_bias_act(*inputs, **options, backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        grad = torch.randn(y.shape, generator=generator).to(y.dtype)
+        return y, *torch.autograd.grad(y, inputs, grad)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_same_bits_for_any_thread_count(isa, name):
+    *shape, options = SHAPES[name]
+    inputs = tensors(*shape, options)
+    one = run(inputs, options)
+    for threads in (2, 3):
+        for expected, actual in zip(one, run(inputs, options, threads), strict=True):
+            assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("name", SHAPES)
+def test_blocks_agree_with_the_definition(isa, name, layout):
+    *shape, options = SHAPES[name]
+    inputs = tensors(*shape, options, layout=layout)
+    truth = run([t.detach().double().requires_grad_() for t in inputs], options, backend="torch")
+    for actual, expected in zip(run(inputs, options), truth, strict=True):
+        error = (actual - expected).abs().max() / expected.abs().max()
+        # A near tie of a window, decided otherwise than in float64, moves one gradient.
+        assert error < backend_cpu.WINOGRAD_ERROR
+
+
+@pytest.mark.parametrize("channels", [16, 64, 512])
+def test_winograds_error_is_within_its_constant(isa, channels):
+    options = {"padding": 1}
+    inputs = tensors(2, channels, 32, 10, 10, 3, options)
+    truth = run([t.detach().double().requires_grad_() for t in inputs], options, backend="torch")
+    errors = [
+        float((actual - expected).detach().abs().max() / expected.detach().abs().max())
+        for actual, expected in zip(run(inputs, options), truth, strict=True)
+    ]
+    assert max(errors) < backend_cpu.WINOGRAD_ERROR
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_whole_numbers_are_exact_without_winograd(isa, name, monkeypatch):
+    monkeypatch.setenv("MBM_WINOGRAD", "0")
+    *shape, options = SHAPES[name]
+    options = {n: v for n, v in options.items() if n != "activation"} | {"activation": "relu"}
+    inputs = tensors(*shape, options, whole=True)
+    outputs = []
+    for backend in ("cpu", "torch"):
+        y = mbm_kernels.conv_bias_act(*inputs, **options, backend=backend)
+        grad = (torch.arange(y.numel()) % 5 - 2).float().view(y.shape)
+        outputs.append((y, *torch.autograd.grad(y, inputs, grad)))
+    for actual, expected in zip(*outputs, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_winograd_can_be_turned_off(monkeypatch):
+    inputs = tensors(1, 32, 32, 12, 12, 3, {}, whole=True)
+    exact = F.conv2d(*inputs, padding=1)
+    assert not torch.equal(mbm_kernels.conv_bias_act(*inputs, padding=1, backend="cpu"), exact), (
+        "Winograd's thirds are not exact"
+    )
+    monkeypatch.setenv("MBM_WINOGRAD", "0")
+    assert torch.equal(mbm_kernels.conv_bias_act(*inputs, padding=1, backend="cpu"), exact)
+
+
+def test_a_changed_weight_is_packed_again():
+    x, weight, bias = (t.detach() for t in tensors(1, 16, 16, 9, 9, 3, {}))
+    first = mbm_kernels.conv_bias_act(x, weight, bias, padding=1, backend="cpu")
+    weight.mul_(2)
+    second = mbm_kernels.conv_bias_act(x, weight, padding=1, backend="cpu")
+    torch.testing.assert_close(second, 2 * (first - bias[:, None, None]), rtol=1e-4, atol=1e-5)
+
+
+def test_infinities_spread_no_further_than_their_tiles():
+    x, weight, bias = (t.detach() for t in tensors(1, 16, 16, 16, 16, 3, {}))
+    x[0, 3, 9, 9] = float("inf")
+    y = mbm_kernels.conv_bias_act(x, weight, bias, padding=1, backend="cpu")
+    stock = F.conv2d(x, weight, bias, padding=1)
+    assert not y[~stock.isfinite()].isfinite().any()
+    clean = mbm_kernels.conv_bias_act(
+        x.nan_to_num(posinf=0), weight, bias, padding=1, backend="cpu"
+    )
+    assert torch.equal(y[..., :8, :8], clean[..., :8, :8])
+
+
+@st.composite
+def drawn(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    large = draw(st.booleans())
+    channels = groups * draw(st.integers(17, 40) if large else st.integers(1, 8))
+    outputs = groups * draw(st.integers(33, 70) if large else st.integers(1, 8))
+    kernel = draw(st.sampled_from([3, 3, 1, 2, 5]))
+    options = {
+        "groups": groups,
+        "stride": draw(st.sampled_from([1, 1, 1, 2, 3])),
+        "padding": draw(st.integers(0, 2)),
+        "dilation": draw(st.sampled_from([1, 1, 2])),
+        "activation": draw(st.sampled_from([None, "relu", "leaky_relu", "silu"])),
+    }
+    least = options["dilation"] * (kernel - 1) + 1
+    side = st.integers(max(least, 15), 30) if large else st.integers(least, 12)
+    height, width = draw(side), draw(side)
+    smallest = min(height, width) + 2 * options["padding"] - least
+    if smallest // options["stride"] + 1 >= 3:
+        options["max_pool"] = draw(st.sampled_from([None, 2, (3, 2, 1), (3, 1, 0)]))
+    layout = draw(st.sampled_from([torch.contiguous_format, CHANNELS_LAST]))
+    return (draw(st.integers(1, 3)), channels, outputs, height, width, kernel, options), layout
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(drawn())
+def test_drawn_shapes_agree_with_the_definition(case):
+    (*shape, options), layout = case
+    inputs = tensors(*shape, options, layout=layout)
+    y = mbm_kernels.conv_bias_act(*inputs, **options, backend="cpu")
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    truth = mbm_kernels.conv_bias_act(*wide, **options, backend="torch")
+    for form in (torch.contiguous_format, CHANNELS_LAST):
+        assert y.is_contiguous(memory_format=form) == truth.is_contiguous(memory_format=form)
+    largest = max(1.0, float(truth.detach().abs().max()))
+    assert float((y - truth).detach().abs().max()) < backend_cpu.WINOGRAD_ERROR * largest
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    actual = torch.autograd.grad(y, inputs, grad)
+    for a, e in zip(actual, torch.autograd.grad(truth, wide, grad.double()), strict=True):
+        # The bound of a result, over the sums of absolute values that gradients can have.
+        assert float((a - e).abs().max()) < 2e-5 * max(1.0, float(e.abs().max()))
