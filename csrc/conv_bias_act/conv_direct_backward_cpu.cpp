@@ -88,34 +88,39 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
 }
 
 bool few_channels_fit(const ConvSizes& s) {
-  return s.groups == 1 && s.C <= kFewChannels && s.stride_y == 1 && s.stride_x == 1 &&
-         s.top <= (s.R - 1) * s.dilation_y && s.left <= (s.S - 1) * s.dilation_x;
+  return s.groups == 1 && s.C <= kFewChannels && s.left <= (s.S - 1) * s.dilation_x;
 }
 
 namespace {
 
 constexpr int kPixels = kLanes / 4;  // of a register tile: kPixels * C <= kLanes sums over K
 
-// Pixels of one row; grad: the pixel that tap (R - 1, S - 1) meets at the first of them.
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// What one tap adds: the pixel of grad_z at `offset` times weights [K / kLanes, C, kLanes].
+struct Tap {
+  int64_t offset;
+  const float* weights;
+};
+
+// `count` pixels of grad_x, step_x apart; the pixels of grad_z that they meet lie side by side.
 template <int C>
-void few_channels_row(const ConvSizes& s, const float* grad, int64_t row, int64_t padded,
-                      const float* weights, int64_t count, float* out, int64_t step_x,
-                      int64_t step_c) {
+void few_channels_row(const std::vector<Tap>& taps, const float* grad, int64_t padded,
+                      int64_t count, float* out, int64_t step_x, int64_t step_c) {
   for (int64_t x = 0; x < count; x += kPixels, grad += kPixels * padded) {
     vf sums[kLanes] = {};
-    const float* w = weights;
-    for (int64_t r = 0; r < s.R; ++r)
-      for (int64_t t = 0; t < s.S; ++t) {
-        const float* g = grad + r * s.dilation_y * row + t * s.dilation_x * padded;
-        for (int64_t k = 0; k < padded; k += kLanes, w += C * kLanes)
+    for (const Tap& tap : taps) {
+      const float* g = grad + tap.offset;
+      const float* w = tap.weights;
+      for (int64_t k = 0; k < padded; k += kLanes, w += C * kLanes)
 #pragma GCC unroll 4
-          for (int i = 0; i < kPixels; ++i) {
-            const vf gi = load(g + i * padded + k);
+        for (int i = 0; i < kPixels; ++i) {
+          const vf gi = load(g + i * padded + k);
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c)
-              sums[i * C + c] = fma(gi, load(w + c * kLanes), sums[i * C + c]);
-          }
-      }
+          for (int c = 0; c < C; ++c)
+            sums[i * C + c] = fma(gi, load(w + c * kLanes), sums[i * C + c]);
+        }
+    }
     const vf result = sum_rows(sums);
     const int n = static_cast<int>(std::min<int64_t>(kPixels, count - x));
     if (step_c == 1 && step_x == C) {
@@ -129,64 +134,108 @@ void few_channels_row(const ConvSizes& s, const float* grad, int64_t row, int64_
   }
 }
 
-}  // namespace
-
 // grad_x for 1 to 4 channels: lanes run over K and are added up at the end.
-void few_channels_grad_x(const ConvBackward& args, int num_threads) {
-  const ConvSizes& s = args.sizes;
-  const GradZ grad(args);
-  const int64_t padded = grad.padded();
-  const Scratch memory(sizeof(float) * s.R * s.S * s.C * padded);
-  float* weights = memory.as<float>();  // [R, S, K / kLanes, C, kLanes], turned
-  std::fill_n(weights, s.R * s.S * s.C * padded, 0.0f);
-  const bool few = s.K <= kFewChannels;  // as conv_pack saw it, K being its channels
-  const float* from = args.packed;
-  for (int64_t r = 0; r < s.R; ++r)
-    for (int64_t k0 = 0; k0 < s.K; k0 += few ? s.K : kLanes)
-      for (int64_t t = 0; t < s.S; ++t)
-        for (int64_t k = k0; k < std::min(s.K, k0 + (few ? s.K : kLanes)); ++k, from += kPanel)
-          for (int64_t c = 0; c < s.C; ++c)
-            weights[(((r * s.S + t) * (padded / kLanes) + k / kLanes) * s.C + c) * kLanes +
-                    k % kLanes] = from[c];
-  const int64_t above = (s.R - 1) * s.dilation_y - s.top, reach = (s.R - 1) * s.dilation_y;
-  const int64_t left = (s.S - 1) * s.dilation_x - s.left;
-  const int64_t width = s.X + (s.S - 1) * s.dilation_x + kPixels;  // a last tile may read further
-  const int64_t most = kTaskBytes / (4 * width * padded) / 2 * 2;
-  const int64_t size = std::clamp<int64_t>(most, 4, 16);
-  const int64_t cuts = (s.Y + size - 1) / size;
-  parallel_for(num_threads, s.B * cuts, 1, [&](int64_t begin, int64_t end) {
-    const Scratch own(sizeof(float) * ((size + reach) * width * padded + grad.staged()));
-    float* rows = own.as<float>();
-    float* stage = rows + (size + reach) * width * padded;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / cuts, y0 = i % cuts * size, y1 = std::min(s.Y, y0 + size);
-      // Rows of grad_z, with zeros around, from y0 - above on.
-      const int64_t top = y0 - above, bottom = y1 + reach - above;
-      const int64_t r0 = std::clamp<int64_t>(top, 0, s.conv_y);
-      const int64_t r1 = std::clamp<int64_t>(bottom, r0, s.conv_y);
-      for (int64_t y = top; y < bottom; ++y) {
-        float* row = rows + (y - top) * width * padded;
-        const bool inside = y >= r0 && y < r1;
-        std::fill_n(row, (inside ? left : width) * padded, 0.0f);
-        const int64_t used = left + s.conv_x;
-        if (inside && used < width) std::fill_n(row + used * padded, (width - used) * padded, 0.0f);
+class FewChannels {
+ public:
+  explicit FewChannels(const ConvBackward& args)
+      : args_(args),
+        s_(args.sizes),
+        grad_(args),
+        padded_(grad_.padded()),
+        reach_y_((s_.R - 1) * s_.dilation_y),
+        first_x_(floor_div(s_.left - (s_.S - 1) * s_.dilation_x, s_.stride_x)) {
+    // The last tile may read further.
+    const int64_t met = floor_div(s_.X - 1 + s_.left, s_.stride_x) + 1 + kPixels;
+    width_ = std::max(met, s_.conv_x) - first_x_;
+    const int64_t most = kTaskBytes / (4 * width_ * padded_) * s_.stride_y / 2 * 2;
+    size_ = std::clamp<int64_t>(most, 4, 16);
+    weights_.assign(s_.R * s_.S * s_.C * padded_, 0.0f);
+    unpack();
+  }
+
+  int64_t size() const { return size_; }  // rows of a task
+
+  // Rows [y0, y1) of image b.
+  void rows(int64_t b, int64_t y0, int64_t y1) const {
+    // Rows [top, bottom) of grad_z with zeros around.
+    const int64_t top = floor_div(y0 + s_.top - reach_y_, s_.stride_y);
+    const int64_t bottom = floor_div(y1 - 1 + s_.top, s_.stride_y) + 1;
+    const int64_t r0 = std::clamp<int64_t>(top, 0, s_.conv_y);
+    const int64_t r1 = std::clamp<int64_t>(bottom, r0, s_.conv_y);
+    const int64_t row = width_ * padded_, border = -first_x_ * padded_;
+    const Scratch own(sizeof(float) * ((bottom - top) * row + grad_.staged()));
+    float* data = own.as<float>();
+    for (int64_t y = top; y < bottom; ++y) {
+      float* at = data + (y - top) * row;
+      if (y < r0 || y >= r1) {
+        std::fill_n(at, row, 0.0f);
+      } else {
+        const int64_t end = border + s_.conv_x * padded_;
+        std::fill_n(at, border, 0.0f);
+        std::fill_n(at + end, row - end, 0.0f);
       }
-      if (r0 < r1)
-        grad.rows(b, r0, r1, {rows + left * padded, width * padded, padded, top}, nullptr, stage);
-      for (int64_t y = y0; y < y1; ++y) {
-        const float* at = rows + (y - y0) * width * padded;
-        float* out = args.grad_x.at(b, 0, y, 0);
+    }
+    if (r0 < r1)
+      grad_.rows(b, r0, r1, {data + border, row, padded_, top}, nullptr,
+                 data + (bottom - top) * row);
+    std::vector<Tap> taps;
+    for (int64_t y = y0; y < y1; ++y)
+      for (int64_t phase = 0; phase < std::min(s_.stride_x, s_.X); ++phase) {
+        taps.clear();
+        for (int64_t r = 0; r < s_.R; ++r)
+          for (int64_t t = 0; t < s_.S; ++t) {
+            const int64_t i = y + s_.top - r * s_.dilation_y;
+            const int64_t j = phase + s_.left - t * s_.dilation_x;
+            const int64_t p = floor_div(i, s_.stride_y), q = floor_div(j, s_.stride_x);
+            if (p * s_.stride_y == i && q * s_.stride_x == j)
+              taps.push_back({(p - top) * row + (q - first_x_) * padded_,
+                              weights_.data() + (r * s_.S + t) * s_.C * padded_});
+          }
+        const int64_t count = (s_.X - phase + s_.stride_x - 1) / s_.stride_x;
         const auto run = [&](auto channels) {
-          few_channels_row<decltype(channels)::value>(s, at, width * padded, padded, weights, s.X,
-                                                      out, args.grad_x.x, args.grad_x.c);
+          few_channels_row<decltype(channels)::value>(taps, data, padded_, count,
+                                                      args_.grad_x.at(b, 0, y, phase),
+                                                      args_.grad_x.x * s_.stride_x, args_.grad_x.c);
         };
-        switch (s.C) {
+        switch (s_.C) {
           case 1: run(std::integral_constant<int, 1>()); break;
           case 2: run(std::integral_constant<int, 2>()); break;
           case 3: run(std::integral_constant<int, 3>()); break;
           default: run(std::integral_constant<int, 4>());
         }
       }
+  }
+
+ private:
+  // weights [R, S, K / kLanes, C, kLanes] from conv_pack's turned form, whose channels are K.
+  void unpack() {
+    const int64_t width = s_.K <= kFewChannels ? s_.K : kLanes;
+    const float* from = args_.packed;
+    for (int64_t r = s_.R - 1; r >= 0; --r)
+      for (int64_t k0 = 0; k0 < s_.K; k0 += width)
+        for (int64_t t = s_.S - 1; t >= 0; --t)
+          for (int64_t k = k0; k < std::min(s_.K, k0 + width); ++k, from += kPanel)
+            for (int64_t c = 0; c < s_.C; ++c)
+              weights_[(r * s_.S + t) * s_.C * padded_ + (k / kLanes * s_.C + c) * kLanes +
+                       k % kLanes] = from[c];
+  }
+
+  const ConvBackward& args_;
+  const ConvSizes& s_;
+  GradZ grad_;
+  int64_t padded_, reach_y_, first_x_, width_, size_;
+  std::vector<float> weights_;
+};
+
+}  // namespace
+
+void few_channels_grad_x(const ConvBackward& args, int num_threads) {
+  const FewChannels few(args);
+  const int64_t size = few.size(), cuts = (args.sizes.Y + size - 1) / size;
+  parallel_for(num_threads, args.sizes.B * cuts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y0 = i % cuts * size;
+      few.rows(i / cuts, y0, std::min(args.sizes.Y, y0 + size));
     }
   });
 }

@@ -53,8 +53,7 @@ class Direct {
         plan_(s_, (out_rows - 1) * s_.pool_stride_y + s_.pool_y),
         outputs_(s_.K / s_.groups),
         panels_(panels_of(outputs_)) {
-    const int64_t pixels = plan_.tiles_across * kMaxRows;
-    sum_row_ = pixels * kPanel;
+    sum_row_ = (side_by_side() ? 1 : plan_.tiles_across) * kMaxRows * kPanel;
   }
 
   // Rows [p0, p1) of the output of image b, channels of group g.
@@ -70,18 +69,23 @@ class Direct {
     float* staged = sums + kept * sum_row_;
     pack_strip(s_, args_.x, plan_, b, g, y0, strip);
     for (int64_t panel = 0; panel < panels_; ++panel) {
-      const float* weights =
-          args_.packed + (g * panels_ + panel) * plan_.channels * s_.R * s_.S * kPanel;
-      if (side_by_side()) {
-        for (int64_t p = p0; p < p1; ++p) {
-          const int64_t top = p * s_.pool_stride_y;
-          multiply(strip, weights, panel, y0, top, top + s_.pool_y, sums);
-          finish_panel(b, g, panel, sums, top, top + s_.pool_y, p, p + 1, staged);
-        }
-      } else {
-        multiply(strip, weights, panel, y0, y0, y1, sums);
-        finish_panel(b, g, panel, sums, y0, y1, p0, p1, staged);
+      const Panel now{b, g, panel,
+                      args_.packed + (g * panels_ + panel) * plan_.channels * s_.R * s_.S * kPanel};
+      if (!side_by_side()) {
+        for (int64_t t = 0; t < plan_.tiles_across; ++t)
+          multiply(now, strip, y0, y0, y1, t, sums + t * kMaxRows * kPanel);
+        finish_panel(now, sums, y0, y1, 0, s_.conv_x, p0, p1, 0, s_.out_x, staged);
+        continue;
       }
+      // A register tile's pixels are finished while they are in L1; kMaxRows is even.
+      for (int64_t p = p0; p < p1; ++p)
+        for (int64_t t = 0; t < plan_.tiles_across; ++t) {
+          const int64_t y = p * s_.pool_y, x = t * kMaxRows;
+          const int64_t end = std::min(s_.conv_x, x + kMaxRows);
+          multiply(now, strip, y0, y, y + s_.pool_y, t, sums);
+          finish_panel(now, sums, y, y + s_.pool_y, x, end, p, p + 1, x / s_.pool_x,
+                       std::min(s_.out_x, end / s_.pool_x), staged);
+        }
     }
   }
 
@@ -91,29 +95,32 @@ class Direct {
   // Rows of the output use rows of the convolution apart from one another.
   bool side_by_side() const { return pool_kind(s_) != 1; }
 
-  // Rows [y, y1) of the convolution into sums; the strip begins at row y0.
-  void multiply(const float* strip, const float* weights, int64_t panel, int64_t y0, int64_t y,
-                int64_t y1, float* sums) const {
-    const int vectors = vectors_of(outputs_ - panel * kPanel);
-    const ConvMicroFn whole = pixels_micro(false, vectors, plan_.step);
-    const ConvMicroFn half = pixels_micro(true, vectors, plan_.step);
+  struct Panel {
+    int64_t b, g, index;
+    const float* weights;
+  };
+
+  // Tile t of rows [y, y1) of the convolution into sums; the strip begins at row y0.
+  void multiply(const Panel& panel, const float* strip, int64_t y0, int64_t y, int64_t y1,
+                int64_t t, float* sums) const {
+    const int vectors = vectors_of(outputs_ - panel.index * kPanel);
+    const bool half = s_.conv_x - t * kMaxRows <= kMaxRows / 2;
+    const ConvMicroFn micro = pixels_micro(half, vectors, plan_.step);
     for (; y < y1; ++y, sums += sum_row_)
-      for (int64_t t = 0; t < plan_.tiles_across; ++t) {
-        const bool short_tile = s_.conv_x - t * kMaxRows <= kMaxRows / 2;
-        (short_tile ? half : whole)(
-            plan_.segments.data(), static_cast<int64_t>(plan_.segments.size()),
+      micro(plan_.segments.data(), static_cast<int64_t>(plan_.segments.size()),
             strip + (y - y0) * s_.stride_y * plan_.row + t * kMaxRows * plan_.step, plan_.step,
-            weights, sums + t * kMaxRows * kPanel);
-      }
+            panel.weights, sums);
   }
 
-  void finish_panel(int64_t b, int64_t g, int64_t panel, const float* sums, int64_t y0, int64_t y1,
-                    int64_t p0, int64_t p1, float* staged) const {
-    for (int half = 0; half < vectors_of(outputs_ - panel * kPanel); ++half) {
-      const int64_t k = panel * kPanel + half * kLanes;
+  // Outputs [p0, p1) x [q0, q1) from the sums of pixels [y0, y1) x [x0, x1).
+  void finish_panel(const Panel& panel, const float* sums, int64_t y0, int64_t y1, int64_t x0,
+                    int64_t x1, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
+                    float* staged) const {
+    for (int half = 0; half < vectors_of(outputs_ - panel.index * kPanel); ++half) {
+      const int64_t k = panel.index * kPanel + half * kLanes;
       const int n = static_cast<int>(std::min<int64_t>(kLanes, outputs_ - k));
-      finish(args_, b, g * outputs_ + k, n, {sums + half * kLanes, sum_row_, kPanel, y0, 0}, y1,
-             s_.conv_x, p0, p1, 0, s_.out_x, staged);
+      finish(args_, panel.b, panel.g * outputs_ + k, n,
+             {sums + half * kLanes, sum_row_, kPanel, y0, x0}, y1, x1, p0, p1, q0, q1, staged);
     }
   }
 

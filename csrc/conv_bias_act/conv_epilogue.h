@@ -96,13 +96,24 @@ inline vf activation_slope(Activation activation, vf z) {
 
 inline bool saves_z(Activation activation) { return activation >= Activation::kSilu; }
 
-// Lanes where f' is the smaller of two values, from the activated value; NaN as in torch.
-inline vi is_low(Activation activation, vf a) {
+// Each comparison selects by itself: GCC 12 joins AVX-512 masks lane by lane in scalar registers.
+// The larger; either NaN, b first.
+inline vf larger(vf a, vf b) {
+  const vf m = a > b ? a : b;
+  return a != a ? a : m;
+}
+
+// Adds kLowBit where f' is the smaller of two values, from the activated value; NaN as in torch.
+inline vi mark_low(Activation activation, vf a, vi place) {
+  const vi marked = place | kLowBit;
   switch (activation) {
-    case Activation::kRelu: return a <= zero();
-    case Activation::kRelu6: return (a <= zero()) | (a >= set1(6.0f));
-    case Activation::kLeakyRelu: return ~(a > zero());
-    default: return vi{};
+    case Activation::kRelu: return a <= zero() ? marked : place;
+    case Activation::kRelu6: {
+      const vi above = a >= set1(6.0f) ? marked : place;
+      return a <= zero() ? marked : above;
+    }
+    case Activation::kLeakyRelu: return a > zero() ? place : marked;
+    default: return place;
   }
 }
 
@@ -169,13 +180,30 @@ void finish_rows(const ConvForward& args, int64_t b, int64_t k, int n, const Sum
       };
       const auto take = [&](vf z, int index) {
         const vf a = activate(activation, z);
-        const vi larger = (a > best) | (a != a);
-        best = larger ? a : best;
-        best_z = larger ? z : best_z;
-        place = larger ? vi{} + index : place;
+        const vi here = vi{} + index;
+        place = a > best ? here : place;
+        place = a != a ? here : place;
+        best_z = a > best ? z : best_z;
+        best_z = a != a ? z : best_z;
+        best = larger(a, best);
       };
       if constexpr (kind == 0) {
         best_z = sum_at(p, q);
+        best = activate(activation, best_z);
+      } else if constexpr (kind == 2 && (fixed == 0 || fixed == 1)) {
+        // relu commutes with the maximum: windows of equal values have gradient 0.
+        const vf z0 = sum_at(2 * p, 2 * q), z1 = sum_at(2 * p, 2 * q + 1);
+        const vf z2 = sum_at(2 * p + 1, 2 * q), z3 = sum_at(2 * p + 1, 2 * q + 1);
+        const vf top = larger(z1, z0), low = larger(z3, z2);
+        best_z = larger(low, top);
+        if (args.places) {
+          vi lower = z3 > z2 ? vi{} + 3 : vi{} + 2;
+          lower = z3 != z3 ? vi{} + 3 : lower;
+          place = z1 > z0 ? vi{} + 1 : vi{};
+          place = z1 != z1 ? vi{} + 1 : place;
+          place = low > top ? lower : place;
+          place = low != low ? lower : place;
+        }
         best = activate(activation, best_z);
       } else if constexpr (kind == 2) {
         best_z = sum_at(2 * p, 2 * q);
@@ -201,7 +229,7 @@ void finish_rows(const ConvForward& args, int64_t b, int64_t k, int n, const Sum
       }
       if (args.places) {
         const int64_t at = ((b * s.out_y + p) * s.out_x + q) * s.K + k;
-        store_bytes(args.places + at, place | (is_low(activation, best) & kLowBit), n);
+        store_bytes(args.places + at, mark_low(activation, best, place), n);
         if (args.z) store_channels(args.z + at, best_z, n);
       }
       if (nhwc)

@@ -30,6 +30,9 @@ void conv_micro(const Segment* segments, int64_t count, const float* a_base, int
     const float* a = a_base + segments[s].offset;
     const float* end = b + segments[s].depth * kPanel;
     for (; b < end; b += kPanel, ++a) {
+      // Rows of A overlap where a pixel has few channels; kept in registers over the turns of the
+      // loop they would spill the sums.
+      asm("" : "+r"(a));
       vf v[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) v[j] = load(b + j * kLanes);
