@@ -119,11 +119,17 @@ inline vi mark_low(Activation activation, vf a, vi place) {
 
 inline void store_bytes(uint8_t* p, vi v, int n) {
   const vb bytes = __builtin_convertvector(v, vb);
-  std::memcpy(p, &bytes, n < kLanes ? static_cast<size_t>(n) : sizeof bytes);
+  if (n >= kLanes)
+    std::memcpy(p, &bytes, sizeof bytes);
+  else
+    std::memcpy(p, &bytes, static_cast<size_t>(n));
 }
 inline vi load_bytes(const uint8_t* p, int n) {
   vb bytes{};
-  std::memcpy(&bytes, p, n < kLanes ? static_cast<size_t>(n) : sizeof bytes);
+  if (n >= kLanes)
+    std::memcpy(&bytes, p, sizeof bytes);
+  else
+    std::memcpy(&bytes, p, static_cast<size_t>(n));
   return __builtin_convertvector(bytes, vi);
 }
 

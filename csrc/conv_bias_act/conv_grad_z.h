@@ -19,7 +19,7 @@ class GradZ {
       : args_(args), s_(args.sizes), kind_(pool_kind(s_)), padded_(padded_channels(s_.K)) {}
 
   int64_t padded() const { return padded_; }
-  int64_t staged() const { return s_.out_x * kLanes; }  // floats of `stage`
+  int64_t staged() const { return s_.out_x * padded_; }  // floats of `stage`
 
   // Rows [r0, r1) of image b. Adds to bias [padded], unless null, the gradients of the windows
   // whose first row is one of these, so that each counts once. Other memory of `to` stays as it is.
@@ -41,15 +41,11 @@ class GradZ {
       p0 = std::max<int64_t>(0, (r0 + s_.pool_top - s_.pool_y) / s_.pool_stride_y);
       p1 = std::min(s_.out_y, (r1 - 1 + s_.pool_top) / s_.pool_stride_y + 1);
     }
-    for (int64_t p = p0; p < p1; ++p)
-      for (int64_t k = 0; k < s_.K; k += kLanes) {
-        const int n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - k));
-        switch (s_.activation) {
-          case Activation::kNone:
-          case Activation::kRelu:
-          case Activation::kRelu6: row<true>(b, p, k, n, r0, r1, to, bias, stage); break;
-          default: row<false>(b, p, k, n, r0, r1, to, bias, stage);
-        }
+    for (int64_t p = p0; p < p1; ++p) switch (s_.activation) {
+        case Activation::kNone:
+        case Activation::kRelu:
+        case Activation::kRelu6: row<true>(b, p, r0, r1, to, bias, stage); break;
+        default: row<false>(b, p, r0, r1, to, bias, stage);
       }
   }
 
@@ -60,55 +56,64 @@ class GradZ {
 
   // One row of windows. all_or_none: f' is 0 or 1.
   template <bool all_or_none>
-  void row(int64_t b, int64_t p, int64_t k, int n, int64_t r0, int64_t r1, const GradRows& to,
-           float* bias, float* stage) const {
-    const float* grad = args_.grad_y.at(b, k, p, 0);
+  void row(int64_t b, int64_t p, int64_t r0, int64_t r1, const GradRows& to, float* bias,
+           float* stage) const {
+    const float* grad = args_.grad_y.at(b, 0, p, 0);
     int64_t step = args_.grad_y.x;
     if (args_.grad_y.c != 1) {
-      transpose_rows({grad, args_.grad_y.c, nullptr}, 0, n, 0, s_.out_x, stage, kLanes);
+      transpose_rows({grad, args_.grad_y.c, nullptr}, 0, static_cast<int>(s_.K), 0, s_.out_x, stage,
+                     padded_);
       grad = stage;
-      step = kLanes;
+      step = padded_;
     }
-    const int64_t saved = ((b * s_.out_y + p) * s_.out_x) * s_.K + k;
-    vf total = zero();
-    for (int64_t q = 0; q < s_.out_x; ++q) {
-      vf g = load_channels(grad + q * step, n);
-      vi place{};
-      if (args_.places) place = load_bytes(args_.places + saved + q * s_.K, n);
-      const vi low = place & kLowBit, at = place & (kLowBit - 1);
-      if constexpr (all_or_none) {
-        g = low != 0 ? zero() : g;
-      } else if (s_.activation == Activation::kLeakyRelu) {
-        g = low != 0 ? set1(0.01f) * g : g;
-      } else {
-        g = g * activation_slope(s_.activation, load_channels(args_.z + saved + q * s_.K, n));
+    const int64_t saved = (b * s_.out_y + p) * s_.out_x * s_.K;
+    const uint8_t* places = args_.places ? args_.places + saved : nullptr;
+    const float* z = args_.z ? args_.z + saved : nullptr;
+    for (int64_t q = 0; q < s_.out_x; ++q, grad += step)
+      for (int64_t k = 0; k < s_.K; k += kLanes) {
+        const int n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - k));
+        vf g = load_channels(grad + k, n);
+        vi place{};
+        if (places) place = load_bytes(places + q * s_.K + k, n);
+        const vi low = place & kLowBit, at = place & (kLowBit - 1);
+        if constexpr (all_or_none)
+          g = low != 0 ? zero() : g;
+        else if (s_.activation == Activation::kLeakyRelu)
+          g = low != 0 ? set1(0.01f) * g : g;
+        else
+          g = g * activation_slope(s_.activation, load_channels(z + q * s_.K + k, n));
+        if (spread(p, q, k, r0, r1, g, at, to) && bias) store(bias + k, load(bias + k) + g);
       }
-      if (kind_ == 0) {
-        store(pixel(to, p, q) + k, g);
-        total = total + g;
-      } else if (kind_ == 2) {
-        const int64_t y = 2 * p, x = 2 * q;
-        if (y >= r0) {
-          store(pixel(to, y, x) + k, at == 0 ? g : zero());
-          store(pixel(to, y, x + 1) + k, at == 1 ? g : zero());
-          total = total + g;
-        }
-        if (y + 1 >= r0 && y + 1 < r1) {
-          store(pixel(to, y + 1, x) + k, at == 2 ? g : zero());
-          store(pixel(to, y + 1, x + 1) + k, at == 3 ? g : zero());
-        }
-      } else {
-        const Window w = pool_window(s_, p, q);
-        for (int64_t y = std::max(w.y0, r0); y < std::min(w.y1, r1); ++y)
-          for (int64_t x = w.x0; x < w.x1; ++x) {
-            const int index = static_cast<int>((y - w.first_y) * s_.pool_x + (x - w.first_x));
-            float* sum = pixel(to, y, x) + k;
-            store(sum, load(sum) + (at == index ? g : zero()));
-          }
-        if (w.y0 >= r0 && w.y0 < r1) total = total + g;
-      }
+  }
+
+  // Adds g to its place of window (p, q); whether the window's first row is one of these.
+  bool spread(int64_t p, int64_t q, int64_t k, int64_t r0, int64_t r1, vf g, vi at,
+              const GradRows& to) const {
+    if (kind_ == 0) {
+      store(pixel(to, p, q) + k, g);
+      return true;
     }
-    if (bias) store(bias + k, load(bias + k) + total);
+    if (kind_ == 2) {
+      const int64_t y = 2 * p;
+      float* first = pixel(to, y, 2 * q) + k;
+      if (y >= r0) {
+        store(first, at == 0 ? g : zero());
+        store(first + to.column, at == 1 ? g : zero());
+      }
+      if (y + 1 >= r0 && y + 1 < r1) {
+        store(first + to.row, at == 2 ? g : zero());
+        store(first + to.row + to.column, at == 3 ? g : zero());
+      }
+      return y >= r0;
+    }
+    const Window w = pool_window(s_, p, q);
+    for (int64_t y = std::max(w.y0, r0); y < std::min(w.y1, r1); ++y)
+      for (int64_t x = w.x0; x < w.x1; ++x) {
+        const int index = static_cast<int>((y - w.first_y) * s_.pool_x + (x - w.first_x));
+        float* sum = pixel(to, y, x) + k;
+        store(sum, load(sum) + (at == index ? g : zero()));
+      }
+    return w.y0 >= r0 && w.y0 < r1;
   }
 
   const ConvBackward& args_;

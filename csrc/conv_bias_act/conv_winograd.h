@@ -82,6 +82,10 @@ inline void weight_1d(const vf* w, vf* u) {
   u[5 * step_out] = w[2 * step_in];
 }
 
+// Floats between the points of a packed panel [point][C][kPanel]: a vector more than they need, so
+// that 36 points do not fall into one set of the cache.
+inline int64_t packed_point_step(int64_t C) { return C * kPanel + kLanes; }
+
 // Tiles of a map of `height` x `width` outputs, counted over the images of a batch.
 struct Tiles {
   int64_t down, across, count;
@@ -107,49 +111,52 @@ struct TransformedTiles {
   int64_t floats() const { return kPoints * point_step; }
 };
 
-// d[36] = pixels (y0, x0) .. + 6 of image b, channels c .. c + n; 0 outside of height x width.
-inline void load_patch(const ConvMap<const float>& map, int64_t height, int64_t width, int64_t b,
-                       int64_t c, int n, int64_t y0, int64_t x0, vf* d) {
+// 6x6 pixels as channel vectors: pixel (i, j) at data + i * row + j * column.
+struct Patch {
+  const float* data;
+  int64_t row, column;
+};
+
+// Pixels (y0, x0) .. + 6 of image b, channels c .. c + n: in place where the map has them side by
+// side, else copied to `own` [36, kLanes]; 0 outside of height x width.
+inline Patch load_patch(const ConvMap<const float>& map, int64_t height, int64_t width, int64_t b,
+                        int64_t c, int n, int64_t y0, int64_t x0, float* own) {
   const bool inside = y0 >= 0 && x0 >= 0 && y0 + kPatch <= height && x0 + kPatch <= width;
   const float* base = map.data + b * map.b + c * map.c + y0 * map.y + x0 * map.x;
-  if (map.c == 1) {
-    for (int i = 0; i < kPatch; ++i)
-      for (int j = 0; j < kPatch; ++j) {
-        const float* p = base + i * map.y + j * map.x;
-        if (inside)
-          d[i * kPatch + j] = n == kLanes ? load(p) : load_n(p, n);
-        else
-          d[i * kPatch + j] = y0 + i >= 0 && y0 + i < height && x0 + j >= 0 && x0 + j < width
-                                  ? load_channels(p, n)
-                                  : zero();
-      }
-    return;
-  }
-  // Rows of channels in, pixels out.
-  alignas(64) float pixels[kPatch * kPatch * kLanes];
-  if (!inside || n < kLanes) std::memset(pixels, 0, sizeof pixels);
+  if (map.c == 1 && inside && n == kLanes) return {base, map.y, map.x};
   const int first = static_cast<int>(std::max<int64_t>(0, -x0));
   const int last = static_cast<int>(std::min<int64_t>(kPatch, width - x0));
+  if (!inside || n < kLanes) std::memset(own, 0, sizeof(float) * kPoints * kLanes);
   for (int i = 0; i < kPatch; ++i) {
     if (y0 + i < 0 || y0 + i >= height || first >= last) continue;
-    transpose_rows({base + i * map.y, map.c, nullptr}, 0, n, first, last - first,
-                   pixels + (i * kPatch + first) * kLanes, kLanes);
+    float* to = own + i * kPatch * kLanes;
+    if (map.c == 1)
+      for (int j = first; j < last; ++j)
+        store(to + j * kLanes, load_channels(base + i * map.y + j * map.x, n));
+    else  // rows of channels in, pixels out
+      transpose_rows({base + i * map.y, map.c, nullptr}, 0, n, first, last - first,
+                     to + first * kLanes, kLanes);
   }
-  for (int i = 0; i < kPoints; ++i) d[i] = load(pixels + i * kLanes);
+  return {own, kPatch * kLanes, kLanes};
 }
 
 // V of tiles [t0, t0 + v.tiles) of a map; the patch of a tile begins at 4 ty - top, 4 tx - left.
 inline void transform_inputs(const ConvMap<const float>& map, int64_t height, int64_t width,
                              int64_t top, int64_t left, const Tiles& all, int64_t t0,
                              const TransformedTiles& v, float* out) {
+  alignas(64) float own[kPoints * kLanes];
   for (int64_t t = 0; t < v.tiles; ++t) {
     const Tiles::Place at = all.place(t0 + t);
     for (int64_t block = 0; block < v.blocks; ++block) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, v.channels - block * kLanes));
-      vf d[kPoints], rows[kPoints];
-      load_patch(map, height, width, at.b, block * kLanes, n, at.y * kTile - top,
-                 at.x * kTile - left, d);
-      for (int j = 0; j < kPatch; ++j) input_1d<kPatch, kPatch>(d + j, rows + j);
+      const Patch patch = load_patch(map, height, width, at.b, block * kLanes, n,
+                                     at.y * kTile - top, at.x * kTile - left, own);
+      vf rows[kPoints];
+      for (int j = 0; j < kPatch; ++j) {
+        vf d[kPatch];
+        for (int i = 0; i < kPatch; ++i) d[i] = load(patch.data + i * patch.row + j * patch.column);
+        input_1d<1, kPatch>(d, rows + j);
+      }
       float* to = out + (block * v.tiles + t) * kLanes;
       for (int i = 0; i < kPatch; ++i) {
         vf points[kPatch];

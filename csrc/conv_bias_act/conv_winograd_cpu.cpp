@@ -5,8 +5,10 @@
 
 namespace mbm::MBM_ISA {
 
-// Panels of kPanel output channels: [panel][point][C][kPanel].
-int64_t winograd_packed_size(int64_t C, int64_t K) { return panels_of(K) * kPoints * C * kPanel; }
+// Panels of kPanel output channels: [panel][point][C][kPanel], see packed_point_step.
+int64_t winograd_packed_size(int64_t C, int64_t K) {
+  return panels_of(K) * kPoints * packed_point_step(C);
+}
 
 void winograd_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
   const int64_t K = weight.transposed ? weight.C : weight.K;
@@ -27,8 +29,8 @@ void winograd_pack(const ConvWeight& weight, const float* w, float* packed, int 
             from[i] = load(taps + (weight.transposed ? 8 - i : i) * kPanel + half);
           for (int i = 0; i < 3; ++i) weight_1d<3, 3>(from + i, rows + i);
           for (int i = 0; i < kPatch; ++i) weight_1d<1, 1>(rows + i * 3, points + i * kPatch);
-          float* to = packed + (p * kPoints * C + c) * kPanel + half;
-          for (int i = 0; i < kPoints; ++i) store(to + i * C * kPanel, points[i]);
+          float* to = packed + p * kPoints * packed_point_step(C) + c * kPanel + half;
+          for (int i = 0; i < kPoints; ++i) store(to + i * packed_point_step(C), points[i]);
         }
       }
     }
@@ -93,7 +95,7 @@ class Winograd {
     const RowTiles rows(v.tiles);
     for (int point = 0; point < kPoints; ++point)
       for (int64_t p = p0; p < p1; ++p) {
-        const float* weights = args_.packed + (p * kPoints + point) * s_.C * kPanel;
+        const float* weights = args_.packed + (p * kPoints + point) * packed_point_step(s_.C);
         float* to = sums + ((p - p0) * kPoints + point) * sum_step;
         const int vectors = vectors_of(s_.K - p * kPanel);
         for (int64_t r = 0; r < rows.tiles; ++r)
