@@ -77,9 +77,10 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
   const ConvSizes& s = args.sizes;
   const GradZ grad(args);
   const int64_t padded = grad.padded();
+  const bool depthwise = depthwise_fits(s.C, s.K, s.groups);
   const bool few = args.grad_x.data && few_channels_fit(s);
   const bool whole = (args.grad_x.data && !few) || args.grad_residual.data ||
-                     (args.grad_weight && winograd_weight);
+                     (args.grad_weight && (winograd_weight || depthwise));
   if (few) few_channels_grad_x(args, num_threads);
   if (!whole) {
     if (args.grad_weight || args.grad_bias) direct_grad_weight(args, nullptr, num_threads);
@@ -128,7 +129,9 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
   if (args.grad_weight) {
     ConvBackward rest = args;
     rest.grad_bias = nullptr;
-    if (winograd_weight)
+    if (depthwise)
+      depthwise_grad_weight(rest, grad_z, num_threads);
+    else if (winograd_weight)
       winograd_grad_weight(rest, grad_z, num_threads);
     else
       direct_grad_weight(rest, grad_z, num_threads);

@@ -158,19 +158,24 @@ void direct_forward(const ConvForward& args, int num_threads) {
 }
 
 int64_t conv_packed_size(const ConvWeight& w) {
+  if (depthwise_fits(w.C, w.K, w.groups)) return depthwise_packed_size(w);
   if (!w.winograd) return direct_packed_size(w);
   return w.transposed ? winograd_packed_size(w.K, w.C) : winograd_packed_size(w.C, w.K);
 }
 
 void conv_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
-  if (weight.winograd)
+  if (depthwise_fits(weight.C, weight.K, weight.groups))
+    depthwise_pack(weight, w, packed);
+  else if (weight.winograd)
     winograd_pack(weight, w, packed, num_threads);
   else
     direct_pack(weight, w, packed, num_threads);
 }
 
 void conv_forward(const ConvForward& args, bool winograd, int num_threads) {
-  if (winograd)
+  if (depthwise_fits(args.sizes.C, args.sizes.K, args.sizes.groups))
+    depthwise_forward(args, num_threads);
+  else if (winograd)
     winograd_forward(args, num_threads);
   else
     direct_forward(args, num_threads);

@@ -16,6 +16,13 @@ void direct_forward(const ConvForward& args, int num_threads);
 // Pools of 2x2 side by side, or none.
 void winograd_forward(const ConvForward& args, int num_threads);
 
+// groups = C = K, more than a few channels.
+bool depthwise_fits(int64_t C, int64_t K, int64_t groups);
+int64_t depthwise_packed_size(const ConvWeight& weight);
+void depthwise_pack(const ConvWeight& weight, const float* w, float* packed);
+void depthwise_forward(const ConvForward& args, int num_threads);
+void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+
 // grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);

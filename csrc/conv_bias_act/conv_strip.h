@@ -74,6 +74,8 @@ inline void pack_strip(const ConvSizes& s, const ConvMap<const float>& x, const 
       const int64_t width = right - left;
       if (x.c == 1 && x.x == plan.pitch && n == plan.pitch) {
         std::copy_n(from, width * n, to);
+      } else if (x.c == 1 && n == kLanes) {
+        for (int64_t j = 0; j < width; ++j) store(to + j * kLanes, load(from + j * x.x));
       } else if (x.c == 1) {
         for (int64_t j = 0; j < width; ++j, from += x.x, to += plan.pitch) std::copy_n(from, n, to);
       } else if (x.x == 1 && plan.pitch == kLanes) {
