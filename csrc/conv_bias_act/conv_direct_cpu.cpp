@@ -43,6 +43,7 @@ void direct_pack(const ConvWeight& weight, const float* w, float* packed, int nu
 namespace {
 
 constexpr int64_t kStripBytes = 256 << 10;
+constexpr int64_t kWeightBytes = 64 << 10;
 constexpr int64_t kTasks = 32;  // wanted, so that threads end together
 
 class Direct {
@@ -68,28 +69,30 @@ class Direct {
     float* sums = strip + plan_.floats();
     float* staged = sums + kept * sum_row_;
     pack_strip(s_, args_.x, plan_, b, g, y0, strip);
-    for (int64_t panel = 0; panel < panels_; ++panel) {
-      const Panel now{b, g, panel,
-                      args_.packed + (g * panels_ + panel) * plan_.channels * s_.R * s_.S * kPanel};
-      if (!side_by_side()) {
-        for (int64_t t = 0; t < plan_.tiles_across; ++t)
-          multiply(now, strip, y0, y0, y1, t, sums + t * kMaxRows * kPanel);
-        finish_panel(now, sums, y0, y1, 0, s_.conv_x, p0, p1, 0, s_.out_x, staged);
-        continue;
-      }
-      // A register tile's pixels are finished while they are in L1; kMaxRows is even.
-      for (int64_t p = p0; p < p1; ++p)
-        for (int64_t t = 0; t < plan_.tiles_across; ++t) {
-          const int64_t y = p * s_.pool_y, x = t * kMaxRows;
-          const int64_t end = std::min(s_.conv_x, x + kMaxRows);
-          multiply(now, strip, y0, y, y + s_.pool_y, t, sums);
-          finish_panel(now, sums, y, y + s_.pool_y, x, end, p, p + 1, x / s_.pool_x,
-                       std::min(s_.out_x, end / s_.pool_x), staged);
+    const int64_t weights = plan_.channels * s_.R * s_.S * kPanel;  // of a panel
+    // Panels take turns row by row where all of them stay in cache, so that the channels of a pixel
+    // are written close to one another.
+    const bool by_row = side_by_side() && panels_ * weights * 4 <= kWeightBytes;
+    for (int64_t first = p0; first < p1; first = by_row ? first + 1 : p1)
+      for (int64_t panel = 0; panel < panels_; ++panel) {
+        const Panel now{b, g, panel, args_.packed + (g * panels_ + panel) * weights};
+        if (!side_by_side()) {
+          for (int64_t t = 0; t < plan_.tiles_across; ++t)
+            multiply(now, strip, y0, y0, y1, t, sums + t * kMaxRows * kPanel);
+          finish_panel(now, sums, y0, y1, 0, s_.conv_x, p0, p1, 0, s_.out_x, staged);
+          continue;
         }
-    }
+        // A register tile's pixels are finished while they are in L1; kMaxRows is even.
+        for (int64_t p = first; p < (by_row ? first + 1 : p1); ++p)
+          for (int64_t t = 0; t < plan_.tiles_across; ++t) {
+            const int64_t y = p * s_.pool_y, x = t * kMaxRows;
+            const int64_t end = std::min(s_.conv_x, x + kMaxRows);
+            multiply(now, strip, y0, y, y + s_.pool_y, t, sums);
+            finish_panel(now, sums, y, y + s_.pool_y, x, end, p, p + 1, x / s_.pool_x,
+                         std::min(s_.out_x, end / s_.pool_x), staged);
+          }
+      }
   }
-
-  const StripPlan& plan() const { return plan_; }
 
  private:
   // Rows of the output use rows of the convolution apart from one another.
