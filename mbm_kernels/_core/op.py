@@ -99,7 +99,7 @@ def _bwd_by_autograd(
     if in_functorch():
         # A backward may run after its grad level has ended (jacrev): autograd.grad would see no
         # graph there.
-        outputs, pull = torch.func.vjp(call, *wanted)
+        outputs, pull, *_ = torch.func.vjp(call, *wanted)
         return list(pull([g.to(o.dtype) for o, g in zip(outputs, given, strict=True)]))
     with torch.enable_grad():
         aliases = [x.view_as(x) if create_graph else x.detach().requires_grad_() for x in wanted]
