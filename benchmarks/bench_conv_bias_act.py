@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, with_channels_last
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.ops.conv_bias_act.backend_cpu import WINOGRAD_ERROR
 
 
 def make(case, generator):
@@ -89,6 +90,7 @@ RESIDUAL = {"activation": "relu", "residual": True}
 
 BENCHMARK = Benchmark(
     op="conv_bias_act",
+    extra=WINOGRAD_ERROR,
     cases=[
         Case(sizes(8, 3, 64, 224, 3), POOLED, "relu pool2", **checked(224, 1)),
         Case(sizes(8, 3, 64, 224, 7), STRIDED, "stride2 relu pool3/2", **checked(224, 1)),
