@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "stale-weight-cache",
         "mbm_kernels/_core/packing.py",
-        "        owner._version,\n",
-        "",
+        "state += (tensor.data_ptr(), tensor._version)",
+        "state += (tensor.data_ptr(), 0)",
         "tests/test_gru.py tests/test_nn_gru.py",
     ),
     Mutant(
@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(
         "lengths-ignored",
         "csrc/additive_attention/tanh_forms.h",
-        "return in.key_lengths == nullptr ? in.S : in.key_lengths[b];",
+        "if (in.key_lengths == nullptr) return in.S;",
         "return in.S;",
         "tests/test_additive_attention.py",
     ),

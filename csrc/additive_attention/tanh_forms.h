@@ -10,6 +10,7 @@
 // computed for each pair (`direct_tanh`).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -31,7 +32,9 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 
 inline int64_t key_count(const AdditiveAttentionInputs& in, int64_t b) {
-  return in.key_lengths == nullptr ? in.S : in.key_lengths[b];
+  if (in.key_lengths == nullptr) return in.S;
+  // Under torch.compile nobody has looked at the values: stay inside the row.
+  return std::min(std::max<int64_t>(in.key_lengths[b], 0), in.S);
 }
 
 // Keeps a product from being contracted into each of the sums it goes to: the adders are other
