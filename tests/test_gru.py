@@ -26,6 +26,7 @@ class TestGru(OpSuite):
         Case("primes below one vector", sizes(5, 3, 3, 7), {"lengths": [3, 0, 5]}),
         Case("one row", sizes(4, 1, 19, 24)),
         Case("rows and units past a tile", sizes(3, 13, 33, 37)),
+        Case("inputs past one slice of the depth", sizes(2, 3, 300, 20)),
         Case("reversed", sizes(4, 3, 5, 8), {"reverse": True}),
         Case("reversed in lengths", sizes(5, 4, 5, 8), {"reverse": True, "lengths": [2, 5, 0, 4]}),
         Case("most steps valid", sizes(5, 4, 5, 8), {"lengths": [5, 4, 5, 5]}),
