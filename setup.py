@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+INCLUDE = "-Icsrc"
 
 CXXFLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-g0"),
@@ -67,6 +68,7 @@ class NinjaFile:
         self.folder = folder
         self.lines = [
             "ninja_required_version = 1.8",
+            f"builddir = {self.escape(folder)}",
             "rule cc\n  command = $cmd -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CC $out",
             "rule link\n  command = $cmd $in -o $out $libs\n  description = LINK $out",
@@ -74,6 +76,8 @@ class NinjaFile:
 
     @staticmethod
     def escape(path: Path) -> str:
+        """Relative to the checkout where it lies inside, so that a copy of it does not rebuild."""
+        path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     def compile(self, source: Path, tag: str, command: list[str]) -> Path:
@@ -93,7 +97,7 @@ class NinjaFile:
         path = self.folder / "build.ninja"
         path.write_text("\n".join(self.lines) + "\n")
         flags = ["-v"] if verbose else ["--quiet"] if ninja_is_quiet() else []
-        subprocess.run([find_ninja(), "-C", str(self.folder), *flags], check=True)
+        subprocess.run([find_ninja(), "-f", str(path), *flags], check=True, cwd=ROOT)
 
 
 def ninja_is_quiet() -> bool:
@@ -118,7 +122,7 @@ class BuildNative(build_ext):
 
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
-        base = [*cxx, *CXXFLAGS, f"-I{CSRC}"]
+        base = [*cxx, *CXXFLAGS, INCLUDE]
         objects = []
         for source in sorted(CSRC.glob("*/*_cpu*.cpp")):
             for isa, (lanes, flags) in ISAS.items():
@@ -135,10 +139,10 @@ class BuildNative(build_ext):
         assert nvcc is not None
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
-        cuda = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", f"-I{CSRC}", *gencode]
+        cuda = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", INCLUDE, *gencode]
         objects = [ninja.compile(s, "cuda", cuda) for s in sorted(CSRC.glob("*/*_cuda*.cu"))]
         cxx = shlex.split(os.environ.get("CXX", "g++"))
-        binding = [*cxx, *CXXFLAGS, "-O1", f"-I{CSRC}", *python_includes()]
+        binding = [*cxx, *CXXFLAGS, "-O1", INCLUDE, *python_includes()]
         objects.append(ninja.compile(CSRC / "bind_cuda.cpp", "any", binding))
         ninja.link(target, objects, [nvcc, "-shared", "-cudart", "static"], [])
 
