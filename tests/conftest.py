@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mbm_kernels._core import env, native
 from mbm_kernels.testing import suite
 
 
@@ -11,6 +12,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=env.ISAS)
+def isa(request):
+    """Each CPU code path in turn."""
+    before = native.cpu().isa()
+    try:
+        native.cpu().set_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    native.cpu().set_isa(before)
 
 
 def raises(error: type[Exception], *fragments: str):

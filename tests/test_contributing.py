@@ -33,7 +33,7 @@ def follow(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_the_example_works(tmp_path):
     for name in ("mbm_kernels", "csrc", "tests/conftest.py", "tests/__init__.py", "setup.py",
-                 "pyproject.toml", "README.md", "LICENSE"):  # fmt: skip
+                 "tests/test_drawn.py", "pyproject.toml", "README.md", "LICENSE"):  # fmt: skip
         source, target = ROOT / name, tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -59,6 +59,8 @@ def test_the_example_works(tmp_path):
     out = run("-m", "pytest", "-p", "no:cacheprovider", "tests/test_scale.py")
     passed = int(re.search(r"(\d+) passed", out)[1])
     assert passed >= 30
+    drawn = run("-m", "pytest", "-p", "no:cacheprovider", "tests/test_drawn.py", "-k", "scale")
+    assert int(re.search(r"(\d+) passed", drawn)[1]) >= 3
     listing = run("-c", "import mbm_kernels; print(mbm_kernels.backends('scale'))")
     assert "'cpu': None" in listing
     run("-m", "ruff", "check", *(name for name in written if name.endswith(".py")))

@@ -1,0 +1,382 @@
+"""Drawn inputs of every operation: hypothesis strategies over shapes, layouts, lengths and masks.
+
+`drawn(op, large)` is a strategy; `large` puts each dimension that a kernel cuts past one of its
+tiles (at the widest ISA: 14 rows, 32 columns, 256 terms of a sum; attention's 64 queries or keys),
+else sizes end below or a little over a vector. A new operation is one function with `@draws`.
+Everything is decided by what hypothesis draws, so that a derandomised run repeats itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mbm_kernels.testing.layouts import LAYOUTS, relayout
+
+Inputs = dict[str, Any]
+ROWS, COLUMNS, DEPTH, POSITIONS = 14, 32, 256, 64
+IGNORED = -100
+
+
+class Draws:
+    """What a strategy draws with; tensors are float64."""
+
+    def __init__(self, draw: Callable[[Any], Any], large: bool):
+        self.choices: list[Any] = []
+        self._draw = draw
+        self.large = large
+        self.generator = torch.Generator().manual_seed(self.between(0, 2**16))
+        self.scale = self.of(1.0, 1.0, 0.1, 1e-3, 3.0)
+
+    def draw(self, strategy: Any) -> Any:
+        self.choices.append(self._draw(strategy))
+        return self.choices[-1]
+
+    def of(self, *choices: Any) -> Any:
+        return self.draw(st.sampled_from(choices))
+
+    def between(self, least: int, most: int) -> int:
+        return int(self.draw(st.integers(least, most)))
+
+    def flag(self) -> bool:
+        return bool(self.draw(st.booleans()))
+
+    def size(self, tile: int, small: int = 19) -> int:
+        """More than `tile`, by up to a half and 8, where the case is large; else 1 to `small`."""
+        least, most = (tile + 1, tile + tile // 2 + 8) if self.large else (1, small)
+        return self.between(least, most)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def integers(self, least: int, most: int, *shape: int) -> Tensor:
+        """least <= each < most."""
+        return torch.randint(least, most, shape, generator=self.generator)
+
+    def lengths(self, batch: int, steps: int) -> Tensor | None:
+        return self.integers(0, steps + 1, batch) if self.flag() else None
+
+    def mask(self, *shapes: tuple[int, ...]) -> Tensor | None:
+        """None or of one of the shapes; a row of it may hide everything."""
+        shape = self.of(None, *shapes)
+        return None if shape is None else torch.rand(*shape, generator=self.generator) < 0.7
+
+    def lead(self, rows: int) -> tuple[int, ...]:
+        """Leading dimensions with `rows` elements in all."""
+        return self.of((rows,), (rows, 1), (1, rows), *([(2, rows // 2)] if rows % 2 == 0 else []))
+
+
+STRATEGIES: dict[str, Callable[[Draws], Inputs]] = {}
+
+
+def draws(make: Callable[[Draws], Inputs]) -> Callable[[Draws], Inputs]:
+    """Registers the arguments' strategy of the operation of the same name."""
+    STRATEGIES[make.__name__] = make
+    return make
+
+
+class Drawn:
+    """Arguments of a public function by name, float32; prints as shapes, strides and options."""
+
+    def __init__(self, op: str, given: Draws):
+        self.op, self.large = op, given.large
+        made = STRATEGIES[op](given).items()
+        self.inputs: Inputs = {name: _lay(given, value) for name, value in made}
+        self.choices = given.choices
+
+    def redraw(self, seed: int) -> "Drawn":
+        """The same shapes, layouts and options with other values."""
+        choices = iter([seed, *self.choices[1:]])
+        return Drawn(self.op, Draws(lambda _: next(choices), self.large))
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{n}={_describe(v)}" for n, v in self.inputs.items())
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        dense = value.is_contiguous()
+        return f"{list(value.shape)}" + ("" if dense else f" strides {list(value.stride())}")
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        return f"[{'; '.join(_describe(v) for v in value)}]"
+    return repr(value)
+
+
+def _lay(given: Draws, value: Any) -> Any:
+    """Floating tensors as float32, each tensor in a layout of its own."""
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        return type(value)(_lay(given, v) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        value = value.float()
+    layouts = ["dense"] * 4 + [name for name in LAYOUTS if name != "expanded" or value.dim() > 2]
+    if value.dim() == 4:
+        layouts += ["channels_last"] * 3
+    layout = given.of(*layouts)
+    if layout == "dense":
+        return value
+    if layout == "channels_last":
+        return value.contiguous(memory_format=torch.channels_last)
+    return relayout(value, layout)
+
+
+@st.composite
+def drawn(draw: Callable[[Any], Any], op: str, large: bool) -> Drawn:
+    """A strategy for the arguments of `op`."""
+    return Drawn(op, Draws(draw, large))
+
+
+def is_clear(op: str, inputs: Inputs) -> bool:
+    """Whether no rounding decides which of two gradients is right: conv_bias_act has kinks and
+    maxima, and near one of them float32 may go the other way."""
+    return op != "conv_bias_act" or _conv_is_clear(**inputs)
+
+
+@draws
+def additive_attention(given: Draws) -> Inputs:
+    batch = given.between(1, 3)
+    chunk = given.flag()  # past a chunk of queries, or past a piece of keys: both take too long
+    steps = given.size(POSITIONS if chunk else 4)
+    positions = given.size(4 if chunk else POSITIONS)
+    features, values = given.size(128), given.size(COLUMNS)
+    inputs: Inputs = {
+        "query": given.randn(batch, steps, features) * given.scale,
+        "key": given.randn(batch, positions, features) * given.scale,
+        "value": given.randn(batch, positions, values),
+        "v": given.randn(features) * features**-0.5,
+        "key_lengths": given.lengths(batch, positions),
+        "mask": given.mask(
+            (batch, steps, positions), (batch, 1, positions), (steps, positions), (positions,)
+        ),
+    }
+    return inputs
+
+
+@draws
+def cross_attention(given: Draws) -> Inputs:
+    batch, heads = given.between(1, 2), given.between(1, 3)
+    steps, positions = given.size(ROWS), given.size(POSITIONS)
+    features, values = given.size(COLUMNS), given.size(COLUMNS)
+    mask = given.mask(
+        (batch, heads, steps, positions),
+        (batch, 1, 1, positions),
+        (heads, 1, positions),
+        (steps, positions),
+    )
+    if mask is not None and given.flag():  # an addend in its place, that hides some positions
+        shown, mask = mask, given.randn(*mask.shape)
+        mask[~shown] = -torch.inf
+    return {
+        "query": given.randn(batch, heads, steps, features) * given.scale,
+        "key": given.randn(batch, heads, positions, features),
+        "value": given.randn(batch, heads, positions, values),
+        "key_lengths": given.lengths(batch, positions),
+        "mask": mask,
+        "scale": given.of(None, 0.3, -0.2),
+        "need_weights": given.of(None, "mean", "heads"),
+    }
+
+
+@draws
+def concat_linear(given: Draws) -> Inputs:
+    batch, steps = given.between(2, 4), given.size(ROWS)
+    leads = given.of(
+        ((batch, steps), (batch, 1)),
+        ((batch, 1), (batch, steps)),
+        ((batch, steps), (batch, steps)),
+        ((batch, steps),),
+        ((batch, steps), (1, steps), (batch, 1)),
+        ((batch, 1), (steps,)),
+        ((), (batch, steps)),
+    )
+    widths = [given.size(DEPTH, 37) for _ in leads]
+    outputs = given.size(COLUMNS)
+    return {
+        "inputs": [
+            given.randn(*lead, c) * given.scale for lead, c in zip(leads, widths, strict=True)
+        ],
+        "weight": given.randn(outputs, sum(widths)) * sum(widths) ** -0.5,
+        "bias": given.randn(outputs) if given.flag() else None,
+    }
+
+
+def _gru_weights(given: Draws, inputs: int, units: int) -> Inputs:
+    bound = units**-0.5  # the spread of a trained layer
+    bias = given.flag()
+    return {
+        "w_ih": given.randn(3 * units, inputs) * bound,
+        "w_hh": given.randn(3 * units, units) * bound,
+        "b_ih": given.randn(3 * units) * bound if bias else None,
+        "b_hh": given.randn(3 * units) * bound if bias else None,
+    }
+
+
+def _gru_sizes(given: Draws) -> tuple[int, int, int]:
+    """Rows, inputs, units; units past the depth of a sum once in four, since they cost most."""
+    deep = given.of(True, False, False, False)
+    rows = given.of(1, given.size(ROWS), given.size(ROWS))
+    return rows, given.size(DEPTH), given.size(DEPTH if deep else COLUMNS, 40)
+
+
+@draws
+def gru(given: Draws) -> Inputs:
+    steps = given.between(1, 6)
+    rows, inputs, units = _gru_sizes(given)
+    return {
+        "x": given.randn(steps, rows, inputs) * given.scale,
+        "h0": given.randn(rows, units) if given.flag() else None,
+        **_gru_weights(given, inputs, units),
+        "lengths": given.lengths(rows, steps),
+        "reverse": given.flag(),
+    }
+
+
+@draws
+def gru_cell(given: Draws) -> Inputs:
+    rows, inputs, units = _gru_sizes(given)
+    x, h = given.randn(rows, inputs) * given.scale, given.randn(rows, units)
+    return {"x": x, "h": h, **_gru_weights(given, inputs, units)}
+
+
+@draws
+def conv_bias_act(given: Draws) -> Inputs:
+    groups = given.of(1, 1, 1, 2, 3)
+    depthwise = given.of(True, False, False, False, False)
+    if depthwise:
+        groups = channels = given.size(COLUMNS)
+        outputs = groups * given.of(1, 1, 2)
+    else:
+        channels = groups * given.of(given.size(COLUMNS), given.between(1, 4))
+        outputs = groups * given.size(COLUMNS)
+    kernel = given.of((3, 3), (3, 3), (3, 3), (1, 1), (5, 5), (2, 3), (7, 7))
+    stride = given.of(1, 1, 1, 2, (3, 2))
+    spread = given.of(1, 1, 1, 2)
+    padding = given.of(0, 1, 1, (1, 2), 2)
+    least = spread * (max(kernel) - 1) + 1
+    height, width = (max(given.size(20, 12), least) for _ in range(2))
+    batch = given.of(None, 1, 2, 3)
+    options = {"stride": stride, "padding": padding, "dilation": spread, "groups": groups}
+    x = given.randn(*(() if batch is None else (batch,)), channels, height, width)
+    weight = given.randn(outputs, channels // groups, *kernel)
+    weight *= (channels // groups * kernel[0] * kernel[1]) ** -0.5
+    before = F.conv2d(x, weight, None, **options)
+    pools: list[Any] = [None, 2] if min(before.shape[-2:]) > 1 else [None]
+    if min(before.shape[-2:]) > 2:
+        pools += [(3, 2, 1), ((3, 2), (1, 2), (1, 0))]
+    activations = (None, "relu", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh")
+    return {
+        "x": x * given.scale,
+        "weight": weight,
+        "bias": given.randn(outputs) if given.flag() else None,
+        **options,
+        "residual": given.randn(*before.shape) if given.of(True, False, False) else None,
+        "activation": given.of(*activations, "hardswish", "sigmoid", "tanh"),
+        "max_pool": given.of(*pools),
+    }
+
+
+# Where a derivative jumps.
+_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
+_NEAR = 1.5e-6  # of the largest value: Winograd's usual error, twice
+
+
+def _conv_is_clear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    max_pool: Any = None,
+    **options: Any,
+) -> bool:
+    from mbm_kernels.ops.conv_bias_act import geometry, reference
+
+    z = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), **options)
+    z = z if residual is None else z + residual
+    near = _NEAR * float(z.abs().max())
+    if any(bool(((z - kink).abs() < near).any()) for kink in _KINKS.get(str(activation), ())):
+        return False
+    if max_pool is None:
+        return True
+    y = reference.ACTIVATIONS[activation](z)
+    window = geometry.pool_window("cases", max_pool)
+    assert window is not None
+    pad = (window[5], window[5], window[4], window[4])
+    windows = reference._windows(F.pad(y, pad, value=-torch.inf), window[:2], window[2:4], (1, 1))
+    first, second = torch.stack(windows).topk(2, 0).values
+    gap = first - second  # equal values are equal in every precision: both are clamped
+    return not bool(((gap > 0) & (gap < _NEAR * float(y.abs().max()))).any())
+
+
+def _targets(given: Draws, classes: int, lead: tuple[int, ...]) -> Tensor:
+    target = given.integers(0, classes, *lead)
+    share = given.of(0.0, 0.3, 0.9)
+    target[torch.rand(lead, generator=given.generator) < share] = IGNORED
+    if bool((target == IGNORED).all()):
+        target.view(-1)[0] = 0
+    return target
+
+
+@draws
+def linear_cross_entropy(given: Draws) -> Inputs:
+    features, classes = given.size(DEPTH), given.size(3 * COLUMNS, 40)
+    lead = given.lead(given.size(ROWS))
+    return {
+        "hidden": given.randn(*lead, features) * given.scale,
+        "weight": given.randn(classes, features) * features**-0.5,
+        "target": _targets(given, classes, lead),
+        "bias": given.randn(classes) if given.flag() else None,
+        "label_smoothing": given.of(0.0, 0.0, 0.1),
+        "softcap": given.of(None, None, 2.5),
+        "z_loss": given.of(0.0, 0.0, 0.1),
+        "reduction": given.of("mean", "sum", "none"),
+    }
+
+
+@draws
+def linear_distillation_loss(given: Draws) -> Inputs:
+    features, classes = given.size(DEPTH), given.size(3 * COLUMNS, 40)
+    lead = given.lead(given.size(ROWS))
+    inputs: Inputs = {
+        "student_hidden": given.randn(*lead, features) * given.scale,
+        "student_weight": given.randn(classes, features) * features**-0.5,
+        "target": _targets(given, classes, lead),
+        "student_bias": given.randn(classes) if given.flag() else None,
+    }
+    match given.of("hidden", "hidden", "logits", "topk"):
+        case "hidden":
+            width = given.size(DEPTH)
+            inputs["teacher_hidden"] = given.randn(*lead, width)
+            inputs["teacher_weight"] = given.randn(classes, width) * width**-0.5
+            inputs["teacher_bias"] = given.randn(classes) if given.flag() else None
+        case "logits":
+            inputs["teacher_logits"] = 2 * given.randn(*lead, classes)
+        case "topk":
+            values = (2 * given.randn(*lead, classes)).log_softmax(-1)
+            log_probs, ids = values.topk(given.between(1, min(classes, 20)))
+            inputs["teacher_topk"] = (ids, log_probs)
+    return inputs | {
+        "temperature": given.of(1.0, 2.0, 0.7),
+        "hard_weight": given.of(0.5, 0.5, 0.0, 1.0),
+        "divergence": given.of("forward_kl", "reverse_kl", "jsd"),
+        "beta": given.of(0.5, 0.3, 0.0, 1.0),
+        "reduction": given.of("mean", "sum", "none"),
+    }
+
+
+@draws
+def contrastive_loss(given: Draws) -> Inputs:
+    batch, features = given.size(2 * COLUMNS), given.size(DEPTH)
+    kind = given.of("infonce", "siglip")
+    spread = given.scale * features**-0.25  # logits as large as the scale squared
+    return {
+        "image": given.randn(batch, features) * spread,
+        "text": given.randn(batch, features) * spread,
+        "scale": torch.tensor(given.of(1.3, 5.0), dtype=torch.float64),
+        "bias": torch.tensor(-1.7, dtype=torch.float64) if kind == "siglip" else None,
+        "kind": kind,
+    }
