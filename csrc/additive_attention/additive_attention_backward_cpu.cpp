@@ -4,10 +4,10 @@
 #include <algorithm>
 
 #include "additive_attention/additive_attention.h"
-#include "additive_attention/small_matmul.h"
 #include "additive_attention/tanh_forms.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/small_matmul.h"
 
 namespace mbm::MBM_ISA {
 namespace {
@@ -99,7 +99,7 @@ class Backward {
     float* g = memory.as<float>();
     const float* value = in_.value + b * in_.value_stride_b;
     if (args_.grad_context != nullptr) {
-      matmul_transposed(
+      matmul_nt(
           t1 - t0, S, in_.E,
           args_.grad_context + b * args_.grad_context_stride_b + t0 * args_.grad_context_stride_t,
           args_.grad_context_stride_t, value, in_.value_stride_s, g, S);
@@ -160,9 +160,9 @@ class Backward {
       std::fill_n(out, (s1 - s0) * in_.E, 0.0f);
       return;
     }
-    matmul(S - s0, in_.T, in_.E, args_.weights + b * in_.T * in_.S + s0, 1, in_.S,
-           args_.grad_context + b * args_.grad_context_stride_b, args_.grad_context_stride_t, out,
-           in_.E);
+    matmul_tn(S - s0, in_.T, in_.E, args_.weights + b * in_.T * in_.S + s0, in_.S,
+              args_.grad_context + b * args_.grad_context_stride_b, args_.grad_context_stride_t,
+              out, in_.E);
     std::fill(out + (S - s0) * in_.E, out + (s1 - s0) * in_.E, 0.0f);
   }
 

@@ -3,15 +3,16 @@
 
 #include "additive_attention/additive_attention.h"
 #include "additive_attention/score_tile.h"
-#include "additive_attention/small_matmul.h"
 #include "additive_attention/tanh_forms.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/small_matmul.h"
 
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int64_t kQueryChunk = 64;     // queries packed at a time; 64 x 512 are 128 KiB, for L2
+constexpr int64_t kQueryChunk = 64;  // queries packed at a time; 64 x 512 are 128 KiB, for L2
+constexpr int64_t kRowBlock = kLanes == 16 ? 8 : 4;  // queries whose context is one piece of work
 constexpr int64_t kKeyPiece = 64;       // keys of a piece of work where batch elements are few
 constexpr int64_t kDirectQueries = 1;   // up to here packing costs as many exponentials as it saves
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
@@ -74,7 +75,7 @@ class Forward {
     bool empty[kRowBlock];
     for (int64_t t = t0; t < t1; ++t) empty[t - t0] = !softmax(work.row, b, t, S);
     float* context = args_.context + (b * in_.T + t0) * in_.E;
-    matmul(t1 - t0, S, in_.E, score_row(b, t0), in_.S, 1, in_.value + b * in_.value_stride_b,
+    matmul(t1 - t0, S, in_.E, score_row(b, t0), in_.S, in_.value + b * in_.value_stride_b,
            in_.value_stride_s, context, in_.E);
     // 0 times an infinite value is NaN, but a query with nothing to attend to has context 0.
     for (int64_t i = 0; i < t1 - t0; ++i)

@@ -17,7 +17,7 @@
 
 #include "additive_attention/additive_attention.h"
 #include "common/activations.h"
-#include "common/simd.h"
+#include "common/small_matmul.h"
 
 namespace mbm::MBM_ISA {
 namespace {
@@ -26,10 +26,6 @@ namespace {
 constexpr float kPairLimit = 15.0f;
 constexpr float kLargestV = 1e10f;
 constexpr float kLargestTerm = 43.0f;  // of |q| and |k|: e^86 is a float and e^-86 not subnormal
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 inline int64_t key_count(const AdditiveAttentionInputs& in, int64_t b) {
   if (in.key_lengths == nullptr) return in.S;

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core.masks import attend_mask
+from mbm_kernels.ops.cross_attention.saved import empty_saved
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -21,23 +22,25 @@ def fwd(
     mask: Tensor | None,
     scale: float,
     need_weights: str | None,
-) -> tuple[Tensor, Tensor]:
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = empty_saved(query, key, value, need_weights, save)  # autograd keeps its own
     attend, added = _masks(key_lengths, mask, key.size(2))
     if need_weights is None:
         # SDPA gives 0, and gradients of 0, for a row that is masked throughout.
         masks = attend if added is None else added
         context = F.scaled_dot_product_attention(query, key, value, masks, scale=scale)
-        return context, query.new_empty(0)
+        return context, query.new_empty(0), saved
     scores = _scores(query, key, scale)
     if added is not None:
-        attend = added > -torch.inf
+        attend = added != -torch.inf
         scores = scores + added
     if attend is None:
         weights = torch.softmax(scores, -1)
     else:
         lowest = torch.finfo(scores.dtype).min
         weights = torch.softmax(scores.masked_fill(~attend, lowest), -1).masked_fill(~attend, 0)
-    return weights @ value, weights.mean(1) if need_weights == "mean" else weights
+    return weights @ value, weights.mean(1) if need_weights == "mean" else weights, saved
 
 
 def _masks(

@@ -5,6 +5,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.cross_attention import backend_torch, reference
+from mbm_kernels.ops.cross_attention.saved import empty_saved
 
 NAME = "cross_attention"
 NEED_WEIGHTS = (None, "mean", "heads")
@@ -18,7 +19,8 @@ def _fake(
     mask: Tensor | None,
     scale: float,
     need_weights: str | None,
-) -> tuple[Tensor, Tensor]:
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, steps, _ = query.shape
     shapes = {
         None: (0,),
@@ -28,15 +30,17 @@ def _fake(
     return (
         query.new_empty(batch, heads, steps, value.size(3)),
         query.new_empty(shapes[need_weights]),
+        empty_saved(query, key, value, need_weights, save),
     )
 
 
 OP = Op(
     NAME,
     fwd="(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? mask, float scale,"
-    " str? need_weights) -> (Tensor context, Tensor weights)",
+    " str? need_weights, bool save) -> (Tensor context, Tensor weights, Tensor saved)",
     bwd="(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value,"
-    " Tensor? key_lengths, Tensor? mask, float scale, str? need_weights, bool[] needs)",
+    " Tensor? key_lengths, Tensor? mask, float scale, str? need_weights, Tensor weights,"
+    " Tensor saved, bool[] needs)",
     diff=("query", "key", "value", "mask"),
     fake=_fake,
     reference=reference.cross_attention,

@@ -24,7 +24,7 @@ def cross_attention(
         attend = attend & mask
     elif mask is not None:
         scores = scores + mask
-        attend = attend & (mask > -torch.inf)
+        attend = attend & (mask != -torch.inf)
     if key_lengths is not None:
         inside = (
             torch.arange(positions, device=query.device) < key_lengths.to(query.device)[:, None]

@@ -1,0 +1,149 @@
+"""csrc/cross_attention: scores, softmax and context block by block, weights at hardly any cost.
+
+bfloat16 and float16 are computed in float32 and rounded on store.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native
+from mbm_kernels.ops.cross_attention.saved import empty_saved
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NONE = (0, 0, 0, 0)
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    return native.cpu_reason()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """float32 with contiguous rows; the other strides may be anything."""
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    return _NONE if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _mask(
+    mask: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor | None, tuple[int, int, int, int, int, bool]]:
+    if mask is None:
+        return None, (0, 0, 0, 0, 0, False)
+    added = mask.dtype is not torch.bool
+    mask = (mask.to(torch.float32) if added else mask).expand(shape)
+    strides = mask.stride()
+    return mask, (mask.data_ptr(), strides[0], strides[1], strides[2], strides[3], added)
+
+
+class _Inputs:
+    """What forward and backward both pass first; keeps the converted tensors alive."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+    ):
+        batch, heads, steps, features = query.shape
+        positions = key.size(2)
+        self.weights_shape = (batch, heads, steps, positions)
+        self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
+        self.key_lengths = None if key_lengths is None else key_lengths.cpu().contiguous()
+        self.mask, mask_args = _mask(mask, self.weights_shape)
+        self.args = (
+            (*self.weights_shape, features, value.size(3)),
+            scale,
+            _heads(self.query),
+            _heads(self.key),
+            _heads(self.value),
+            0 if self.key_lengths is None else self.key_lengths.data_ptr(),
+            mask_args,
+        )
+
+
+def fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: str | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = _Inputs(query, key, value, key_lengths, mask, scale)
+    batch, count, steps, positions = inputs.weights_shape
+    context = torch.empty(batch, count, steps, value.size(3))
+    mean = torch.empty((batch, steps, positions) if need_weights == "mean" else 0)
+    heads = torch.empty(inputs.weights_shape if need_weights == "heads" else 0)
+    saved = empty_saved(query, key, value, need_weights, save)
+    native.cpu().cross_attention_fwd(
+        *inputs.args,
+        _heads(context),
+        mean.data_ptr(),
+        heads.data_ptr() or saved.data_ptr(),
+        torch.get_num_threads(),
+    )
+    weights = heads if need_weights == "heads" else mean
+    return context.to(query.dtype), weights.to(query.dtype), saved
+
+
+def bwd(
+    grad_context: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: str | None,
+    weights: Tensor,
+    saved: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = _Inputs(query, key, value, key_lengths, mask, scale)
+    heads = (weights if need_weights == "heads" else saved).to(torch.float32).contiguous()
+    if grad_context is not None:
+        grad_context = _rows(grad_context)
+    share = 1.0
+    if grad_weights is not None:
+        if need_weights == "mean":
+            share, grad_weights = 1 / query.size(1), grad_weights.unsqueeze(1)
+        grad_weights = _rows(grad_weights).expand(inputs.weights_shape)
+    # In the order of the inputs' own dimensions, so that splitting heads needs no copy backward.
+    grads = [
+        torch.empty_like(x, dtype=torch.float32) if need else None
+        for x, need in zip((query, key, value), needs, strict=False)
+    ]
+    grads = [g if g is None or g.stride(3) == 1 else torch.empty(g.shape) for g in grads]
+    grad_mask = torch.empty(inputs.weights_shape) if needs[3] and mask is not None else None
+    native.cpu().cross_attention_bwd(
+        *inputs.args,
+        heads.data_ptr(),
+        _heads(grad_context),
+        _heads(grad_weights),
+        share,
+        *map(_heads, grads),
+        0 if grad_mask is None else grad_mask.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if grad_mask is not None and mask is not None:
+        grads.append(grad_mask.sum_to_size(mask.shape))
+    else:
+        grads.append(None)
+    return tuple(None if grad is None else grad.to(query.dtype) for grad in grads)
