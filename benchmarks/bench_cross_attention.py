@@ -17,16 +17,28 @@ def make(case, generator):
         return torch.randn(*shape, generator=generator)
 
     inputs = {"query": randn(b, n, t, d), "key": randn(b, n, s, d), "value": randn(b, n, s, d)}
+    if case.options.get("lengths"):
+        inputs["key_lengths"] = torch.randint(s // 4, s + 1, (b,), generator=generator)
     return inputs | {"need_weights": case.options.get("need_weights")}
 
 
-def sdpa(query, key, value, need_weights=None):
-    return F.scaled_dot_product_attention(query, key, value)
+def inside(key, key_lengths):
+    """bool [B, 1, 1, S], or None where every key counts."""
+    if key_lengths is None:
+        return None
+    return (torch.arange(key.size(2)) < key_lengths[:, None])[:, None, None]
 
 
-def products(query, key, value, need_weights):
+def sdpa(query, key, value, need_weights=None, key_lengths=None):
+    return F.scaled_dot_product_attention(query, key, value, inside(key, key_lengths))
+
+
+def products(query, key, value, need_weights, key_lengths=None):
     # The scale on the query touches fewer elements than on the scores.
-    weights = ((query * query.size(-1) ** -0.5) @ key.transpose(-1, -2)).softmax(-1)
+    scores = (query * query.size(-1) ** -0.5) @ key.transpose(-1, -2)
+    if key_lengths is not None:
+        scores = scores.masked_fill(~inside(key, key_lengths), -torch.inf)
+    weights = scores.softmax(-1)
     return weights @ value, weights.mean(1) if need_weights == "mean" else weights
 
 
@@ -64,6 +76,11 @@ BENCHMARK = Benchmark(
         Case(sizes(16, 8, 20, 196, 64), MEAN, "mean weights"),
         Case(sizes(16, 8, 20, 196, 64), {"need_weights": "heads"}, "weights of heads"),
         *(captioner(size) for size in SIZES),
+        Case(sizes(16, 8, 20, 196, 64), MEAN | {"lengths": True}, "mean weights, lengths"),
+        Case(sizes(16, 8, 1, 196, 64)),
+        Case(sizes(2, 8, 196, 196, 64)),
+        Case(sizes(1, 8, 20, 49, 64)),
+        Case(sizes(1, 4, 512, 512, 32)),
     ],
     make=make,
     stock=stock,

@@ -35,6 +35,7 @@ struct MatmulOperands {
   bool add;
 };
 
+// `columns` vectors from e on, of the last of which `width` lanes where it is a `tail`.
 template <int rows, int columns, bool tail, bool transposed>
 inline void matmul_block(const MatmulOperands& o, int64_t e, int width) {
   const float* __restrict a = o.a;
@@ -43,7 +44,8 @@ inline void matmul_block(const MatmulOperands& o, int64_t e, int width) {
   for (int64_t j = o.J; j > 0; --j, m += o.m_stride, a += transposed ? o.a_stride : 1) {
     vf x[columns];
 #pragma GCC unroll 8
-    for (int c = 0; c < columns; ++c) x[c] = tail ? load_n(m, width) : load(m + c * kLanes);
+    for (int c = 0; c < columns; ++c)
+      x[c] = tail && c == columns - 1 ? load_n(m + c * kLanes, width) : load(m + c * kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
       const vf w = set1(a[transposed ? i : i * o.a_stride]);
@@ -56,28 +58,35 @@ inline void matmul_block(const MatmulOperands& o, int64_t e, int width) {
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
       float* p = o.out + i * o.out_stride + e + c * kLanes;
+      const bool part = tail && c == columns - 1;
       vf v = sum[i][c];
-      if (o.add) v = v + (tail ? load_n(p, width) : load(p));
-      if (tail)
+      if (o.add) v = v + (part ? load_n(p, width) : load(p));
+      if (part)
         store_n(p, v, width);
       else
         store(p, v);
     }
 }
 
-template <int rows, bool transposed>
-void matmul_rows(const MatmulOperands& o) {
-  constexpr int columns = columns_for(rows);
-  int64_t e = 0;
+template <int rows, bool transposed, int columns = columns_for(rows)>
+void matmul_rows(const MatmulOperands& o, int64_t e = 0) {
   for (; e + columns * kLanes <= o.E; e += columns * kLanes)
     matmul_block<rows, columns, false, transposed>(o, e, kLanes);
-  for (; e + kLanes <= o.E; e += kLanes) matmul_block<rows, 1, false, transposed>(o, e, kLanes);
-  if (e < o.E) matmul_block<rows, 1, true, transposed>(o, e, static_cast<int>(o.E - e));
+  if (e == o.E) return;
+  if constexpr (columns > 2) {
+    matmul_rows<rows, transposed, columns / 2>(o, e);
+  } else if (e + kLanes < o.E) {
+    matmul_block<rows, 2, true, transposed>(o, e, static_cast<int>(o.E - e - kLanes));
+  } else if (e + kLanes == o.E) {
+    matmul_block<rows, 1, false, transposed>(o, e, kLanes);
+  } else {
+    matmul_block<rows, 1, true, transposed>(o, e, static_cast<int>(o.E - e));
+  }
 }
 
 template <bool transposed>
 inline void matmul_rows_of(int rows, const MatmulOperands& o) {
-  using Rows = void (*)(const MatmulOperands&);
+  using Rows = void (*)(const MatmulOperands&, int64_t);
   static constexpr Rows table[] = {
       matmul_rows<1, transposed>,  matmul_rows<2, transposed>,  matmul_rows<3, transposed>,
       matmul_rows<4, transposed>,
@@ -90,7 +99,7 @@ inline void matmul_rows_of(int rows, const MatmulOperands& o) {
 #endif
   };
   static_assert(sizeof(table) / sizeof(table[0]) == kMatmulRows);
-  table[rows - 1](o);
+  table[rows - 1](o, 0);
 }
 
 template <bool transposed>

@@ -87,19 +87,26 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = _Inputs(query, key, value, key_lengths, mask, scale)
     batch, count, steps, positions = inputs.weights_shape
-    context = torch.empty(batch, count, steps, value.size(3))
-    mean = torch.empty((batch, steps, positions) if need_weights == "mean" else 0)
-    heads = torch.empty(inputs.weights_shape if need_weights == "heads" else 0)
+    dtype = query.dtype
+    context = inputs.query.new_empty((batch, count, steps, value.size(3)))
     saved = empty_saved(query, key, value, need_weights, save)
+    weights, heads = saved, saved  # not returned and not kept: addresses 0, as of any empty tensor
+    if need_weights == "mean":
+        weights = inputs.query.new_empty((batch, steps, positions))
+    elif need_weights == "heads":
+        weights = heads = inputs.query.new_empty(inputs.weights_shape)
     native.cpu().cross_attention_fwd(
         *inputs.args,
         _heads(context),
-        mean.data_ptr(),
-        heads.data_ptr() or saved.data_ptr(),
+        weights.data_ptr() if need_weights == "mean" else 0,
+        heads.data_ptr(),
         torch.get_num_threads(),
     )
-    weights = heads if need_weights == "heads" else mean
-    return context.to(query.dtype), weights.to(query.dtype), saved
+    if need_weights is None:
+        weights = query.new_empty(0)
+    if dtype is not torch.float32:
+        context, weights = context.to(dtype), weights.to(dtype)
+    return context, weights, saved
 
 
 def bwd(
