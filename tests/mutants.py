@@ -34,6 +34,7 @@ GRU_FORWARD = "csrc/gru/gru_cpu_forward.cpp"
 GRU_BACKWARD = "csrc/gru/gru_cpu_backward.cpp"
 ATTENTION = "csrc/additive_attention/additive_attention_cpu.cpp"
 ATTENTION_BACKWARD = "csrc/additive_attention/additive_attention_backward_cpu.cpp"
+CROSS_BACKWARD = "csrc/cross_attention/cross_attention_backward_cpu.cpp"
 
 MUTANTS = (
     Mutant(
@@ -119,6 +120,13 @@ MUTANTS = (
         "if (in.key_lengths == nullptr) return in.S;",
         "return in.S;",
         "tests/test_additive_attention.py",
+    ),
+    Mutant(
+        "second-block-of-queries-overwrites-grad-key",
+        CROSS_BACKWARD,
+        "args_.grad_key.stride_r, t0 > 0);",
+        "args_.grad_key.stride_r, false);",
+        "tests/test_cross_attention_native.py",
     ),
 )
 

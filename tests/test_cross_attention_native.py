@@ -116,7 +116,9 @@ def test_drawn_shapes(isa):
         )
         outputs = 1 if need_weights is None else 2
         for place, (a, truth, stock, floor) in enumerate(zip(*results, strict=True)):
-            assert_matches(a, truth, stock, floor, gradient=place >= outputs, what=f"{index} {place}")
+            assert_matches(
+                a, truth, stock, floor, gradient=place >= outputs, what=f"{index} {place}"
+            )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -123,7 +123,8 @@ def cross_attention(
         "D": features,
         "E": value_features,
         "weights": int(need_weights is not None),
-        "masked": int(mask is not None),
+        "masked": int(mask is not None or key_lengths is not None),
+        "elements": batch * heads * steps * positions * features,
     }
     context, weights = OP(
         backend, query, key, value, key_lengths, mask, float(scale), need_weights, sizes=sizes
