@@ -32,7 +32,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
-    return _NONE if x is None else (x.data_ptr(), *x.stride()[:3])
+    if x is None:
+        return _NONE
+    strides = x.stride()
+    return x.data_ptr(), strides[0], strides[1], strides[2]
 
 
 def _mask(
