@@ -50,6 +50,10 @@ def _mount() -> None:
         from mbm_kernels.bench.cli import bench
 
         app.command()(bench)
+    if asked in ("gate", "--help"):
+        from mbm_kernels.bench import gate_cli
+
+        app.add_typer(gate_cli.app, name="gate")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The habits of the tree, executable."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_environment_is_read_in_one_place():
     for path in SOURCES:
         if path != PACKAGE / "_core" / "env.py":
             assert not re.search(r"(environ|getenv).*MBM_", path.read_text()), path
+
+
+def test_launch_tables_say_where_they_come_from():
+    for path in PACKAGE.glob("ops/*/launch.json"):
+        for kernel, entries in json.loads(path.read_text())["kernels"].items():
+            assert entries, f"{path}: {kernel} has no configuration"
+            assert not {"where", "dtypes"} & entries[-1].keys(), f"{path}: {kernel} may find none"
+            for entry in entries:
+                assert re.match(r"(measured on .+, \d{4}-\d\d-\d\d|estimated: .+)", entry["source"])
 
 
 def test_import_is_light():

@@ -15,6 +15,7 @@ class Variable:
 
 
 VARIABLES = (
+    Variable("MBM_AUTOTUNE", "1 times every launch configuration of a Triton kernel, once a shape"),
     Variable(
         "MBM_BACKEND", "backend used where a call says auto: auto, cpu, triton, cuda or torch"
     ),
@@ -57,6 +58,10 @@ def isa() -> str | None:
 
 def winograd() -> bool:
     return os.environ.get("MBM_WINOGRAD") != "0"
+
+
+def autotune() -> bool:
+    return os.environ.get("MBM_AUTOTUNE") == "1"
 
 
 def cache_dir() -> Path:

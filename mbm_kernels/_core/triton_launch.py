@@ -1,0 +1,235 @@
+"""Triton kernels with their launch configurations: run, or recorded for the compile-time gate.
+
+Configurations are package data, `ops/<op>/launch.json`, one list for each kernel:
+
+    {"kernels": {"scores": [{"where": {"S": [1, 64]}, "dtypes": ["bfloat16"],
+                             "constants": {"BLOCK_S": 64}, "num_warps": 4, "num_stages": 2,
+                             "max_registers": 128,
+                             "source": "measured on <device>, <date>" or "estimated: <why>"}]}}
+
+The first entry whose `where` and `dtypes` hold is the one that runs; one without either always
+holds. `max_registers` is for NVIDIA and may be left out. With MBM_AUTOTUNE=1 every entry is timed,
+once for each set of sizes, and the fastest runs.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import env
+
+OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Grid = Callable[[dict[str, int]], tuple[int, ...]]
+
+
+def why_not(device: Any, dtype: Any) -> str | None:
+    """What every backend_triton answers, before anything of its own."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype is not None and dtype not in DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    if recording() or interpreting():
+        return None
+    if device is not None and torch.device(device).type != "cuda":
+        kind = torch.device(device).type
+        return f"it runs on cuda tensors, not {kind}; TRITON_INTERPRET=1 runs it on any, for tests"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; TRITON_INTERPRET=1 runs it on the CPU, for tests"
+    return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run on the CPU by Triton's interpreter (the TRITON_INTERPRET variable)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Config:
+    constants: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None  # without it ptxas may spill a little to fit one block more
+    where: tuple[tuple[str, float, float], ...]  # size, least, most
+    dtypes: tuple[str, ...]
+    source: str
+
+    @classmethod
+    def parse(cls, entry: dict[str, Any]) -> "Config":
+        where = tuple(
+            (name, -float("inf") if low is None else low, float("inf") if high is None else high)
+            for name, (low, high) in entry.get("where", {}).items()
+        )
+        return cls(
+            tuple(entry["constants"].items()),
+            entry["num_warps"],
+            entry["num_stages"],
+            entry.get("max_registers"),
+            where,
+            tuple(entry.get("dtypes", ())),
+            entry["source"],
+        )
+
+    def holds(self, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+        named = str(dtype).removeprefix("torch.")
+        return (not self.dtypes or named in self.dtypes) and all(
+            low <= sizes[name] <= high for name, low, high in self.where
+        )
+
+    def compile_options(self, nvidia: bool) -> dict[str, int | bool]:
+        # Contraction to FMA is said outright: triton's default for it changes in 3.10.
+        options: dict[str, int | bool] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+        if nvidia and self.max_registers:
+            options["maxnreg"] = self.max_registers
+        return options
+
+
+@functools.cache
+def read_configs(op: str) -> dict[str, tuple[Config, ...]]:
+    kernels = json.loads((OPS_FOLDER / op / "launch.json").read_text())["kernels"]
+    return {name: tuple(Config.parse(e) for e in entries) for name, entries in kernels.items()}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was recorded instead of run."""
+
+    kernel: "Kernel"
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    config: Config
+    grid: tuple[int, ...]
+
+
+_recorded: list[Launch] | None = None
+
+
+def recording() -> bool:
+    return _recorded is not None
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Within it kernels do not run but are listed; the tensors may be on the meta device."""
+    global _recorded
+    if _recorded is not None:
+        raise RuntimeError("triton_launch.record: already recording; leave the outer one first")
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+class Kernel:
+    """A `triton.jit` function and the table of its configurations.
+
+    Args:
+        op: the operation's name, whose launch.json holds the table.
+        name: the key in that table.
+        function: the jitted function; arguments in capitals are its constexprs.
+    """
+
+    def __init__(self, op: str, name: str, function: Any):
+        self.op, self.name, self.function = op, name, function
+        self._fastest: dict[tuple[Any, ...], Config] = {}
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        return read_configs(self.op)[self.name]
+
+    def config(self, dtype: torch.dtype, sizes: dict[str, int]) -> Config:
+        for config in self.configs:
+            if config.holds(dtype, sizes):
+                return config
+        raise RuntimeError(
+            f"{self.op}: kernel {self.name}: no configuration for {dtype} and {sizes}; "
+            f"expected launch.json to end with an entry that always holds; add one"
+        )
+
+    def __call__(
+        self,
+        grid: Grid,
+        *args: Any,
+        dtype: torch.dtype,
+        sizes: dict[str, int],
+        **constexprs: Any,
+    ) -> None:
+        """Launches over grid(constants), on the device of the first tensor among `args`."""
+        config = self.config(dtype, sizes)
+        if _recorded is not None:
+            shape = grid(dict(config.constants))
+            _recorded.append(Launch(self, args, constexprs, config, shape))
+            return
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.type != "cuda":
+            self._run(config, grid, args, constexprs)
+            return
+        with torch.cuda.device(device):
+            if env.autotune():
+                config = self._tuned(config, grid, args, constexprs, dtype, sizes)
+            self._run(config, grid, args, constexprs)
+
+    def _run(
+        self, config: Config, grid: Grid, args: Sequence[Any], constexprs: dict[str, Any]
+    ) -> None:
+        shape = grid(dict(config.constants))
+        if 0 in shape:
+            return
+        options = config.compile_options(nvidia=torch.version.hip is None)
+        self.function[shape](*args, **constexprs, **dict(config.constants), **options)
+
+    def _tuned(
+        self,
+        default: Config,
+        grid: Grid,
+        args: Sequence[Any],
+        constexprs: dict[str, Any],
+        dtype: torch.dtype,
+        sizes: dict[str, int],
+    ) -> Config:
+        key = (dtype, *sizes.values())
+        if key not in self._fastest:
+            from triton.testing import do_bench
+
+            named = str(dtype).removeprefix("torch.")
+            tried = [c for c in self.configs if not c.dtypes or named in c.dtypes]
+            times = {}
+            for config in tried:
+                times[config] = do_bench(
+                    functools.partial(self._run, config, grid, args, constexprs), return_mode="min"
+                )
+            self._fastest[key] = min(times, key=times.__getitem__) if times else default
+        return self._fastest[key]
+
+
+@functools.cache
+def kernel(op: str, name: str) -> Kernel:
+    """The kernel `name` of ops/<op>/triton_kernels.py; the same object each time."""
+    module = importlib.import_module(f"mbm_kernels.ops.{op}.triton_kernels")
+    return Kernel(op, name, getattr(module, name))
+
+
+def ceil_div(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()

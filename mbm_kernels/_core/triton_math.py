@@ -1,0 +1,54 @@
+"""Functions that Triton kernels share; portable Triton without libdevice or inline assembly.
+
+Everything here computes in float32. The hardware's exponential takes x log2(e) rounded once, an
+error of |x| eps; where that matters `exp_exact` splits the exponent off first.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: n LN2_HIGH is exact for |n| < 2^14
+LN2_LOW = tl.constexpr(-2.1219444e-4)
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a b, summed in float32; float32 operands are not rounded to tf32."""
+    if INTERPRETED:  # its matrix product takes bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def exp_exact(x):
+    """e^x to 2 ulp for |x| <= 87; 0, infinity and NaN as they fall."""
+    n = tl.floor(x * LOG2E + 0.5)
+    rest = (x - n * LN2_HIGH) - n * LN2_LOW
+    return tl.exp2(rest * LOG2E) * tl.exp2(n)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 with relative accuracy; the series has 8 terms where |x| < 0.5."""
+    p = 1.0 / 40320.0
+    p = p * x + 1.0 / 5040.0
+    p = p * x + 1.0 / 720.0
+    p = p * x + 1.0 / 120.0
+    p = p * x + 1.0 / 24.0
+    p = p * x + 1.0 / 6.0
+    p = p * x + 0.5
+    p = p * x + 1.0
+    return tl.where(tl.abs(x) < 0.5, p * x, exp_exact(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """expm1(2 |x|) / (expm1(2 |x|) + 2) with the sign of x; 1 beyond 9.02, where float32 is 1."""
+    m = expm1(2.0 * tl.minimum(tl.abs(x), 10.0))
+    magnitude = m / (m + 2.0)
+    signed = tl.where(x < 0, -magnitude, magnitude)
+    return tl.where(x == x, signed, x)

@@ -1,0 +1,65 @@
+"""The calls whose launches the compile-time gate records: forward inputs on the meta device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import dispatch, triton_launch
+from mbm_kernels._core.op import OPS, as_tuple
+
+
+@dataclass(frozen=True)
+class StaticCase:
+    """One call of an operation: `inputs(dtype)` gives the forward schema's inputs by name."""
+
+    op: str
+    name: str
+    inputs: Callable[[torch.dtype], dict[str, Any]]
+    backward: bool = True
+
+    def record(self, dtype: torch.dtype) -> list[triton_launch.Launch]:
+        """The launches of the forward and, for every gradient, of the backward."""
+        with triton_launch.record() as launches:
+            op, backend = OPS[self.op], dispatch.load_backend(self.op, "triton")
+            inputs = self.inputs(dtype)
+            outputs = as_tuple(backend.fwd(*(inputs[name] for name in op.inputs)))
+            if self.backward:
+                named = {**inputs, **dict(zip(op.outputs, outputs, strict=True))}
+                named |= {f"grad_{n}": torch.empty_like(named[n]) for n in op.public}
+                named["needs"] = [inputs[name] is not None for name in op.diff]
+                backend.bwd(*(named[name] for name in op.bwd_names))
+        return launches
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _additive_attention(
+    T: int = 20, S: int = 196, masked: bool = False
+) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "query": empty(64, T, 512, dtype=dtype),
+            "key": empty(64, S, 512, dtype=dtype),
+            "value": empty(64, S, 512, dtype=dtype),
+            "v": empty(512, dtype=dtype),
+            "key_lengths": empty(64, dtype=torch.int64) if masked else None,
+            "mask": empty(64, 1, S, dtype=torch.bool) if masked else None,
+        }
+
+    return inputs
+
+
+CASES = (
+    StaticCase("additive_attention", "T20 S196", _additive_attention()),
+    StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
+    StaticCase("additive_attention", "T1 S49", _additive_attention(T=1, S=49)),
+)
+
+
+def of(op: str) -> Iterator[StaticCase]:
+    return (case for case in CASES if case.op == op)

@@ -1,0 +1,389 @@
+"""Triton kernels of additive attention; the maths is in README.md, "The Triton kernels".
+
+Arrays named in capitals here: A, B', Y, E are the factors of tanh(query + key). Positions past a
+row's length are never read.
+"""
+
+import triton
+import triton.language as tl
+
+from mbm_kernels._core import triton_math
+
+PAIR_LIMIT = tl.constexpr(15.0)  # of query + shift: a product of two E stays below e^62
+TERM_LIMIT = tl.constexpr(43.0)  # of |query| and |key|: e^86 is a float, e^-86 not subnormal
+V_LIMIT = tl.constexpr(1e10)
+HALF_LN2 = tl.constexpr(0.34657359)
+
+
+@triton.jit
+def place(d, row, D, R, ROWS_FIRST: tl.constexpr):
+    if ROWS_FIRST:
+        offset = row.to(tl.int64)[None, :] * D + d[:, None]
+    else:
+        offset = d.to(tl.int64)[:, None] * R + row[None, :]
+    return offset
+
+
+@triton.jit
+def factors(
+    query,  # [B, T, D]
+    key,  # [B, S, D]
+    v,  # [D]
+    lengths,  # [B] int64 or None
+    query_factors,  # [B, 2, D, T]: a = expm1(2 (query + c)), e^(2 (query + c))
+    key_factors,  # [B, 2, D, S]: b = expm1(2 (key - c)), y = e^(2 (key - c)); ROWS_FIRST: [.. S, D]
+    direct,  # int32 [B, blocks of D]: 1 where tanh must be computed for each pair
+    T, S, D, query_b, query_t, query_d, key_b, key_s, key_d, v_d,
+    ROWS_FIRST: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """One batch element, BLOCK_D features: factors of all rows, and whether they may be used.
+
+    The shift c is a multiple of ln(2) / 2 near the largest key, so that it only moves exponents.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = d < D
+    count = S
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+    rows = tl.arange(0, BLOCK_R)
+
+    largest_k = tl.full((BLOCK_D, BLOCK_R), -float("inf"), tl.float32)
+    sizes_k = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    for s0 in range(0, count, BLOCK_R):
+        s = s0 + rows
+        use = (s < count)[None, :] & inside[:, None]
+        at = key + b * key_b + s.to(tl.int64)[None, :] * key_s + d[:, None] * key_d
+        k = tl.load(at, use, 0.0).to(tl.float32)
+        size = tl.where(k == k, tl.abs(k), float("inf"))
+        sizes_k = tl.maximum(sizes_k, size)
+        largest_k = tl.maximum(largest_k, tl.where(use, k, -float("inf")))
+    largest = tl.max(largest_k, 1)
+    key_size = tl.max(sizes_k, 1)
+    usable = inside & (key_size <= TERM_LIMIT) & (largest > -float("inf"))
+    shift = tl.where(usable, largest, 0.0) / HALF_LN2
+    shift = tl.where(shift < 0, tl.ceil(shift), tl.floor(shift))
+
+    for s0 in range(0, count, BLOCK_R):
+        s = s0 + rows
+        use = (s < count)[None, :] & inside[:, None]
+        at = key + b * key_b + s.to(tl.int64)[None, :] * key_s + d[:, None] * key_d
+        k = tl.load(at, use, 0.0).to(tl.float32)
+        y = triton_math.exp_exact(2.0 * k) * tl.exp2(-shift)[:, None]
+        centred = tl.where(shift[:, None] == 0, triton_math.expm1(2.0 * k), y - 1.0)
+        to = key_factors + b * 2 * D * S + place(d, s, D, S, ROWS_FIRST)
+        tl.store(to, centred, use)
+        tl.store(to + D * S, y, use)
+
+    largest_q = tl.full((BLOCK_D, BLOCK_R), -float("inf"), tl.float32)
+    sizes_q = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
+    for t0 in range(0, T, BLOCK_R):
+        t = t0 + rows
+        use = (t < T)[None, :] & inside[:, None]
+        at = query + b * query_b + t.to(tl.int64)[None, :] * query_t + d[:, None] * query_d
+        q = tl.load(at, use, 0.0).to(tl.float32)
+        size = tl.where(q == q, tl.abs(q), float("inf"))
+        sizes_q = tl.maximum(sizes_q, size)
+        largest_q = tl.maximum(largest_q, tl.where(use, q, -float("inf")))
+        e = triton_math.exp_exact(2.0 * q) * tl.exp2(shift)[:, None]
+        centred = tl.where(shift[:, None] == 0, triton_math.expm1(2.0 * q), e - 1.0)
+        to = query_factors + b * 2 * D * T + place(d, t, D, T, ROWS_FIRST)
+        tl.store(to, centred, use)
+        tl.store(to + D * T, e, use)
+
+    query_size = tl.max(tl.max(sizes_q, 1), 0)
+    key_size = tl.max(key_size, 0)
+    beyond = tl.max(tl.max(largest_q, 1) + shift * HALF_LN2, 0)
+    weight = tl.load(v + d * v_d, inside, 0.0).to(tl.float32)
+    largest_v = tl.max(tl.where(weight == weight, tl.abs(weight), float("inf")), 0)
+    fits = (query_size <= TERM_LIMIT) & (key_size <= TERM_LIMIT)
+    fits = fits & (beyond <= PAIR_LIMIT) & (largest_v <= V_LIMIT)
+    # NaN fails every comparison, so it counts as not fitting.
+    tl.store(direct + b * tl.num_programs(1) + tl.program_id(1), 1 - fits.to(tl.int32))
+
+
+@triton.jit
+def any_direct(direct, b, blocks, BLOCKS: tl.constexpr):
+    i = tl.arange(0, BLOCKS)
+    return tl.max(tl.load(direct + b * blocks + i, i < blocks, 0), 0) != 0
+
+
+@triton.jit
+def scores_from_factors(
+    v, query_factors, key_factors, rows, b, t, count, T, S, D, v_d,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+):
+    """Two features share one reciprocal; past an odd D the second has v = 0 and m = 0."""
+    a_at = query_factors + b * 2 * D * T + t
+    for s0 in range(0, count, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        b_at = key_factors + b * 2 * D * S + s
+        total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        for d in range(0, D, 2):
+            more = d + 1 < D
+            a0 = tl.load(a_at + d * T, t < T, 0.0)[:, None]
+            a1 = tl.load(a_at + (d + 1) * T, (t < T) & more, 0.0)[:, None]
+            b0 = tl.load(b_at + d * S, s < count, 0.0)[None, :]
+            b1 = tl.load(b_at + (d + 1) * S, (s < count) & more, 0.0)[None, :]
+            y0 = tl.load(b_at + (D + d) * S, s < count, 0.0)[None, :]
+            y1 = tl.load(b_at + (D + d + 1) * S, (s < count) & more, 0.0)[None, :]
+            v0 = tl.load(v + d * v_d).to(tl.float32)
+            v1 = tl.load(v + (d + 1) * v_d, more, 0.0).to(tl.float32)
+            m0 = a0 * y0 + b0
+            m1 = a1 * y1 + b1
+            x0 = m0 + 2.0
+            x1 = m1 + 2.0
+            total += (v0 * m0 * x1 + v1 * m1 * x0) / (x0 * x1)
+        tl.store(rows + t[:, None] * S + s[None, :], total, (t < T)[:, None] & (s < count)[None, :])
+
+
+@triton.jit
+def scores_directly(
+    query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d, key_b, key_s, key_d,
+    v_d,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    for i in range(0, tl.minimum(BLOCK_T, T - t0)):
+        for s0 in range(0, count, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            terms = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+            for d0 in range(0, D, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                q_at = query + b * query_b + (t0 + i) * query_t + d * query_d
+                q = tl.load(q_at, d < D, 0.0).to(tl.float32)
+                k_at = key + b * key_b + s.to(tl.int64)[:, None] * key_s + d[None, :] * key_d
+                k = tl.load(k_at, (s < count)[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
+                w = tl.load(v + d * v_d, d < D, 0.0).to(tl.float32)
+                terms += triton_math.tanh(q[None, :] + k) * w[None, :]
+            tl.store(rows + (t0 + i) * S + s, tl.sum(terms, 1), s < count)
+
+
+@triton.jit
+def attend(
+    query, key,
+    value,  # [B, S, E]
+    v, lengths,
+    mask,  # bool, strides of [B, T, S], or None
+    query_factors, key_factors, direct,
+    scores,  # float32 [B, T, S], scratch; may be `weights`
+    weights,  # [B, T, S]
+    context,  # [B, T, E]
+    T, S, D, E, query_b, query_t, query_d, key_b, key_s, key_d, value_b, value_s, value_e, v_d,
+    mask_b, mask_t, mask_s, blocks,
+    BLOCKS: tl.constexpr, FACTORS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """BLOCK_T queries of one batch element: scores, softmax, context.
+
+    A program alone reads and writes its rows of scores and weights; barriers order the phases.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    t0 = tl.program_id(1) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    count = S
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+    positions = tl.arange(0, BLOCK_S)
+    rows = scores + b * T * S
+    if FACTORS:
+        if any_direct(direct, b, blocks, BLOCKS):
+            scores_directly(
+                query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d,
+                key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D,
+            )
+        else:
+            scores_from_factors(
+                v, query_factors, key_factors, rows, b, t, count, T, S, D, v_d, BLOCK_T, BLOCK_S,
+            )
+    else:
+        scores_directly(
+            query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d,
+            key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D,
+        )
+    tl.debug_barrier()
+
+    lanes = tl.full((BLOCK_T, BLOCK_S), -float("inf"), tl.float32)
+    for s0 in range(0, count, BLOCK_S):
+        x, use = load_scores(rows, mask, b, t, s0 + positions, T, S, count, mask_b, mask_t, mask_s)
+        lanes = tl.maximum(lanes, tl.where(use, x, -float("inf")))
+    largest = tl.max(lanes, 1)[:, None]
+    lanes = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for s0 in range(0, count, BLOCK_S):
+        x, use = load_scores(rows, mask, b, t, s0 + positions, T, S, count, mask_b, mask_t, mask_s)
+        lanes += tl.where(use, tl.exp(x - largest), 0.0)
+    scale = 1.0 / tl.sum(lanes, 1)[:, None]
+    # Each thread reads the scores that it overwrites, so `scores` may be `weights`. A row with
+    # nothing to attend to never uses its scale of 1 / 0.
+    for s0 in range(0, S, BLOCK_S):
+        s = s0 + positions
+        x, use = load_scores(rows, mask, b, t, s, T, S, count, mask_b, mask_t, mask_s)
+        p = tl.where(use, tl.exp(x - largest) * scale, 0.0)
+        to = weights + b * T * S + t[:, None] * S + s[None, :]
+        tl.store(to, p.to(weights.dtype.element_ty), (t < T)[:, None] & (s < S)[None, :])
+    tl.debug_barrier()
+
+    for e0 in range(0, E, BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        sum_e = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+        for s0 in range(0, count, BLOCK_K):
+            s = s0 + tl.arange(0, BLOCK_K)
+            p_at = weights + b * T * S + t[:, None] * S + s[None, :]
+            p = tl.load(p_at, (t < T)[:, None] & (s < count)[None, :], 0.0)
+            x_at = value + b * value_b + s.to(tl.int64)[:, None] * value_s + e[None, :] * value_e
+            x = tl.load(x_at, (s < count)[:, None] & (e < E)[None, :], 0.0)
+            sum_e = triton_math.dot(p, x, sum_e)
+        to = context + b * T * E + t[:, None] * E + e[None, :]
+        tl.store(to, sum_e.to(context.dtype.element_ty), (t < T)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def load_scores(rows, mask, b, t, s, T, S, count, mask_b, mask_t, mask_s):
+    """Scores [t, s], and which of them are attended to."""
+    use = (t < T)[:, None] & (s < count)[None, :]
+    if mask is not None:
+        at = mask + b * mask_b + t.to(tl.int64)[:, None] * mask_t + s[None, :] * mask_s
+        use = use & (tl.load(at, use, 0) != 0)
+    return tl.load(rows + t[:, None] * S + s[None, :], use, 0.0), use
+
+
+@triton.jit
+def grad_scores(
+    grad_context,  # [B, T, E] or None
+    grad_weights,  # [B, T, S] or None
+    value,
+    weights,  # [B, T, S]
+    lengths,
+    out,  # float32 [B, T, S]: weights (g - sum over s of weights g)
+    T, S, E, context_b, context_t, context_e, weights_b, weights_t, weights_s, value_b,
+    value_s, value_e,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    """BLOCK_T queries of one batch element: g = grad_context value^T + grad_weights, then softmax's
+    backward. `out` holds g between the two passes."""
+    b = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    count = S
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+    products = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for s0 in range(0, count, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        use = (t < T)[:, None] & (s < count)[None, :]
+        g = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+        if grad_context is not None:
+            for e0 in range(0, E, BLOCK_E):
+                e = e0 + tl.arange(0, BLOCK_E)
+                g_at = grad_context + b * context_b + t.to(tl.int64)[:, None] * context_t
+                x = tl.load(g_at + e[None, :] * context_e, (t < T)[:, None] & (e < E)[None, :], 0.0)
+                v_at = value + b * value_b + s.to(tl.int64)[None, :] * value_s
+                y = tl.load(
+                    v_at + e[:, None] * value_e, (s < count)[None, :] & (e < E)[:, None], 0.0
+                )
+                g = triton_math.dot(x, y, g)
+        if grad_weights is not None:
+            g_at = grad_weights + b * weights_b + t.to(tl.int64)[:, None] * weights_t
+            g += tl.load(g_at + s[None, :] * weights_s, use, 0.0).to(tl.float32)
+        at = b * T * S + t[:, None] * S + s[None, :]
+        p = tl.load(weights + at, use, 0.0).to(tl.float32)
+        # A weight of 0 has no gradient, whatever an unattended value holds.
+        g = tl.where(p == 0, 0.0, g)
+        products += p * g
+        tl.store(out + at, g, use)
+    dot = tl.sum(products, 1)
+    tl.debug_barrier()
+    for s0 in range(0, S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        at = b * T * S + t[:, None] * S + s[None, :]
+        use = (t < T)[:, None] & (s < count)[None, :]
+        p = tl.load(weights + at, use, 0.0).to(tl.float32)
+        g = tl.load(out + at, use, 0.0)
+        tl.store(out + at, p * (g - dot[:, None]), (t < T)[:, None] & (s < S)[None, :])
+
+
+@triton.jit
+def grad_terms(
+    query, key, v, lengths,
+    query_factors,  # [B, 2, T, D]
+    key_factors,  # [B, 2, S, D]
+    direct,
+    gradients,  # float32 [B, T, S], of the scores
+    grad_query,  # float32 [SPLIT, B, T, D], each part's share
+    grad_key,  # float32 [B, S, D]
+    grad_v,  # float32 [SPLIT, B, D]
+    B, T, S, D, query_b, query_t, query_d, key_b, key_s, key_d, v_d, blocks,
+    BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """One batch element, BLOCK_D features, every SPLIT-th block of S: all three gradients at once.
+
+    Tiles are [BLOCK_S, BLOCK_D]: with 32 num_warps = BLOCK_D a thread holds whole columns and sums
+    over S need no shuffle. Two queries share one reciprocal. grad_query is added up in memory, by
+    the thread that wrote it.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = tl.program_id(2)
+    inside = d < D
+    count = S
+    if lengths is not None:
+        count = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
+    weight = tl.load(v + d * v_d, inside, 0.0).to(tl.float32)
+    factored = not any_direct(direct, b, blocks, BLOCKS)
+    by_v = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    q_to = grad_query + (part * B + b) * T * D + d
+    for s0 in range(part * BLOCK_S, S, SPLIT * BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        use = (s < count)[:, None] & inside[None, :]
+        first = s0 == part * BLOCK_S
+        by_key = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        g_at = gradients + b * T * S + s
+        if factored:
+            k_at = key_factors + b * 2 * S * D + s.to(tl.int64)[:, None] * D + d[None, :]
+            centred = tl.load(k_at, use, 0.0)
+            y = tl.load(k_at + S * D, use, 0.0)
+            a_at = query_factors + b * 2 * T * D + d
+            for t in range(0, T, 2):
+                more = t + 1 < T
+                a0 = tl.load(a_at + t * D, inside, 0.0)[None, :]
+                a1 = tl.load(a_at + (t + 1) * D, inside & more, 0.0)[None, :]
+                e0 = tl.load(a_at + (T + t) * D, inside, 0.0)[None, :]
+                e1 = tl.load(a_at + (T + t + 1) * D, inside & more, 0.0)[None, :]
+                g0 = tl.load(g_at + t * S, s < count, 0.0)[:, None]
+                g1 = tl.load(g_at + (t + 1) * S, (s < count) & more, 0.0)[:, None]
+                m0 = a0 * y + centred
+                m1 = a1 * y + centred
+                x0 = m0 + 2.0
+                x1 = m1 + 2.0
+                inverse = 1.0 / (x0 * x1)
+                r0 = x1 * inverse
+                r1 = x0 * inverse
+                by_v += g0 * (m0 * r0)
+                by_v += g1 * (m1 * r1)
+                # 1 - tanh^2 = 4 e^(2 (query + key)) / (1 + e^(2 (query + key)))^2
+                p0 = g0 * (e0 * y) * (r0 * r0)
+                p1 = g1 * (e1 * y) * (r1 * r1)
+                by_key += p0 + p1
+                add_to(q_to + t * D, 4.0 * weight * tl.sum(p0, 0), inside, first)
+                add_to(q_to + (t + 1) * D, 4.0 * weight * tl.sum(p1, 0), inside & more, first)
+            by_key *= 4.0
+        else:
+            raw_at = key + b * key_b + s.to(tl.int64)[:, None] * key_s + d[None, :] * key_d
+            k = tl.load(raw_at, use, 0.0).to(tl.float32)
+            for t in range(0, T):
+                q_at = query + b * query_b + t * query_t + d * query_d
+                q = tl.load(q_at, inside, 0.0).to(tl.float32)[None, :]
+                g = tl.load(g_at + t * S, s < count, 0.0)[:, None]
+                y = triton_math.tanh(q + k)
+                # An unattended key may be anything: its gradient is 0 and stays out of the sums.
+                by_v += tl.where(use & (g != 0), g * y, 0.0)
+                p = tl.where(use & (g != 0), g * (1.0 - y * y), 0.0)
+                by_key += p
+                add_to(q_to + t * D, weight * tl.sum(p, 0), inside, first)
+        to = grad_key + b * S * D + s.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(to, weight[None, :] * by_key, (s < S)[:, None] & inside[None, :])
+    tl.store(grad_v + (part * B + b) * D + d, tl.sum(by_v, 0), inside)
+
+
+@triton.jit
+def add_to(at, x, use, first):
+    before = tl.load(at, use & (first == 0), 0.0)
+    tl.store(at, before + x, use)
