@@ -35,3 +35,8 @@ def isa(request):
 def raises(error: type[Exception], *fragments: str):
     """pytest.raises whose message holds each fragment (a regular expression), in this order."""
     return pytest.raises(error, match="(?s)" + ".*".join(f"(?:{f})" for f in fragments))
+
+
+def precise(backend: str) -> torch.dtype:
+    """The most precise dtype that every backend's kernels take."""
+    return torch.float64 if backend == "torch" else torch.float32

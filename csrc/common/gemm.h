@@ -19,8 +19,26 @@ struct GemmOperands {
   int64_t ldc;
   float* const* c_rows;
   bool accumulate;
+  int64_t a_fold = 0;       // if not 0, A's columns lie in runs of kPanel, run q at a + q * a_fold
+  int64_t c_step = kPanel;  // panel p of C at row + p * c_step; if not kPanel, all panels are whole
   float* row(int64_t m) const { return c_rows ? c_rows[m] : c + m * ldc; }
 };
+
+// Rows m0 .. m0 + rows of a slice of A as [depth, rows].
+inline void pack_a(const GemmOperands& g, int64_t m0, int rows, int64_t k, int64_t depth,
+                   float* dst) {
+  if (g.a_transposed) {
+    copy_columns(g.a, m0, rows, k, depth, dst, rows);
+  } else if (g.a_fold == 0) {
+    transpose_rows(g.a, m0, rows, k, depth, dst, rows);
+  } else {
+    for (int64_t q = 0; q < depth; q += kPanel) {
+      const Rows run{g.a.base + (k + q) / kPanel * g.a_fold, g.a.stride};
+      transpose_rows(run, m0, rows, 0, depth - q < kPanel ? depth - q : kPanel, dst + q * rows,
+                     rows);
+    }
+  }
+}
 
 // The epilogue is called once for each finished vector of C: the value stored is
 // epilogue(sum, m, n) for columns n .. n + kLanes, of which the last may lie past N.
@@ -91,14 +109,11 @@ void gemm_block(const GemmOperands& g, int64_t m_begin, int64_t m_end, int64_t p
       const bool add = g.accumulate || k > 0, last = k + depth == g.K;
       for (int64_t t = t0; t < t1; ++t) {
         float* dst = packed_a + (tiles.begin(t) - block) * depth;
-        const int64_t m0 = m_begin + tiles.begin(t);
-        if (g.a_transposed)
-          copy_columns(g.a, m0, tiles.size(t), k, depth, dst, tiles.size(t));
-        else
-          transpose_rows(g.a, m0, tiles.size(t), k, depth, dst, tiles.size(t));
+        pack_a(g, m_begin + tiles.begin(t), tiles.size(t), k, depth, dst);
       }
       for (int64_t p = p_begin; p < p_end;) {
-        const int panels = t1 - t0 > 1 ? 1 : panels_at_once(tiles.size(t0), p_end - p);
+        const bool alone = t1 - t0 > 1 || g.c_step != kPanel;
+        const int panels = alone ? 1 : panels_at_once(tiles.size(t0), p_end - p);
         const bool full = (p + panels) * kPanel <= g.N && !g.c_rows;
         const float* b = g.b + p * g.b_step + k * kPanel;
         for (int64_t t = t0; t < t1; ++t) {
@@ -107,7 +122,7 @@ void gemm_block(const GemmOperands& g, int64_t m_begin, int64_t m_end, int64_t p
           const float* a = packed_a + (tiles.begin(t) - block) * depth;
           const MicroFn micro = micro_for(rows, panels);
           if (full && (is_store_as_is<Epilogue>::value || !last))
-            micro(depth, a, rows, b, g.b_step, g.row(m0) + p * kPanel, g.ldc, add);
+            micro(depth, a, rows, b, g.b_step, g.row(m0) + p * g.c_step, g.ldc, add);
           else
             gemm_edge_tile(g, m0, rows, p, panels, micro, depth, a, b, add, last, epilogue);
         }

@@ -27,6 +27,9 @@ using MicroFn = void (*)(int64_t K, const float* a, int64_t a_step, const float*
 template <int MR, int NP>
 void micro_kernel(int64_t K, const float* __restrict a, int64_t a_step, const float* __restrict b,
                   int64_t b_step, float* __restrict c, int64_t ldc, bool accumulate) {
+  // C comes from memory when it is a large gradient: 15 % of the product for grad_weight.
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < 2 * NP; ++j) __builtin_prefetch(c + i * ldc + j * kLanes, 1);
   do {
     const float* end = b + (K < kChain ? K : kChain) * kPanel;
     K -= kChain;

@@ -63,12 +63,14 @@ inline void transpose_rows(const Rows& rows, int64_t r0, int count, int64_t k0, 
 // dst[k * step + j] = rows(k0 + k)[c0 + j], j < count, k < depth.
 inline void copy_columns(const Rows& rows, int64_t c0, int count, int64_t k0, int64_t depth,
                          float* dst, int64_t step) {
+  constexpr int64_t kAhead = 32;  // rows: narrow columns of a large array miss every cache
+  const int whole = count / kLanes * kLanes, tail = count - whole;
   for (int64_t k = 0; k < depth; ++k) {
     const float* src = rows(k0 + k) + c0;
+    if (k + kAhead < depth) __builtin_prefetch(rows(k0 + k + kAhead) + c0);
     float* out = dst + k * step;
-    int j = 0;
-    for (; j + 4 <= count; j += 4) store_quad(out + j, load_quad(src + j));
-    for (; j < count; ++j) out[j] = src[j];
+    for (int j = 0; j < whole; j += kLanes) store(out + j, load(src + j));
+    if (tail > 0) store_n(out + whole, load_n(src + whole, tail), tail);
   }
 }
 

@@ -4,7 +4,10 @@ An `Op` is two schemas. From their names follows all the wiring: an argument of 
 called `grad_<output>` is that output's gradient (and makes that output differentiable and public;
 other outputs are state saved for the backward), one called like an input or an output is that
 tensor, and `needs` says which gradients are wanted. One input called `save` in the forward schema
-says whether a backward will come.
+says whether a backward will come; as `bool[]`, which of `diff` will want a gradient. An output
+called `made_<input>` is then that input's gradient, made by the forward for a gradient of 1 of the
+first output alone, a scalar; it is float32 and empty where none was made. The backward scales it,
+and calls the backend's only where it does not hold what is asked for.
 
 Two ways into a backend. In eager mode with plain tensors its functions are called directly under
 one autograd.Function: 3 to 5 times less overhead than a registered op. Everything else (compile,
@@ -61,6 +64,10 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         ):
             return False
     return True
+
+
+def _graph_is_kept() -> bool:
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _bwd_by_autograd(
@@ -126,7 +133,8 @@ class Op:
         bwd: backward schema up to `needs`, without its returns, which are one tensor for each
             needed input, in the order of `diff`.
         diff: names of the inputs that have gradients.
-        fake: shapes of the forward's outputs: called like the forward.
+        fake: shapes of the forward's outputs: called like the forward. The torch backend makes no
+            gradients; what stands for them there is empty.
         reference: the definition, called with the forward's inputs by name; it answers where the
             backward itself is differentiated.
         torch_fwd: `fwd` of backend_torch: plain torch, called like the forward.
@@ -157,6 +165,10 @@ class Op:
         self.inputs, self.outputs, self.diff = inputs, outputs, list(diff)
         self.diff_positions = [inputs.index(n) for n in diff]
         self.takes_save = "save" in inputs
+        self.saves_each = any(
+            a.name == "save" and str(a.type) == "List[bool]" for a in fwd_schema.arguments
+        )
+        self.made = [n for n in outputs if n.startswith("made_")]
         self.has_lists = any(str(a.type) == "List[Tensor]" for a in fwd_schema.arguments)
         self.bwd_names = [argument.name for argument in bwd_schema.arguments]
         self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
@@ -180,7 +192,7 @@ class Op:
         _library.impl(self.name, self._registered_fwd, "CompositeExplicitAutograd")
         _library.impl(f"{self.name}_backward", self._registered_bwd, "CompositeExplicitAutograd")
         qualified = f"{NAMESPACE}::{self.name}"
-        torch.library.register_fake(qualified, lambda *args: self.fake(*args[:-1]))
+        torch.library.register_fake(qualified, self._fake_fwd)
         torch.library.register_fake(f"{qualified}_backward", self._fake_bwd)
         torch.library.register_autograd(
             qualified, self._backward, setup_context=self._setup_context
@@ -226,7 +238,10 @@ class Op:
                 needs_grad = needs_grad or tensor.requires_grad
         sizes["training"] = int(needs_grad)
         chosen = dispatch.select(self.name, backend, device, dtype, sizes)
-        if self.takes_save:
+        if self.saves_each:
+            wanted = [args[i] for i in self.diff_positions]
+            args = (*args, [needs_grad and w is not None and w.requires_grad for w in wanted])
+        elif self.takes_save:
             args = (*args, needs_grad)
         if autocast.enabled(device):
             with torch.autocast(device.type, enabled=False):
@@ -251,8 +266,18 @@ class Op:
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
         if backend == "torch":
-            return as_tuple(self.torch_fwd(*args))
+            return self._without_made(as_tuple(self.torch_fwd(*args)))
         return as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
+
+    def _without_made(self, outputs: Outputs) -> Outputs:
+        kept = outputs[: len(self.outputs) - len(self.made)]
+        return (*kept, *(outputs[0].new_empty(0, dtype=torch.float32) for _ in self.made))
+
+    def _fake_fwd(self, *args: Any) -> Any:
+        outputs = as_tuple(self.fake(*args[:-1]))
+        if args[-1] == "torch":
+            outputs = self._without_made(outputs)
+        return outputs if len(self.outputs) > 1 else outputs[0]
 
     def _run_bwd(
         self, backend: str, args: Sequence[Any], needs: Sequence[bool]
@@ -301,7 +326,7 @@ class Op:
         ctx.constants = {n: v for n, v in named.items() if not _is_tensors(v)}
         tensors = {n: v for n, v in named.items() if _is_tensors(v)}
         ctx.lists = {n: len(v) for n, v in tensors.items() if not isinstance(v, Tensor)}
-        tensors |= {n: outputs[n] for n in self.saved_outputs}
+        tensors |= {n: outputs[n] for n in (*self.saved_outputs, *self.made)}
         ctx.saved_names = list(tensors)
         ctx.save_for_backward(*_flat(tensors.values()))
         ctx.mark_non_differentiable(*(t for n, t in outputs.items() if n not in self.public))
@@ -321,6 +346,8 @@ class Op:
             return (None,) * (len(self.inputs) + 1)
         if torch.is_grad_enabled():
             flat = self._differentiable_backward(named, given, needs)
+        elif self._is_made(named, given, needs):
+            flat = self._scaled_made(named, given[0], needs)
         else:
             named["needs"] = needs
             args = [named[name] for name in self.bwd_names]
@@ -329,6 +356,34 @@ class Op:
             else:
                 flat = self.registered_backward(*args, ctx.backend)
         return self._spread(named, needs, iter(flat))
+
+    def _is_made(
+        self, named: dict[str, Any], given: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> bool:
+        if not self.made or given[0] is None or any(grad is not None for grad in given[1:]):
+            return False
+        return all(
+            named[f"made_{n}"].shape == named[n].shape and named[f"made_{n}"].dim() > 0
+            for n, needed in zip(self.diff, needs, strict=True)
+            if needed and named[n] is not None
+        )
+
+    def _scaled_made(
+        self, named: dict[str, Any], grad: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for name, needed in zip(self.diff, needs, strict=True):
+            if not needed or named[name] is None:
+                continue
+            made = named[f"made_{name}"]
+            # A graph that is freed gives away what it saved: a second [V, H] would be felt.
+            if is_plain([made, grad]) and not _graph_is_kept():
+                if grad.device.type != "cpu" or grad.item() != 1:
+                    made.mul_(grad)
+            else:
+                made = made * grad
+            found.append(made.to(named[name].dtype))
+        return found
 
     def _differentiable_backward(
         self, named: dict[str, Any], grads: Sequence[Tensor | None], needs: Sequence[bool]

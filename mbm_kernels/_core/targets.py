@@ -73,3 +73,20 @@ def reduce_rows(rows: Tensor, ignored: Tensor | None, reduction: str) -> Tensor:
 def spread_rows(rows: Tensor, kept: Tensor | None, count: int) -> Tensor:
     """Losses [M] of the rows `kept` as [N], 0 elsewhere."""
     return rows if kept is None else rows.new_zeros(count).index_copy(0, kept, rows)
+
+
+def gradients_to_make(
+    inputs: Sequence[Tensor | None], save: Sequence[bool], reduction: str
+) -> list[Tensor]:
+    """Room, in float32, for the gradients that a forward makes (see _core/op.py); empty where not.
+
+    A loss without reduction gets a gradient for each row, which only its backward knows.
+    """
+    like = next(x for x in inputs if x is not None)
+    return [
+        like.new_empty(
+            x.shape if x is not None and wanted and reduction != "none" else (0,),
+            dtype=torch.float32,
+        )
+        for x, wanted in zip(inputs, save, strict=True)
+    ]

@@ -60,7 +60,9 @@ class OpSuite:
     def schema_args(self, inputs: Inputs) -> list[Any]:
         """The registered op's arguments without the backend; `inputs` name all that differ from
         the schema's defaults of None."""
-        return [True if n == "save" else inputs.get(n) for n in OPS[self.op].inputs]
+        op = OPS[self.op]
+        save = [True] * len(op.diff) if op.saves_each else True
+        return [save if n == "save" else inputs.get(n) for n in op.inputs]
 
     def inputs(self, case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
         generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,7 @@
 """Cross-entropy of projected hidden states: the public function and its registration."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,19 @@ def _fake(
     softcap: float | None,
     z_loss: float,
     reduction: str,
-) -> Tensor:
+    save: Sequence[bool],
+) -> tuple[Tensor, ...]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    made = targets.gradients_to_make((hidden, weight, bias), save, reduction)
+    return loss, *made
 
 
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
-    " float label_smoothing, float? softcap, float z_loss, str reduction) -> (Tensor loss)",
+    " float label_smoothing, float? softcap, float z_loss, str reduction, bool[] save)"
+    " -> (Tensor loss, Tensor made_hidden, Tensor made_weight, Tensor made_bias)",
     bwd="(Tensor? grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
     " int ignore_index, float label_smoothing, float? softcap, float z_loss, str reduction,"
     " bool[] needs)",
@@ -124,7 +130,7 @@ def linear_cross_entropy(
         None if softcap is None else float(softcap),
         float(z_loss),
         reduction,
-        sizes={"N": rows, "H": features, "V": classes},
+        sizes={"N": rows, "H": features, "V": classes, "elements": rows * classes},
     )
     if reduction == "none":
         loss = loss.reshape(lead)

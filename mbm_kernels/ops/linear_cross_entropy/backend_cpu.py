@@ -1,0 +1,109 @@
+"""csrc/linear_cross_entropy: a chunk of rows at a time, gradients in the same pass as the loss.
+
+bfloat16 and float16 are computed in float32. Without reduction a row's gradient is known only in
+the backward, which then computes the logits once more.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native, targets
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    return native.cpu_reason()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _run(
+    grad_loss: Tensor | None,
+    loss: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+) -> None:
+    # Named, so that what was converted lives as long as the call.
+    grad_loss, dense_hidden, dense_weight = _dense(grad_loss), _dense(hidden), _dense(weight)
+    bias, target = _dense(bias), target.contiguous()
+    native.cpu().linear_cross_entropy(
+        (hidden.size(0), hidden.size(1), weight.size(0)),
+        _address(dense_hidden),
+        _address(dense_weight),
+        _address(bias),
+        target.data_ptr(),
+        ignore_index,
+        label_smoothing,
+        softcap or 0.0,
+        z_loss,
+        targets.REDUCTIONS.index(reduction),
+        _address(grad_loss),
+        _address(loss),
+        tuple(map(_address, gradients)),
+        torch.get_num_threads(),
+    )
+
+
+def fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+    save: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    loss = torch.empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    made = targets.gradients_to_make((hidden, weight, bias), save, reduction)
+    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
+    _run(
+        None, loss, [x if x.numel() else None for x in made], hidden, weight, target, bias, *options
+    )
+    return loss, *made
+
+
+def bwd(
+    grad_loss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    reduction: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    gradients = [
+        torch.empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        for x, needed in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
+    _run(grad_loss, None, gradients, hidden, weight, target, bias, *options)
+    return tuple(None if g is None else g.to(hidden.dtype) for g in gradients)
