@@ -71,7 +71,7 @@ BENCHMARK = Benchmark(
         Case(sizes(1280, 512, 10000), check={"N": 160}),
         Case(sizes(1280, 512, 10000), {"ignored": 0.4}, "40 % ignored", check={"N": 160}),
         *(captioner(size) for size in SIZES),
-        Case(sizes(66, 64, 1000), note="as little as auto takes"),
+        Case(sizes(32, 512, 1000), note="as little as auto takes"),
         Case(sizes(8, 512, 10000), note="few rows"),
     ],
     make=make,

@@ -130,7 +130,7 @@ def linear_cross_entropy(
         None if softcap is None else float(softcap),
         float(z_loss),
         reduction,
-        sizes={"N": rows, "H": features, "V": classes, "elements": rows * classes},
+        sizes={"N": rows, "H": features, "V": classes, "products": rows * features * classes},
     )
     if reduction == "none":
         loss = loss.reshape(lead)
