@@ -1,5 +1,6 @@
-// The only CPU file that includes pybind11. Tensors arrive as addresses; checked_ptr guards them.
-#include <pybind11/pybind11.h>
+// With bind_losses.cpp the only CPU files that include pybind11.
+#include "bind_cpu.h"
+
 #include <pybind11/stl.h>
 
 #include <stdexcept>
@@ -8,18 +9,12 @@
 #include <vector>
 
 #include "additive_attention/additive_attention.h"
-#include "common/checked_ptr.h"
 #include "common/isa.h"
 #include "common/peak.h"
 #include "common/vector_math.h"
 #include "conv_bias_act/conv_bias_act.h"
 #include "cross_attention/cross_attention.h"
 #include "gru/gru.h"
-#include "linear_cross_entropy/linear_cross_entropy.h"
-
-namespace py = pybind11;
-using mbm::checked_ptr;
-using Address = std::uintptr_t;
 
 namespace {
 
@@ -54,11 +49,6 @@ void bind_common(py::module_& m) {
 }
 
 // Sizes come first, then the addresses in the order of csrc/gru/gru.h; 0 stands for null.
-template <class T>
-T* optional_ptr(Address address, int64_t count, const char* name) {
-  return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
-}
-
 void bind_gru(py::module_& m) {
   m.def("gru_packed_sizes", [](int64_t C, int64_t H) {
     const mbm::GruPackedSizes sizes = MBM_CALL(gru_packed_sizes, C, H);
@@ -375,38 +365,6 @@ void bind_conv_bias_act(py::module_& m) {
         });
 }
 
-// 0 stands for null. sizes are N, H, V; gradients those of hidden, weight and bias.
-void bind_linear_cross_entropy(py::module_& m) {
-  m.def("linear_cross_entropy",
-        [](std::tuple<int64_t, int64_t, int64_t> sizes, Address hidden, Address weight,
-           Address bias, Address target, int64_t ignore_index, float label_smoothing, float softcap,
-           float z_loss, int reduction, Address grad_loss, Address loss,
-           std::tuple<Address, Address, Address> gradients, int num_threads) {
-          const auto [N, H, V] = sizes;
-          mbm::LinearCrossEntropy args{};
-          args.N = N;
-          args.H = H;
-          args.V = V;
-          args.hidden = checked_ptr<const float>(hidden, N * H, "hidden");
-          args.weight = checked_ptr<const float>(weight, V * H, "weight");
-          args.bias = optional_ptr<const float>(bias, V, "bias");
-          args.target = checked_ptr<const int64_t>(target, N, "target");
-          args.ignore_index = ignore_index;
-          args.label_smoothing = label_smoothing;
-          args.softcap = softcap;
-          args.z_loss = z_loss;
-          args.reduction = static_cast<mbm::RowReduction>(reduction);
-          const int64_t results = args.reduction == mbm::RowReduction::kNone ? N : 1;
-          args.grad_loss = optional_ptr<const float>(grad_loss, results, "grad_loss");
-          args.loss = optional_ptr<float>(loss, results, "loss");
-          args.grad_hidden = optional_ptr<float>(std::get<0>(gradients), N * H, "grad_hidden");
-          args.grad_weight = optional_ptr<float>(std::get<1>(gradients), V * H, "grad_weight");
-          args.grad_bias = optional_ptr<float>(std::get<2>(gradients), V, "grad_bias");
-          py::gil_scoped_release release;
-          MBM_CALL(linear_cross_entropy, args, num_threads);
-        });
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C_cpu, m) {
@@ -416,5 +374,5 @@ PYBIND11_MODULE(_C_cpu, m) {
   bind_additive_attention(m);
   bind_conv_bias_act(m);
   bind_cross_attention(m);
-  bind_linear_cross_entropy(m);
+  bind_losses(m);
 }

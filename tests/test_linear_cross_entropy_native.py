@@ -3,28 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mbm_kernels
-from mbm_kernels._core import env, native
 from mbm_kernels._core.op import OPS
 from mbm_kernels.testing.poison import poison
 
 from .test_linear_cross_entropy import IGNORED
-from .test_linear_cross_entropy import TestLinearCrossEntropy as Suite
 
-cpu = native.cpu()
-ISAS = env.ISAS[: env.ISAS.index(cpu.best_isa()) + 1]
 OP = OPS["linear_cross_entropy"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def make(n, h, v, ignored=0.3, seed=0, **options):
@@ -64,30 +50,6 @@ def test_every_build(isa, sizes):
     with poison():
         found = gradients(inputs)
     close(found, gradients(inputs, backend="torch"))
-
-
-drawn = {
-    "sizes": st.tuples(st.integers(1, 90), st.integers(1, 80), st.integers(1, 300)),
-    "reduction": st.sampled_from(["mean", "sum", "none"]),
-    "softcap": st.sampled_from([None, 2.0, 30.0]),
-    "smoothing": st.sampled_from([0.0, 0.2]),
-    "z_loss": st.sampled_from([0.0, 0.05]),
-    "ignored": st.sampled_from([0.0, 0.4, 1.0]),
-    "seed": st.integers(0, 1000),
-}
-
-
-@settings(max_examples=120, deadline=None, derandomize=True)
-@given(**drawn)
-def test_drawn_shapes(sizes, reduction, softcap, smoothing, z_loss, ignored, seed):
-    options = {"label_smoothing": smoothing, "softcap": softcap, "z_loss": z_loss}
-    inputs = make(*sizes, ignored, seed, reduction=reduction, **options)
-    grad = torch.randn(sizes[0]) if reduction == "none" else torch.tensor(-1.5)
-    with poison():
-        Suite().check_forward(inputs, "cpu")
-        Suite().check_backward(inputs, "cpu")
-        found = gradients(inputs, grad)
-    assert all(g.isfinite().all() for g in found[1:])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -1,9 +1,9 @@
 """Drawn inputs of every operation: hypothesis strategies over shapes, layouts, lengths and masks.
 
 `drawn(op, large)` is a strategy; `large` puts each dimension that a kernel cuts past one of its
-tiles (at the widest ISA: 14 rows, 32 columns, 256 terms of a sum; attention's 64 queries or keys),
-else sizes end below or a little over a vector. A new operation is one function with `@draws`.
-Everything is decided by what hypothesis draws, so that a derandomised run repeats itself.
+tiles (at the widest ISA: 14 rows, 32 columns, 256 terms of a sum; attention's 64 queries or keys,
+the losses' 112 classes), else sizes end below or a little over a vector. A new operation is one
+function with `@draws`. Everything is decided by what hypothesis draws, so that a derandomised run repeats itself.
 """
 
 from collections.abc import Callable
@@ -323,8 +323,8 @@ def _targets(given: Draws, classes: int, lead: tuple[int, ...]) -> Tensor:
 
 @draws
 def linear_cross_entropy(given: Draws) -> Inputs:
-    features, classes = given.size(DEPTH), given.size(3 * COLUMNS, 40)
-    lead = given.lead(given.size(ROWS))
+    features, classes = given.size(DEPTH), given.size(4 * COLUMNS, 40)
+    lead = given.lead(given.size(COLUMNS))
     return {
         "hidden": given.randn(*lead, features) * given.scale,
         "weight": given.randn(classes, features) * features**-0.5,
@@ -339,8 +339,8 @@ def linear_cross_entropy(given: Draws) -> Inputs:
 
 @draws
 def linear_distillation_loss(given: Draws) -> Inputs:
-    features, classes = given.size(DEPTH), given.size(3 * COLUMNS, 40)
-    lead = given.lead(given.size(ROWS))
+    features, classes = given.size(DEPTH), given.size(4 * COLUMNS, 40)
+    lead = given.lead(given.size(COLUMNS))
     inputs: Inputs = {
         "student_hidden": given.randn(*lead, features) * given.scale,
         "student_weight": given.randn(classes, features) * features**-0.5,
