@@ -23,6 +23,12 @@ SHAPES = {
     "strided stem": (2, 3, 40, 61, 64, 7, {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
     "one by one": (2, 70, 90, 12, 11, 1, {"activation": "gelu"}),
     "groups": (2, 24, 36, 15, 17, 3, {"padding": 1, "groups": 4, "dilation": 2}),
+    "stem, no pool": (2, 1, 21, 9, 75, 3, {"padding": 1, "activation": "relu"}),
+    "stem of one vector": (1, 2, 5, 11, 31, 4, {"stride": 3, "dilation": 2, "max_pool": 2}),
+    "depthwise rows": (2, 40, 40, 31, 29, 3, {"padding": 1, "groups": 40}),
+    "depthwise rows, strided": (1, 53, 53, 21, 33, 7, {"padding": 3, "stride": 2, "groups": 53}),
+    "depthwise rows, pool": (2, 33, 33, 13, 8, 5, {"padding": 4, "groups": 33, "max_pool": 2}),
+    "depthwise, dilated": (1, 18, 18, 9, 11, 3, {"dilation": 3, "padding": 2, "groups": 18}),
     "depthwise": (2, 37, 37, 19, 35, 5, {"padding": 2, "groups": 37, "activation": "relu6"}),
 }
 
@@ -189,3 +195,28 @@ def test_drawn_shapes_agree_with_the_definition(case):
     for a, e in zip(actual, torch.autograd.grad(truth, wide, grad.double()), strict=True):
         # The bound of a result, over the sums of absolute values that gradients can have.
         assert float((a - e).abs().max()) < 2e-5 * max(1.0, float(e.abs().max()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("max_pool", [None, 2, (3, 2, 1)])
+def test_a_nan_reaches_the_stems_outputs_that_stock_gives_it(isa, layout, max_pool):
+    options = {"padding": 1, "activation": "relu", "max_pool": max_pool}
+    x, weight, bias = tensors(2, 3, 40, 18, 26, 3, options, layout=layout)
+    with torch.no_grad():
+        for at, value in ((3, "nan"), (12, "nan"), (20, "inf"), (25, "-inf")):
+            x[1, 1, 7, at] = float(value)
+        actual = mbm_kernels.conv_bias_act(x, weight, bias, **options, backend="cpu")
+        expected = F.relu(F.conv2d(x, weight, bias, padding=1))
+        if max_pool:
+            expected = F.max_pool2d(expected, *([2] if max_pool == 2 else max_pool))
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    assert actual.isnan().any() and actual.isinf().any()
+
+
+def test_maps_past_the_cache_have_the_bits_of_small_ones(isa):
+    options = {"padding": 1, "groups": 128}
+    x, weight, bias = tensors(9, 128, 128, 62, 62, 3, options)
+    with torch.no_grad():
+        whole = mbm_kernels.conv_bias_act(x, weight, bias, **options, backend="cpu")
+        one = mbm_kernels.conv_bias_act(x[8:], weight, bias, **options, backend="cpu")
+    assert torch.equal(whole[8:], one)

@@ -25,6 +25,21 @@ typedef float vf_unaligned __attribute__((vector_size(4 * MBM_LANES), aligned(4)
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
 
+// Past the caches, to 4 kLanes-aligned memory that nothing reads soon; stream_end() before another
+// thread may.
+#if MBM_LANES == 16 && defined(__AVX512F__)
+inline void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
+#elif MBM_LANES == 8 && defined(__AVX__)
+inline void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
+#else
+inline void stream(float* p, vf v) { store(p, v); }
+#endif
+inline void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // `x - 0` keeps the sign of -0.0, which `x + 0` would lose.
 inline vf set1(float x) { return x - vf{}; }
 inline vf zero() { return vf{}; }
@@ -68,6 +83,20 @@ inline vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
+#if MBM_LANES == 16 && defined(__AVX512F__)
+inline bool any_nan(vf v) { return _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q) != 0; }
+#elif MBM_LANES == 8 && defined(__AVX__)
+inline bool any_nan(vf v) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q)) != 0;
+}
+#else
+inline bool any_nan(vf v) {
+  const vi nan = v != v;
+  int32_t any = 0;
+  for (int i = 0; i < kLanes; ++i) any |= nan[i];
+  return any != 0;
+}
 #endif
 inline vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 inline vf copysign(vf magnitude, vf sign) {

@@ -62,6 +62,20 @@ void copy_residual(const ConvBackward& args, const float* grad_z, int64_t padded
   });
 }
 
+// grad_y is grad_z, and laid out as such.
+bool is_grad_z(const ConvBackward& args) {
+  const ConvSizes& s = args.sizes;
+  const ConvMap<const float>& g = args.grad_y;
+  return !args.places && !args.z && s.K % kLanes == 0 && (s.groups == 1 || s.groups == s.K) &&
+         g.c == 1 && g.x == s.K && g.y == s.K * s.conv_x && g.b == s.K * s.conv_x * s.conv_y;
+}
+
+// bias [K] += the rows of grad_z, `count` pixels.
+void add_pixels(const float* grad_z, int64_t count, int64_t K, float* bias) {
+  for (int64_t i = 0; i < count; ++i, grad_z += K)
+    for (int64_t k = 0; k < K; k += kLanes) store(bias + k, load(bias + k) + load(grad_z + k));
+}
+
 void sum_bias(const ConvBackward& args, const float* parts, int64_t count, int64_t padded) {
   for (int64_t k = 0; k < args.sizes.K; ++k) {
     float total = 0.0f;
@@ -90,31 +104,39 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
   const bool apart = args.grad_x.data && !few && (s.stride_y > 1 || s.stride_x > 1);
   const int64_t chunks = (s.conv_y + kRows - 1) / kRows;
   const int64_t slack = 2 * kLanes;  // a vector of the last group may end past its channels
-  const int64_t floats = s.B * s.conv_y * s.conv_x * padded + slack;
+  const bool given = is_grad_z(args);
+  const int64_t floats = given ? 0 : s.B * s.conv_y * s.conv_x * padded + slack;
   const int64_t height = apart ? (s.conv_y - 1) * s.stride_y + 1 : s.conv_y;
   const int64_t width = apart ? (s.conv_x - 1) * s.stride_x + 1 : s.conv_x;
   const Scratch memory(sizeof(float) * (floats + s.B * chunks * padded +
                                         (apart ? s.B * height * width * padded : 0)));
-  float* grad_z = memory.as<float>();
-  float* bias = grad_z + floats;
+  float* spread = memory.as<float>();
+  const float* grad_z = given ? args.grad_y.data : spread;
+  float* bias = spread + floats;
   float* spaced = bias + s.B * chunks * padded;
-  parallel_for(num_threads, s.B * chunks, 1, [&](int64_t begin, int64_t end) {
+  const bool idle = given && !args.grad_bias && !apart;
+  parallel_for(num_threads, idle ? 0 : s.B * chunks, 1, [&](int64_t begin, int64_t end) {
     const Scratch stage(sizeof(float) * grad.staged());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / chunks, r0 = i % chunks * kRows, r1 = std::min(s.conv_y, r0 + kRows);
       float* sums = args.grad_bias ? bias + i * padded : nullptr;
       if (sums) std::fill_n(sums, padded, 0.0f);
-      float* to = grad_z + b * s.conv_y * s.conv_x * padded;
-      grad.rows(b, r0, r1, {to, s.conv_x * padded, padded, 0}, sums, stage.as<float>());
+      const int64_t image = b * s.conv_y * s.conv_x * padded;
+      const float* from = grad_z + image;
+      if (!given)
+        grad.rows(b, r0, r1, {spread + image, s.conv_x * padded, padded, 0}, sums,
+                  stage.as<float>());
+      else if (sums)
+        add_pixels(from + r0 * s.conv_x * padded, (r1 - r0) * s.conv_x, padded, sums);
       if (apart) {
         const int64_t last = r1 == s.conv_y ? height : r1 * s.stride_y;
-        float* image = spaced + b * height * width * padded;
-        std::fill_n(image + r0 * s.stride_y * width * padded,
+        float* to = spaced + b * height * width * padded;
+        std::fill_n(to + r0 * s.stride_y * width * padded,
                     (last - r0 * s.stride_y) * width * padded, 0.0f);
         for (int64_t y = r0; y < r1; ++y)
           for (int64_t x = 0; x < s.conv_x; ++x)
-            std::copy_n(to + (y * s.conv_x + x) * padded, padded,
-                        image + (y * s.stride_y * width + x * s.stride_x) * padded);
+            std::copy_n(from + (y * s.conv_x + x) * padded, padded,
+                        to + (y * s.stride_y * width + x * s.stride_x) * padded);
       }
     }
   });

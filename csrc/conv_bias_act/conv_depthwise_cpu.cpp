@@ -137,6 +137,7 @@ class Depthwise {
 void depthwise_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   if (s.B == 0 || s.out_y == 0 || s.out_x == 0) return;
+  if (depthwise_rows_fit(args)) return depthwise_rows_forward(args, num_threads);
   const int64_t size = rows_that_fit(s, s.out_y), cuts = (s.out_y + size - 1) / size;
   const Depthwise depthwise(args, size);
   parallel_for(num_threads, s.B * cuts, 1, [&](int64_t begin, int64_t end) {
@@ -149,6 +150,7 @@ void depthwise_forward(const ConvForward& args, int num_threads) {
 
 // grad_z is whole; parts of the rows have sums of their own, added in order.
 void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads) {
+  if (depthwise_rows_fit(args)) return depthwise_rows_grad_weight(args, grad_z, num_threads);
   const ConvSizes& s = args.sizes;
   const ConvSizes one = one_group(s);
   const int64_t padded = padded_channels(s.K), taps = s.R * s.S;

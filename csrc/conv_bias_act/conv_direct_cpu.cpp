@@ -181,6 +181,8 @@ void conv_pack(const ConvWeight& weight, const float* w, float* packed, int num_
 void conv_forward(const ConvForward& args, bool winograd, int num_threads) {
   if (depthwise_fits(args.sizes.C, args.sizes.K, args.sizes.groups))
     depthwise_forward(args, num_threads);
+  else if (few_forward_fits(args))
+    few_forward(args, num_threads);
   else if (winograd)
     winograd_forward(args, num_threads);
   else

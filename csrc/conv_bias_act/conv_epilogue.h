@@ -48,7 +48,7 @@ inline vf activate(Activation activation, vf z) {
   const vf one = set1(1.0f), half = set1(0.5f);
   switch (activation) {
     case Activation::kNone: return z;
-    case Activation::kRelu: return z < zero() ? zero() : z;
+    case Activation::kRelu: return max(zero(), z);
     case Activation::kRelu6: return clamp(z, 0.0f, 6.0f);
     case Activation::kLeakyRelu: return z > zero() ? z : set1(0.01f) * z;
     case Activation::kSilu: return z / (one + exp_to_infinity(-z));
@@ -160,6 +160,33 @@ inline Window pool_window(const ConvSizes& s, int64_t p, int64_t q) {
           x};
 }
 
+// The maximum of a window where the activation commutes with it, without the care that a NaN needs;
+// false, with nothing written, where it does not or where there may be a NaN.
+template <int fixed, class SumAt>
+inline bool largest_without_nan(const ConvSizes& s, int64_t p, int64_t q, bool with_place,
+                                const SumAt& sum_at, vf& best_z, vi& place, vf& best) {
+  if constexpr (fixed != 0 && fixed != 1) return false;
+  const Window w = pool_window(s, p, q);
+  const int64_t first = (w.y0 - w.first_y) * s.pool_x + (w.x0 - w.first_x);
+  vf largest = set1(-std::numeric_limits<float>::infinity()), total = zero();
+  vi at = vi{} + static_cast<int>(first);
+  for (int64_t y = w.y0; y < w.y1; ++y)
+    for (int64_t x = w.x0; x < w.x1; ++x) {
+      const vf z = sum_at(y, x);
+      if (with_place) {
+        const int index = static_cast<int>((y - w.first_y) * s.pool_x + (x - w.first_x));
+        at = z > largest ? vi{} + index : at;
+      }
+      largest = max(largest, z);
+      total = total + z;
+    }
+  if (any_nan(total)) return false;
+  best_z = largest;
+  place = at;
+  best = activate(static_cast<Activation>(fixed), largest);
+  return true;
+}
+
 // Outputs [p0, p1) x [q0, q1) of image b, channels k .. k + n, n <= kLanes, from their sums.
 // kind: 0 where there is no pool, 2 for 2x2 windows side by side, 1 for any other.
 // fixed: the activation, so that the compiler drops the others from the inner loop; -1: any.
@@ -217,7 +244,8 @@ void finish_rows(const ConvForward& args, int64_t b, int64_t k, int n, const Sum
         take(sum_at(2 * p, 2 * q + 1), 1);
         take(sum_at(2 * p + 1, 2 * q), 2);
         take(sum_at(2 * p + 1, 2 * q + 1), 3);
-      } else {
+      } else if (!largest_without_nan<fixed>(s, p, q, args.places != nullptr, sum_at, best_z, place,
+                                             best)) {
         const Window w = pool_window(s, p, q);
         bool first = true;
         for (int64_t y = w.y0; y < w.y1; ++y)

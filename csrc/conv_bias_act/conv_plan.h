@@ -13,6 +13,9 @@ int64_t winograd_packed_size(int64_t C, int64_t K);
 void winograd_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads);
 
 void direct_forward(const ConvForward& args, int num_threads);
+// Up to four channels; pools of 2x2 side by side, or none; no activation but relu.
+bool few_forward_fits(const ConvForward& args);
+void few_forward(const ConvForward& args, int num_threads);
 // Pools of 2x2 side by side, or none.
 void winograd_forward(const ConvForward& args, int num_threads);
 
@@ -22,6 +25,11 @@ int64_t depthwise_packed_size(const ConvWeight& weight);
 void depthwise_pack(const ConvWeight& weight, const float* w, float* packed);
 void depthwise_forward(const ConvForward& args, int num_threads);
 void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+// x channels_last, the kernel 3, 5 or 7 wide, stride 1 or 2.
+bool depthwise_rows_fit(const ConvForward& args);
+bool depthwise_rows_fit(const ConvBackward& args);
+void depthwise_rows_forward(const ConvForward& args, int num_threads);
+void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 
 // grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);

@@ -32,7 +32,9 @@ struct StripPlan {
     constexpr int64_t half = kMaxRows / 2;
     const int64_t halves = (s.conv_x + half - 1) / half;
     tiles_across = (halves + 1) / 2;
-    columns = (halves * half - 1) * s.stride_x + (s.S - 1) * s.dilation_x + 1;
+    // Few channels are computed in pairs of columns.
+    const int64_t pixels = std::max(halves * half, (s.conv_x + 1) / 2 * 2);
+    columns = (pixels - 1) * s.stride_x + (s.S - 1) * s.dilation_x + 1;
     rows = (height - 1) * s.stride_y + (s.R - 1) * s.dilation_y + 1;
     row = columns * pitch;
     block = rows * row;

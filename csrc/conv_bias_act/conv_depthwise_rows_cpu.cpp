@@ -1,0 +1,380 @@
+// Depthwise convolution of channels_last maps, read in place: lanes are channels, a register tile
+// is a run of pixels of one row, and each input is loaded once for all taps of a kernel's row.
+#include "conv_bias_act/conv_epilogue.h"
+#include "conv_bias_act/conv_grad_z.h"
+#include "conv_bias_act/conv_plan.h"
+
+namespace mbm::MBM_ISA {
+namespace {
+
+constexpr int64_t kTasks = 32;  // wanted, so that threads end together
+// Of x and y together: more than the last cache holds, so that a reader of y finds nothing there.
+constexpr int64_t kStreamBytes = 32 << 20;
+constexpr int64_t kParts = 16;
+constexpr int64_t kPartBytes = 32 << 20;
+constexpr int64_t kRun = 28;  // pixels whose products are summed in registers, in grad_weight
+
+// A tile of two rows of the output, so that each row of inputs comes from L2 half as often.
+constexpr int kWidth =
+    kLanes == 16 ? 8 : 4;  // pixels: inputs, sums and a weight fill the registers
+
+// Reads `floats` once in the order of memory, which the hardware fetches ahead: by itself a tile's
+// pixels lie too far apart for it (3x3 from memory, 1 thread: 4.4 -> 1.7 ms).
+void touch(const float* data, int64_t floats) {
+  constexpr int64_t kLine = 16;
+  for (int64_t i = 0; i < floats; i += kLine) {
+    const int32_t value = reinterpret_cast<const int32_t*>(data)[i];
+    asm volatile("" : : "r"(value));
+  }
+}
+
+// Rows [from, to) of image b.
+void touch_rows(const ConvMap<const float>& x, const ConvSizes& s, int64_t b, int64_t from,
+                int64_t to) {
+  for (int64_t y = from; y < to; ++y) touch(x.at(b, 0, y, 0), (s.X - 1) * x.x + s.C);
+}
+
+struct DepthwiseTile {
+  const float* x;       // column 0 of the tile, first row of inputs
+  int64_t row, column;  // floats between rows and pixels of x
+  int rows;             // of inputs
+  int kernel_row[2];  // that the first row of inputs meets, for each row of the output; rises by 1
+  int R;
+  int first, last;       // columns [first, last) lie in the picture
+  int n;                 // channels
+  const float* weights;  // [R][S][kLanes]
+  const float* bias;     // kLanes floats, or null
+  bool relu, streams;
+  float* out;
+  int64_t out_row, out_column;
+  int out_rows, pixels;  // at most 2 and PX
+};
+
+// EDGE: columns outside of the picture, fewer channels or fewer pixels.
+template <int S, int STRIDE, int PX, bool EDGE>
+void depthwise_tile(const DepthwiseTile& t) {
+  constexpr int kColumns = (PX - 1) * STRIDE + S;
+  const vf bias = t.bias ? load_channels(t.bias, t.n) : zero();
+  vf acc[2][PX];
+#pragma GCC unroll 16
+  for (int i = 0; i < 2 * PX; ++i) acc[i / PX][i % PX] = bias;
+  for (int l = 0; l < t.rows; ++l) {
+    const float* at = t.x + l * t.row;
+    vf x[kColumns];
+#pragma GCC unroll 32
+    for (int j = 0; j < kColumns; ++j, at += t.column) {
+      if constexpr (EDGE)
+        x[j] = j >= t.first && j < t.last ? load_channels(at, t.n) : zero();
+      else
+        x[j] = load(at);
+    }
+#pragma GCC unroll 2
+    for (int o = 0; o < 2; ++o) {
+      const int r = t.kernel_row[o] + l;
+      if (r < 0 || r >= t.R) continue;
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        const vf w = load(t.weights + (r * S + s) * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < PX; ++i) acc[o][i] = fma(x[i * STRIDE + s], w, acc[o][i]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int o = 0; o < 2; ++o) {
+    if (o == t.out_rows) break;
+#pragma GCC unroll 16
+    for (int i = 0; i < PX; ++i) {
+      if (EDGE && i >= t.pixels) break;
+      const vf y = t.relu ? max(zero(), acc[o][i]) : acc[o][i];
+      float* to = t.out + o * t.out_row + i * t.out_column;
+      if (t.streams)
+        stream(to, y);
+      else
+        store_channels(to, y, EDGE ? t.n : kLanes);
+    }
+  }
+}
+
+using DepthwiseTileFn = void (*)(const DepthwiseTile&);
+
+template <int S, int STRIDE>
+DepthwiseTileFn tile_of_width(bool half, bool edge) {
+  if (half)
+    return edge ? depthwise_tile<S, STRIDE, kWidth / 2, true>
+                : depthwise_tile<S, STRIDE, kWidth / 2, false>;
+  return edge ? depthwise_tile<S, STRIDE, kWidth, true> : depthwise_tile<S, STRIDE, kWidth, false>;
+}
+
+DepthwiseTileFn tile_for(int64_t S, int64_t stride, bool half, bool edge) {
+  switch (S * 2 + stride - 1) {
+    case 6: return tile_of_width<3, 1>(half, edge);
+    case 7: return tile_of_width<3, 2>(half, edge);
+    case 10: return tile_of_width<5, 1>(half, edge);
+    case 11: return tile_of_width<5, 2>(half, edge);
+    case 14: return tile_of_width<7, 1>(half, edge);
+    default: return tile_of_width<7, 2>(half, edge);
+  }
+}
+
+class DepthwiseRows {
+ public:
+  explicit DepthwiseRows(const ConvForward& args)
+      : args_(args), s_(args.sizes), pool_(pool_kind(s_) == 2) {
+    in_place_ = args.y.c == 1 && !pool_ && !args.residual.data && !args.places &&
+                (s_.activation == Activation::kNone || s_.activation == Activation::kRelu);
+    const int64_t floats = s_.B * s_.C * (s_.Y * s_.X + s_.conv_y * s_.conv_x);
+    streams_ = in_place_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
+               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
+               4 * floats >= kStreamBytes;
+  }
+
+  int64_t pairs() const { return pool_ ? s_.out_y : (s_.conv_y + 1) / 2; }
+
+  // Pairs of rows [first, last) of the convolution of image b.
+  void pairs(int64_t b, int64_t first, int64_t last) const {
+    const int64_t pool = pool_ ? 2 : 1, width = pool_ ? 2 * s_.out_x : s_.conv_x;
+    const Scratch memory(sizeof(float) * (2 * kWidth * kLanes + staged_floats(2, kWidth)));
+    float* sums = memory.as<float>();
+    float* staged = sums + 2 * kWidth * kLanes;
+    for (int64_t y = 2 * first; y < 2 * last; y += 2) {
+      touch_rows(args_.x, s_, b, y == 2 * first ? first_row(y) : end_row(y - 1), end_row(y + 1));
+      for (int64_t x = 0; x < width; x += kWidth) {
+        const int64_t end_y = std::min(s_.conv_y, y + 2), end_x = std::min(s_.conv_x, x + kWidth);
+        DepthwiseTile t = tile(y, end_y, x, end_x);
+        for (int64_t k = 0; k < s_.K; k += kLanes) {
+          t.n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - k));
+          t.x = args_.x.at(b, k, first_row(y), x * s_.stride_x - s_.left);
+          t.weights = args_.packed + k * s_.R * s_.S;
+          if (in_place_) {
+            t.bias = args_.bias ? args_.bias + k : nullptr;
+            t.out = args_.y.at(b, k, y, x);
+          } else {
+            t.out = sums;
+          }
+          run(t);
+          if (in_place_) continue;
+          finish(args_, b, k, t.n, {sums, kWidth * kLanes, kLanes, y, x}, end_y, end_x, y / pool,
+                 end_y / pool, x / pool, std::min(s_.out_x, end_x / pool), staged);
+        }
+      }
+    }
+    if (streams_) stream_end();
+  }
+
+ private:
+  int64_t first_row(int64_t y) const {
+    return std::clamp<int64_t>(y * s_.stride_y - s_.top, 0, s_.Y);
+  }
+
+  // Past the last row of x that row y of the convolution meets.
+  int64_t end_row(int64_t y) const {
+    return std::clamp<int64_t>(y * s_.stride_y - s_.top + s_.R, 0, s_.Y);
+  }
+
+  // What the blocks of channels have in common.
+  DepthwiseTile tile(int64_t y, int64_t end_y, int64_t x, int64_t end_x) const {
+    const int64_t left = x * s_.stride_x - s_.left;
+    const int64_t bottom = (end_y - 1) * s_.stride_y - s_.top + s_.R;
+    DepthwiseTile t{};
+    t.row = args_.x.y;
+    t.column = args_.x.x;
+    t.rows = static_cast<int>(std::min(s_.Y, bottom) - first_row(y));
+    for (int o = 0; o < 2; ++o)
+      t.kernel_row[o] = static_cast<int>(first_row(y) - ((y + o) * s_.stride_y - s_.top));
+    t.R = static_cast<int>(s_.R);
+    t.first = static_cast<int>(std::clamp<int64_t>(-left, 0, 99));
+    t.last = static_cast<int>(std::clamp<int64_t>(s_.X - left, 0, 99));
+    t.streams = streams_;
+    t.relu = in_place_ && s_.activation == Activation::kRelu;
+    t.out_row = in_place_ ? args_.y.y : kWidth * kLanes;
+    t.out_column = in_place_ ? args_.y.x : kLanes;
+    t.out_rows = static_cast<int>(end_y - y);
+    t.pixels = static_cast<int>(end_x - x);
+    return t;
+  }
+
+  void run(const DepthwiseTile& t) const {
+    const bool half = t.pixels <= kWidth / 2;
+    const int pixels = half ? kWidth / 2 : kWidth;
+    const int64_t columns = (pixels - 1) * s_.stride_x + s_.S;
+    const bool edge = t.first > 0 || t.last < columns || t.n < kLanes || t.pixels < pixels;
+    tile_for(s_.S, s_.stride_x, half, edge)(t);
+  }
+
+  const ConvForward& args_;
+  const ConvSizes& s_;
+  bool pool_, in_place_, streams_;
+};
+
+// Kernel rows [first, last) that meet the picture in row y of the convolution.
+struct KernelRows {
+  int64_t first, last;
+  KernelRows(const ConvSizes& s, int64_t y) {
+    const int64_t top = y * s.stride_y - s.top;
+    first = std::clamp<int64_t>(-top, 0, s.R);
+    last = std::clamp<int64_t>(s.Y - top, first, s.R);
+  }
+};
+
+// sums [RR][S][kLanes] += over n pixels of grad times the inputs of RR rows of the kernel.
+template <int S, int RR>
+void depthwise_products(int64_t n, const float* x, int64_t row, int64_t column, int64_t step,
+                        const float* grad, int64_t grad_step, float* sums) {
+  vf acc[RR][S] = {};
+  for (int64_t p = 0; p < n; ++p, x += step, grad += grad_step) {
+    const vf g = load(grad);
+#pragma GCC unroll 4
+    for (int r = 0; r < RR; ++r)
+#pragma GCC unroll 7
+      for (int s = 0; s < S; ++s) acc[r][s] = fma(load(x + r * row + s * column), g, acc[r][s]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < RR; ++r)
+#pragma GCC unroll 7
+    for (int s = 0; s < S; ++s) {
+      float* at = sums + (r * S + s) * kLanes;
+      store(at, load(at) + acc[r][s]);
+    }
+}
+
+class RowsGradient {
+ public:
+  RowsGradient(const ConvBackward& args, const float* grad_z)
+      : args_(args), s_(args.sizes), padded_(padded_channels(s_.K)), grad_z_(grad_z) {
+    // Pixels [inner0_, inner1_) meet no column outside of the picture.
+    inner0_ = std::clamp<int64_t>((s_.left + s_.stride_x - 1) / s_.stride_x, 0, s_.conv_x);
+    const int64_t last = s_.X - s_.S + s_.left;  // first column of the last such pixel
+    inner1_ = std::clamp<int64_t>(last < 0 ? 0 : last / s_.stride_x + 1, inner0_, s_.conv_x);
+  }
+
+  // Adds row y of image b to sums [block][R S][kLanes].
+  void row(int64_t b, int64_t y, float* sums) const {
+    const KernelRows kernel(s_, y);
+    const int64_t last = y * s_.stride_y - s_.top + kernel.last;  // one past, of x
+    touch_rows(args_.x, s_, b, std::max<int64_t>(0, last - s_.stride_y), last);
+    touch(grad(b, y, 0, 0), s_.conv_x * padded_);
+    for (int64_t x = 0; x < s_.conv_x; x += kRun)
+      for (int64_t block = 0; block * kLanes < s_.K; ++block) {
+        float* sum = sums + block * s_.R * s_.S * kLanes;
+        const int64_t end = std::min(s_.conv_x, x + kRun);
+        // A last vector of fewer channels would read another pixel's, or past the end.
+        const bool whole = (block + 1) * kLanes <= s_.K;
+        const int64_t i0 = whole ? std::clamp(inner0_, x, end) : end;
+        const int64_t i1 = whole ? std::clamp(inner1_, i0, end) : end;
+        edge(b, y, block, kernel, x, i0, sum);
+        if (i0 < i1) inner(b, y, block, kernel, i0, i1, sum);
+        edge(b, y, block, kernel, i1, end, sum);
+      }
+  }
+
+ private:
+  const float* grad(int64_t b, int64_t y, int64_t x, int64_t block) const {
+    return grad_z_ + ((b * s_.conv_y + y) * s_.conv_x + x) * padded_ + block * kLanes;
+  }
+  const float* input(int64_t b, int64_t y, int64_t x, int64_t block, int64_t r) const {
+    return args_.x.at(b, block * kLanes, y * s_.stride_y - s_.top + r, x * s_.stride_x - s_.left);
+  }
+
+  void edge(int64_t b, int64_t y, int64_t block, const KernelRows& kernel, int64_t x0, int64_t x1,
+            float* sum) const {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - block * kLanes));
+    for (int64_t x = x0; x < x1; ++x) {
+      const vf g = load(grad(b, y, x, block));
+      const int64_t left = x * s_.stride_x - s_.left;
+      for (int64_t r = kernel.first; r < kernel.last; ++r)
+        for (int64_t s = std::max<int64_t>(0, -left); s < std::min(s_.S, s_.X - left); ++s) {
+          float* at = sum + (r * s_.S + s) * kLanes;
+          const float* from = input(b, y, x, block, r) + s * args_.x.x;
+          store(at, fma(load_channels(from, n), g, load(at)));
+        }
+    }
+  }
+
+  void inner(int64_t b, int64_t y, int64_t block, const KernelRows& kernel, int64_t x0, int64_t x1,
+             float* sum) const {
+    switch (s_.S) {
+      case 3: return products<3>(b, y, block, kernel, x0, x1, sum);
+      case 5: return products<5>(b, y, block, kernel, x0, x1, sum);
+      default: return products<7>(b, y, block, kernel, x0, x1, sum);
+    }
+  }
+
+  template <int S>
+  void products(int64_t b, int64_t y, int64_t block, const KernelRows& kernel, int64_t x0,
+                int64_t x1, float* sum) const {
+    constexpr int kAtOnce = kLanes == 16 || S == 3 ? 3 : (S == 5 ? 2 : 1);
+    for (int64_t r = kernel.first; r < kernel.last;) {
+      const auto run = [&](auto rows) {
+        depthwise_products<S, decltype(rows)::value>(
+            x1 - x0, input(b, y, x0, block, r), args_.x.y, args_.x.x, s_.stride_x * args_.x.x,
+            grad(b, y, x0, block), padded_, sum + r * S * kLanes);
+        r += decltype(rows)::value;
+      };
+      if (kernel.last - r >= kAtOnce)
+        run(std::integral_constant<int, kAtOnce>());
+      else
+        run(std::integral_constant<int, 1>());
+    }
+  }
+
+  const ConvBackward& args_;
+  const ConvSizes& s_;
+  int64_t padded_, inner0_, inner1_;
+  const float* grad_z_;
+};
+
+bool kernel_fits(const ConvSizes& s) {
+  return (s.S == 3 || s.S == 5 || s.S == 7) && s.stride_x <= 2 && s.dilation_x == 1 &&
+         s.dilation_y == 1;
+}
+
+}  // namespace
+
+bool depthwise_rows_fit(const ConvForward& args) {
+  return kernel_fits(args.sizes) && args.x.c == 1 && pool_kind(args.sizes) != 1;
+}
+
+void depthwise_rows_forward(const ConvForward& args, int num_threads) {
+  const ConvSizes& s = args.sizes;
+  const DepthwiseRows rows(args);
+  const int64_t pairs = rows.pairs(), size = std::clamp<int64_t>(s.B * pairs / kTasks, 1, pairs);
+  const int64_t cuts = (pairs + size - 1) / size;
+  const int64_t work = s.B * s.K * s.conv_y * s.conv_x * s.R * s.S;
+  // Below half a million multiply-adds a second thread costs more than it brings.
+  parallel_for(work < 500000 ? 1 : num_threads, s.B * cuts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % cuts * size;
+      rows.pairs(i / cuts, first, std::min(pairs, first + size));
+    }
+  });
+}
+
+bool depthwise_rows_fit(const ConvBackward& args) {
+  return kernel_fits(args.sizes) && args.x.c == 1;
+}
+
+// Parts of the rows have sums of their own, added in order.
+void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads) {
+  const ConvSizes& s = args.sizes;
+  const int64_t taps = s.R * s.S, floats = padded_channels(s.K) * taps, rows = s.B * s.conv_y;
+  const int64_t fitting = std::max<int64_t>(1, kPartBytes / 4 / floats);
+  const int64_t parts = std::max<int64_t>(1, std::min({rows, kParts, fitting}));
+  const Scratch memory(sizeof(float) * floats * parts);
+  float* sums = memory.as<float>();
+  const RowsGradient gradient(args, grad_z);
+  parallel_for(num_threads, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      std::fill_n(sums + part * floats, floats, 0.0f);
+      for (int64_t i = part * rows / parts; i < (part + 1) * rows / parts; ++i)
+        gradient.row(i / s.conv_y, i % s.conv_y, sums + part * floats);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < floats; ++i) sums[i] += sums[part * floats + i];
+  for (int64_t c = 0; c < s.C; ++c)
+    for (int64_t i = 0; i < taps; ++i)
+      args.grad_weight[c * taps + i] = sums[(c / kLanes * taps + i) * kLanes + c % kLanes];
+}
+
+}  // namespace mbm::MBM_ISA
