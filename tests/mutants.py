@@ -39,7 +39,7 @@ CROSS_BACKWARD = "csrc/cross_attention/cross_attention_backward_cpu.cpp"
 MUTANTS = (
     Mutant(
         "off-by-one-tail",
-        "csrc/common/gemm.h",
+        "csrc/common/simd.h",
         "    store_n(p, v, static_cast<int>(left));",
         "    store_n(p, v, static_cast<int>(left) - 1);",
         "tests/test_gru.py",
@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
-        "if (bound > kPairLimit) {",
+        "if (!v_.factorable || !sum_at_most(magnitude, key_magnitude, kRatioLimit)) {",
         "if (false) {",
         "tests/test_additive_attention.py",
     ),

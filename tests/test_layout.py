@@ -57,7 +57,7 @@ def test_op_is_complete(op):
         assert path.is_file(), f"{op} lacks {path.relative_to(ROOT)}"
     assert op in mbm_kernels.__all__
     native = folder / "backend_cpu.py"
-    assert native.exists() == (ROOT / "csrc" / op).exists() or op == "gru_cell"
+    assert native.exists() == (ROOT / "csrc" / op).exists()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -139,7 +139,7 @@ class Backward {
     for (int64_t t = 0; t < T; ++t)
       for (int64_t i = 0; i < kVectors; ++i) {
         const int64_t d = i * kLanes, left = block.width - d;
-        const vf x = left > 0 ? load_at_most(q + t * in_.query_stride_t + d, left) : zero();
+        const vf x = left > 0 ? load_part(q + t * in_.query_stride_t + d, left) : zero();
         vf a = x, x_factor = x;
         if (form != Form::kDirect)
           query_factors(x, shift_exponent(load(block.largest_key + d)), &a, &x_factor);
@@ -229,7 +229,7 @@ class Backward {
     const float* grad_score = grad_scores_ + block.b * tiles_ * T * kKeys;
     vf grad_v[kVectors] = {}, scale[kVectors] = {};
     for (int i = 0; i < vectors; ++i)
-      scale[i] = load_at_most(in_.v + block.d0 + i * kLanes, block.width - i * kLanes) *
+      scale[i] = load_part(in_.v + block.d0 + i * kLanes, block.width - i * kLanes) *
                  set1(form == Form::kFactored ? 2.0f : 1.0f);
     std::fill_n(block.grad_query, kBlock * T, 0.0f);
     for (int64_t s = 0; s < S; s += kKeys, grad_score += T * kKeys) {
@@ -275,7 +275,7 @@ class Backward {
   void key_vector(const Block& block, int64_t s, int i, vf* y, vf* b) const {
     vf k = zero();
     if (s < block.S)
-      k = load_at_most(
+      k = load_part(
           in_.key + block.b * in_.key_stride_b + s * in_.key_stride_s + block.d0 + i * kLanes,
           block.width - i * kLanes);
     if constexpr (form == Form::kDirect) {

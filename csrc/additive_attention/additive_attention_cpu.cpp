@@ -14,27 +14,24 @@ namespace {
 constexpr int64_t kQueryChunk = 64;  // queries packed at a time; 64 x 512 are 128 KiB, for L2
 constexpr int64_t kRowBlock = kLanes == 16 ? 8 : 4;  // queries whose context is one piece of work
 constexpr int64_t kKeyPiece = 64;       // keys of a piece of work where batch elements are few
-constexpr int64_t kDirectQueries = 1;   // up to here packing costs as many exponentials as it saves
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
 
 // What one piece of work owns.
 struct Workspace {
   Scratch memory;
-  float* query;  // a of up to kQueryChunk queries, in blocks of kQueries, 2 and 1: see score_tile
-  float* key;    // y and b of kKeys keys: 4 x 512 are 16 KiB, for L1
-  float* largest_key;        // [padded_D]
-  float* row;                // [round_up(S, kLanes)], in the memory of the panels
-  float bound[kQueryChunk];  // of q + largest_key, for each query
+  float* query;  // up to kQueryChunk queries, in blocks of kQueries, 2 and 1: see score_tile
+  float* key;    // kKeys keys: 4 x 512 are 8 KiB, for L1
+  float* row;    // [round_up(S, kLanes)], in the memory of the panels
+  vi magnitude[kQueryChunk];  // bits of the largest |q| in each lane, for each query
 
   Workspace(const AdditiveAttentionInputs& in, int64_t padded_D)
       : Workspace(std::min<int64_t>(in.T, kQueryChunk), padded_D, round_up(in.S, kLanes)) {}
 
  private:
   Workspace(int64_t query_rows, int64_t padded_D, int64_t padded_S)
-      : memory(sizeof(float) * std::max((query_rows + 2 * kKeys + 1) * padded_D, padded_S)),
+      : memory(sizeof(float) * std::max((query_rows + 2 * kKeys) * padded_D, padded_S)),
         query(memory.as<float>()),
         key(query + query_rows * padded_D),
-        largest_key(key + 2 * kKeys * padded_D),
         row(query) {}
 };
 
@@ -48,23 +45,12 @@ class Forward {
     const int64_t count = key_count(in_, b);
     s1 = std::min(s1, count);
     if (s0 >= s1) return;
-    const float* k = in_.key + b * in_.key_stride_b;
-    // Over every key, so that the scores do not depend on how the keys are cut.
-    const bool factored = in_.T > kDirectQueries && v_.factorable &&
-                          largest_keys(k, in_.key_stride_s, count, in_.D, work.largest_key);
     for (int64_t t0 = 0; t0 < in_.T; t0 += kQueryChunk) {
       const int64_t t1 = std::min(in_.T, t0 + kQueryChunk);
-      if (factored) {
-        pack_queries(work, b, t0, t1);
+      if (is_small(b, t0, t1, count)) {
+        score_keys<ScoreForm::kSmall>(work, b, t0, t1, s0, s1);
       } else {
-        std::fill_n(work.bound, t1 - t0, std::numeric_limits<float>::infinity());
-      }
-      for (int64_t s = s0; s < s1; s += kKeys) {
-        const Tiles tiles{b, t0, t1, s, static_cast<int>(std::min<int64_t>(kKeys, s1 - s))};
-        if (factored) pack_keys(work, k + s * in_.key_stride_s, tiles.keys);
-        int64_t t = score_tiles<kQueries>(work, tiles, t0);
-        if constexpr (kQueries > 2) t = score_tiles<2>(work, tiles, t);
-        if constexpr (kQueries > 1) t = score_tiles<1>(work, tiles, t);
+        score_keys<ScoreForm::kRatio>(work, b, t0, t1, s0, s1);
       }
     }
   }
@@ -101,47 +87,102 @@ class Forward {
     return false;
   }
 
-  void pack_keys(Workspace& work, const float* k, int keys) const {
-    for (int s = 0; s < kKeys; ++s)
-      pack_key(k + s * in_.key_stride_s, work.largest_key, s < keys ? in_.D : 0, padded_D_,
-               work.key + s * 2 * kPair, {kPair, kKeys * 2 * kPair});
+  const float* query_row(int64_t b, int64_t t) const {
+    return in_.query + b * in_.query_stride_b + t * in_.query_stride_t;
+  }
+  const float* key_row(int64_t b, int64_t s) const {
+    return in_.key + b * in_.key_stride_b + s * in_.key_stride_s;
   }
 
+  // Whether queries [t0, t1) need relative accuracy against the keys [0, count), and get it.
+  bool is_small(int64_t b, int64_t t0, int64_t t1, int64_t count) const {
+    if (!v_.precise) return false;
+    float largest_query = 0.0f, largest_key = 0.0f;
+    for (int64_t t = t0; t < t1; ++t)
+      largest_query = std::max(largest_query, max_magnitude(query_row(b, t), in_.D));
+    // Not `>`: false with a NaN.
+    for (int64_t s = 0; s < count && largest_query + largest_key <= kSmallScore; ++s)
+      largest_key = std::max(largest_key, max_magnitude(key_row(b, s), in_.D));
+    return largest_query + largest_key <= kSmallScore;
+  }
+
+  template <ScoreForm form>
+  void score_keys(Workspace& work, int64_t b, int64_t t0, int64_t t1, int64_t s0,
+                  int64_t s1) const {
+    pack_queries<form>(work, b, t0, t1);
+    for (int64_t s = s0; s < s1; s += kKeys) {
+      const Tiles tiles{b, t0, t1, s, static_cast<int>(std::min<int64_t>(kKeys, s1 - s))};
+      Ahead ahead = fetch_ahead(tiles, s1);
+      const vi magnitude = pack_keys<form>(work, tiles);
+      int64_t t = score_tiles<form, kQueries>(work, tiles, magnitude, t0, &ahead);
+      if constexpr (kQueries > 2) t = score_tiles<form, 2>(work, tiles, magnitude, t, &ahead);
+      if constexpr (kQueries > 1) t = score_tiles<form, 1>(work, tiles, magnitude, t, &ahead);
+    }
+  }
+
+  // The keys of the next tile, and the values of this one, which finish() will read: where rows lie
+  // one after another, and are asked for once.
+  Ahead fetch_ahead(const Tiles& tiles, int64_t s1) const {
+    Ahead ahead{in_.v, in_.v, 0, 0};
+    const int64_t next = tiles.s + kKeys;
+    if (in_.key_stride_s == in_.D && next < s1) {
+      ahead.key = key_row(tiles.b, next);
+      ahead.key_step = 32;
+    }
+    if (in_.value_stride_s == in_.E && tiles.t0 == 0) {
+      ahead.value = in_.value + tiles.b * in_.value_stride_b + tiles.s * in_.value_stride_s;
+      ahead.value_step = 32;
+    }
+    return ahead;
+  }
+
+  template <ScoreForm form>
+  vi pack_keys(Workspace& work, const Tiles& tiles) const {
+    constexpr int64_t kStep = (form == ScoreForm::kRatio ? 1 : 2) * kPair;
+    constexpr Panel kPanel = form == ScoreForm::kRatio ? Panel::kRatio : Panel::kSmallKey;
+    vi magnitude = {};
+    for (int s = 0; s < kKeys; ++s) {
+      const vi row = pack_row<kPanel>(key_row(tiles.b, tiles.s + (s < tiles.keys ? s : 0)),
+                                      s < tiles.keys ? in_.D : 0, padded_D_, work.key + s * kStep,
+                                      {kStep / 2, kKeys * kStep});
+      magnitude = larger(magnitude, row);
+    }
+    return magnitude;
+  }
+
+  template <ScoreForm form>
   void pack_queries(Workspace& work, int64_t b, int64_t t0, int64_t t1) const {
-    const float* q = in_.query + b * in_.query_stride_b;
-    float unused;
+    constexpr Panel kPanel = form == ScoreForm::kRatio ? Panel::kRatio : Panel::kSmallQuery;
     int block = kQueries;
     for (int64_t t = t0; t < t1; t += block) {
       while (block > t1 - t) block /= 2;
-      for (int i = 0; i < block; ++i) {
-        const float* row = q + (t + i) * in_.query_stride_t;
-        work.bound[t - t0 + i] = query_bound(row, work.largest_key, in_.D, &unused);
-        pack_query(row, work.largest_key, in_.D, padded_D_,
-                   work.query + (t - t0) * padded_D_ + i * kPair, {kLanes, block * kPair});
-      }
+      for (int i = 0; i < block; ++i)
+        work.magnitude[t - t0 + i] = pack_row<kPanel>(query_row(b, t + i), in_.D, padded_D_,
+                                                      work.query + (t - t0) * padded_D_ + i * kPair,
+                                                      {kLanes, block * kPair});
     }
   }
 
   // As many tiles of `queries` rows as fit from t on; returns the first row left over.
-  template <int queries>
-  int64_t score_tiles(Workspace& work, const Tiles& tiles, int64_t t) const {
+  template <ScoreForm form, int queries>
+  int64_t score_tiles(Workspace& work, const Tiles& tiles, vi key_magnitude, int64_t t,
+                      Ahead* ahead) const {
     for (; t + queries <= tiles.t1; t += queries) {
       if (!attends(tiles, t, queries)) continue;
-      float bound = work.bound[t - tiles.t0];
-      for (int i = 1; i < queries; ++i) bound = std::max(bound, work.bound[t - tiles.t0 + i]);
-      if (bound > kPairLimit) {
+      vi magnitude = work.magnitude[t - tiles.t0];
+      for (int i = 1; i < queries; ++i)
+        magnitude = larger(magnitude, work.magnitude[t - tiles.t0 + i]);
+      if (!v_.factorable || !sum_at_most(magnitude, key_magnitude, kRatioLimit)) {
         for (int i = 0; i < queries; ++i)
           for (int j = 0; j < tiles.keys; ++j)
             score_row(tiles.b, t + i)[tiles.s + j] = score_direct(
-                in_.query + tiles.b * in_.query_stride_b + (t + i) * in_.query_stride_t,
-                in_.key + tiles.b * in_.key_stride_b + (tiles.s + j) * in_.key_stride_s, in_.v,
-                in_.D);
+                query_row(tiles.b, t + i), key_row(tiles.b, tiles.s + j), in_.v, in_.D);
         continue;
       }
       const float* q = work.query + (t - tiles.t0) * padded_D_;
       vf lanes[queries * kKeys];
       float score[queries * kKeys];
-      score_tile<queries>(q, work.key, v_.data(), v_.pairs, lanes);
+      score_tile<form, queries>(q, work.key, v_.data(), v_.pairs, lanes, ahead);
       sum_wide<queries * kKeys>(lanes, score);
       for (int i = 0; i < queries; ++i)
         for (int j = 0; j < tiles.keys; ++j)

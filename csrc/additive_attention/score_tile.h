@@ -16,38 +16,70 @@ namespace {
 constexpr int kKeys = 4;               // keys of a tile
 constexpr int kQueries = kLanes / 4;   // queries of a tile: kLanes sums in registers
 constexpr int64_t kPair = 2 * kLanes;  // d of one turn of the loop
+constexpr int kPackedV = 5;            // vectors of PackedV for each pair
 
-// scores of queries x 4 keys, with one division for two d:
+enum class ScoreForm {
+  kRatio,  // tanh = 1 - 2 / (x y + 1), absolute accuracy: |q| + |k| <= kRatioLimit
+  kSmall   // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallLimit
+};
+
+// Scores of queries x 4 keys, with one division for two d:
 //
-//   v1 m1 / (m1 + 1) + v2 m2 / (m2 + 1) = ((v1 + v2) m1 m2 + v1 m1 + v2 m2) / ((m1 + 1) (m2 + 1))
+//   w1 / d1 + w2 / d2 = (w1 d2 + w2 d1) / (d1 d2)                      d = x y + 1, w = -2 v
+//   v1 m1 / (m1 + 1) + v2 m2 / (m2 + 1) = (both m1 m2 + v1 m1 + v2 m2) / ((m1 + 1) (m2 + 1))
 //
-// q [pairs][queries][2][kLanes], k [pairs][kKeys][2][y, b][kLanes], v [pairs][v1, v2,
-// both][kLanes].
-template <int queries>
-inline void score_tile(const float* q, const float* k, const float* v, int64_t pairs, vf* score) {
+// q [pairs][queries][2][kLanes], k [pairs][kKeys][2][y or y, b][kLanes],
+// v [pairs][w1, w2, both, v1, v2][kLanes] with both = v1 + v2.
+//
+// On the way it asks for the lines that `ahead` points to, a few at each turn: as many at once
+// would fill the core's miss buffers and stop its loads.
+struct Ahead {
+  const float *key, *value;  // anywhere: a prefetch never faults
+  int64_t key_step, value_step;
+};
+template <ScoreForm form, int queries>
+inline void score_tile(const float* q, const float* k, const float* v, int64_t pairs, vf* score,
+                       Ahead* ahead) {
+  constexpr int64_t kKeyStep = (form == ScoreForm::kRatio ? 1 : 2) * kPair;
   const vf one = set1(1.0f);
   vf sums[queries * kKeys] = {};
   for (int64_t g = 0; g < pairs; ++g) {
-    const vf v1 = load(v), v2 = load(v + kLanes), both = load(v + 2 * kLanes);
+    const vf w1 = load(v), w2 = load(v + kLanes), both = load(v + 2 * kLanes);
+    const vf v1 = load(v + 3 * kLanes), v2 = load(v + 4 * kLanes);
+    if constexpr (queries == kQueries) {
+      for (int i = 0; i < 2; ++i) {
+        __builtin_prefetch(ahead->key + i * 16);
+        __builtin_prefetch(ahead->value + i * 16);
+      }
+      ahead->key += ahead->key_step;
+      ahead->value += ahead->value_step;
+    }
 #pragma GCC unroll 4
     for (int s = 0; s < kKeys; ++s) {
-      const float* y = k + s * 4 * kLanes;
+      const float* y = k + s * kKeyStep;
 #pragma GCC unroll 4
       for (int t = 0; t < queries; ++t) {
         const float* a = q + t * kPair;
-        const vf m1 = fma(load(a), load(y), load(y + kLanes));
-        const vf m2 = fma(load(a + kLanes), load(y + 2 * kLanes), load(y + 3 * kLanes));
-        const vf product = m1 * m2;
-        const vf numerator = fma(both, product, fma(v2, m2, v1 * m1));
-        // The second form saves a multiplication; without FMA its roundings show where m is -1/2.
-        const vf denominator = kLanes == 4 ? (m1 + one) * (m2 + one) : product + ((m1 + m2) + one);
-        sums[t * kKeys + s] = sums[t * kKeys + s] + numerator / denominator;
+        vf term;
+        if constexpr (form == ScoreForm::kRatio) {
+          const vf d1 = fma(load(a), load(y), one);
+          const vf d2 = fma(load(a + kLanes), load(y + kLanes), one);
+          // `both` here rather than once at the end keeps the sums as small as the scores.
+          term = fma(w1, d2, w2 * d1) / (d1 * d2) + both;
+        } else {
+          const vf m1 = fma(load(a), load(y), load(y + kLanes));
+          const vf m2 = fma(load(a + kLanes), load(y + 2 * kLanes), load(y + 3 * kLanes));
+          const vf numerator = fma(both, m1 * m2, fma(v2, m2, v1 * m1));
+          term = numerator / ((m1 + one) * (m2 + one));
+        }
+        sums[t * kKeys + s] = sums[t * kKeys + s] + term;
       }
     }
     q += queries * kPair;
-    k += kKeys * 2 * kPair;
-    v += 3 * kLanes;
+    k += kKeys * kKeyStep;
+    v += kPackedV * kLanes;
   }
+#pragma GCC unroll 16
   for (int i = 0; i < queries * kKeys; ++i) score[i] = sums[i];
 }
 
@@ -92,39 +124,43 @@ inline void sum_wide(const vf* v, float* sums) {
 inline float score_direct(const float* q, const float* k, const float* v, int64_t D) {
   vf acc = zero();
   for (int64_t d = 0; d < D; d += kLanes)
-    acc = fma(load_at_most(v + d, D - d),
-              tanh(load_at_most(q + d, D - d) + load_at_most(k + d, D - d)), acc);
+    acc =
+        fma(load_part(v + d, D - d), tanh(load_part(q + d, D - d) + load_part(k + d, D - d)), acc);
   const vf rows[4] = {acc};
   float sums[4];
   sum_wide<4>(rows, sums);
   return sums[0];
 }
 
-// v in pairs of vectors, each with its sum: [pairs][v1, v2, both][kLanes].
+// v in pairs of vectors as score_tile takes it.
 class PackedV {
  public:
   PackedV(const float* v, int64_t D)
-      : pairs((D + kPair - 1) / kPair), memory_(sizeof(float) * (3 * kLanes * pairs + 1)) {
+      : pairs((D + kPair - 1) / kPair), memory_(sizeof(float) * (kPackedV * kLanes * pairs + 1)) {
     float* out = memory_.as<float>();
-    for (int64_t d = 0; d < pairs * kPair; d += kPair, out += 3 * kLanes) {
+    for (int64_t d = 0; d < pairs * kPair; d += kPair, out += kPackedV * kLanes) {
       const vf v1 = load_from(v, d, D), v2 = load_from(v, d + kLanes, D);
-      store(out, v1);
-      store(out + kLanes, v2);
+      store(out, set1(-2.0f) * v1);
+      store(out + kLanes, set1(-2.0f) * v2);
       store(out + 2 * kLanes, v1 + v2);
+      store(out + 3 * kLanes, v1);
+      store(out + 4 * kLanes, v2);
     }
-    // Not so with a NaN or an infinity.
-    bool small = true;
-    for (int64_t d = 0; d < D; ++d) small &= v[d] >= -kLargestV && v[d] <= kLargestV;
-    factorable = small;
+    double squares = 0.0;
+    for (int64_t d = 0; d < D; ++d) squares += static_cast<double>(v[d]) * v[d];
+    // Not so with a NaN.
+    factorable = squares <= kLargestV * static_cast<double>(kLargestV);
+    precise = squares > kPreciseV * kPreciseV;
   }
   const float* data() const { return memory_.as<float>(); }
 
   int64_t pairs;
-  bool factorable;
+  bool factorable;  // at most kLargestV in length
+  bool precise;     // too long for an error of eps |v| in a score to be lost in the softmax's own
 
  private:
   static vf load_from(const float* v, int64_t d, int64_t D) {
-    return d < D ? load_at_most(v + d, D - d) : zero();
+    return d < D ? load_part(v + d, D - d) : zero();
   }
   Scratch memory_;
 };

@@ -25,6 +25,11 @@ namespace {
 // Of q + c: a product of two m + 1 is below e^62, which leaves 1e11 for the v of kLargestV.
 constexpr float kPairLimit = 15.0f;
 constexpr float kLargestV = 1e10f;
+// Of |q| + |k|: the scores' product of two x y + 1 is below e^80.
+constexpr float kRatioLimit = 20.0f;
+// Scores of |q| + |k| up to here are computed to relative accuracy where |v| is above kPreciseV.
+constexpr float kSmallScore = 1.0f;
+constexpr double kPreciseV = 1.5;
 constexpr float kLargestTerm = 43.0f;  // of |q| and |k|: e^86 is a float and e^-86 not subnormal
 
 inline int64_t key_count(const AdditiveAttentionInputs& in, int64_t b) {
@@ -41,10 +46,6 @@ inline vf product_of(vf a, vf b) {
   asm("" : "+v"(p));
 #endif
   return p;
-}
-
-inline vf load_at_most(const float* p, int64_t left) {
-  return left >= kLanes ? load(p) : load_n(p, static_cast<int>(left));
 }
 
 inline vi larger(vi a, vi b) { return a > b ? a : b; }
@@ -64,6 +65,21 @@ inline bool all_at_most(vi bits, float limit) {
   return all;
 }
 
+// Lanes of max |a| and max |b|, as bits: whether the largest of each sum to at most `limit`.
+inline bool sum_at_most(vi a, vi b, float limit) {
+  alignas(64) int32_t lanes[2 * kLanes];
+  std::memcpy(lanes, &a, sizeof a);
+  std::memcpy(lanes + kLanes, &b, sizeof b);
+  int32_t largest[2] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    largest[0] = std::max(largest[0], lanes[i]);
+    largest[1] = std::max(largest[1], lanes[kLanes + i]);
+  }
+  float x[2];
+  std::memcpy(x, largest, sizeof x);
+  return x[0] + x[1] <= limit;  // false with a NaN
+}
+
 // largest[d] = max over rows of keys[row, d] for d < D, 0 up to round_up(D, kLanes).
 // Returns false if the keys cannot be factored: a NaN or a magnitude above kLargestTerm. rows >= 1.
 inline bool largest_keys(const float* keys, int64_t stride, int64_t rows, int64_t D,
@@ -71,7 +87,7 @@ inline bool largest_keys(const float* keys, int64_t stride, int64_t rows, int64_
   vi magnitude = {};
   for (int64_t s = 0; s < rows; ++s)
     for (int64_t d = 0; d < D; d += kLanes) {
-      const vf k = load_at_most(keys + s * stride + d, D - d);
+      const vf k = load_part(keys + s * stride + d, D - d);
       magnitude = larger(magnitude, magnitude_bits(k));
       const vi order = ordered((vi)k);
       store(largest + d, (vf)(s == 0 ? order : larger(order, (vi)load(largest + d))));
@@ -86,7 +102,7 @@ inline float query_bound(const float* query, const float* largest_key, int64_t D
                          float* largest_query) {
   vi magnitude = {}, bound = ordered((vi)set1(-std::numeric_limits<float>::max()));
   for (int64_t d = 0; d < D; d += kLanes) {
-    const vf q = load_at_most(query + d, D - d);
+    const vf q = load_part(query + d, D - d);
     magnitude = larger(magnitude, magnitude_bits(q));
     bound = larger(bound, ordered((vi)(q + load(largest_key + d))));
   }
@@ -98,7 +114,7 @@ inline float query_bound(const float* query, const float* largest_key, int64_t D
 inline float max_magnitude(const float* x, int64_t n) {
   vi largest = {};
   for (int64_t d = 0; d < n; d += kLanes)
-    largest = larger(largest, magnitude_bits(load_at_most(x + d, n - d)));
+    largest = larger(largest, magnitude_bits(load_part(x + d, n - d)));
   return max_lane((vf)largest);
 }
 
@@ -128,42 +144,50 @@ inline void key_factors(vf k, vi shift, vf* y, vf* b) {
   *b = fma(e.poly, e.scale, e.scale - set1(0.5f));
 }
 
-// The first `left` lanes of v, 0 in the rest.
-inline vf keep(vf v, int64_t left) {
-  if (left >= kLanes || left <= 0) return v;
-  alignas(64) float lanes[kLanes] = {};
-  store_n(lanes, v, static_cast<int>(left));
-  return load(lanes);
-}
-
-// Where vector i of a row goes in a panel of rows taken two vectors at a time.
+// Where the two vectors of a pair go in a panel of rows: the second `vector` after the first, the
+// next pair `pair` further on.
 struct PanelStep {
   int64_t vector, pair;
-  int64_t at(int64_t i) const { return i / 2 * pair + i % 2 * vector; }
 };
 
-// 0 from D to padded_D, where m is then 0.
-inline void pack_query(const float* query, const float* largest_key, int64_t D, int64_t padded_D,
-                       float* panel, PanelStep step) {
-  for (int64_t d = 0, i = 0; d < padded_D; d += kLanes, ++i) {
-    vf a = zero(), unused;
-    if (d < D)
-      query_factors(load_at_most(query + d, D - d), shift_exponent(load(largest_key + d)), &a,
-                    &unused);
-    store(panel + step.at(i), keep(a, D - d));
+// What of a row score_tile() takes: e^2x, or with relative accuracy expm1(2x) of a query, and of a
+// key y and, a vector further on, b.
+enum class Panel { kRatio, kSmallQuery, kSmallKey };
+template <Panel panel>
+inline void pack_vector(vf x, float* to) {
+  if constexpr (panel == Panel::kRatio) {
+    const ExpParts e = exp_parts_in_range(x + x);
+    store(to, fma(e.poly, e.scale, e.scale));
+  } else if constexpr (panel == Panel::kSmallQuery) {
+    store(to, expm1(x + x));
+  } else {
+    vf y, b;
+    key_factors(x, vi{}, &y, &b);
+    store(to, y);
+    store(to + kLanes, b);
   }
 }
 
-// y and, a vector further on, b.
-inline void pack_key(const float* key, const float* largest_key, int64_t D, int64_t padded_D,
-                     float* panel, PanelStep step) {
-  for (int64_t d = 0, i = 0; d < padded_D; d += kLanes, ++i) {
-    vf y = zero(), b = zero();
-    if (d < D)
-      key_factors(load_at_most(key + d, D - d), shift_exponent(load(largest_key + d)), &y, &b);
-    store(panel + step.at(i), keep(y, D - d));
-    store(panel + step.at(i) + kLanes, keep(b, D - d));
+// Returns the bits of max |x|; where that is above kLargestTerm, what is packed means nothing. Past
+// D x counts as 0, and meets a v of 0.
+template <Panel panel>
+inline vi pack_row(const float* row, int64_t D, int64_t padded_D, float* out, PanelStep step) {
+  vi magnitude = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= D; d += 2 * kLanes, out += step.pair) {
+    const vf x1 = load(row + d), x2 = load(row + d + kLanes);
+    magnitude = larger(magnitude, larger(magnitude_bits(x1), magnitude_bits(x2)));
+    pack_vector<panel>(x1, out);
+    pack_vector<panel>(x2, out + step.vector);
   }
+  for (; d < padded_D; d += 2 * kLanes, out += step.pair)
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t left = D - d - i * kLanes;
+      const vf x = left > 0 ? load_part(row + d + i * kLanes, left) : zero();
+      magnitude = larger(magnitude, magnitude_bits(x));
+      pack_vector<panel>(x, out + i * step.vector);
+    }
+  return magnitude;
 }
 
 // tanh x and 1 - tanh^2 of a single pair: e^-2|x| keeps the digits of a small slope, and both are

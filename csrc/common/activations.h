@@ -11,10 +11,9 @@ struct ExpParts {
   vf scale;  // 2^n
 };
 
-// Cephes expf: degree 5 after Cody-Waite reduction. The clamp keeps 2^n a normal float; operand
-// order keeps NaN.
-inline ExpParts exp_parts(vf x) {
-  x = min(set1(88.3762626f), max(set1(-87.3365447f), x));
+// Cephes expf: degree 5 after Cody-Waite reduction. For -87.33 <= x <= 88.37, where 2^n is a normal
+// float; anything elsewhere.
+inline ExpParts exp_parts_in_range(vf x) {
   const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vf shifted = x * set1(1.44269504f) + magic;
   const vf n = shifted - magic;
@@ -31,6 +30,11 @@ inline ExpParts exp_parts(vf x) {
   // The low bits of `shifted` hold n in two's complement.
   parts.scale = (vf)(((vi)shifted + 127) << 23);
   return parts;
+}
+
+// Clamped to that range; operand order keeps NaN.
+inline ExpParts exp_parts(vf x) {
+  return exp_parts_in_range(min(set1(88.3762626f), max(set1(-87.3365447f), x)));
 }
 
 // 2.5 ulp. Saturates at 2.4e38 above 88.37 and at 1.2e-38 below -87.33.

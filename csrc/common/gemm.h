@@ -61,16 +61,6 @@ constexpr int64_t kSlice = 4 * kChain;
 constexpr int64_t kTilesPerBlock = 8;
 constexpr int64_t kPackedA = kTilesPerBlock * kMaxRows * kSlice;
 
-inline vf load_part(const float* p, int64_t left) {
-  return left >= kLanes ? load(p) : load_n(p, static_cast<int>(left));
-}
-inline void store_part(float* p, vf v, int64_t left) {
-  if (left >= kLanes)
-    store(p, v);
-  else
-    store_n(p, v, static_cast<int>(left));
-}
-
 // One register tile whose C cannot be written in place: columns past N, scattered rows, an
 // epilogue.
 template <class Epilogue>

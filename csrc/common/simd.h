@@ -68,6 +68,17 @@ inline void store_n(float* p, vf v, int n) {
 }
 #endif
 
+// The first min(left, kLanes) lanes, left > 0: what a row has left at this place.
+inline vf load_part(const float* p, int64_t left) {
+  return left >= kLanes ? load(p) : load_n(p, static_cast<int>(left));
+}
+inline void store_part(float* p, vf v, int64_t left) {
+  if (left >= kLanes)
+    store(p, v);
+  else
+    store_n(p, v, static_cast<int>(left));
+}
+
 // Contracted to one rounding where the ISA has FMA (-ffp-contract=fast), two in the baseline.
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 

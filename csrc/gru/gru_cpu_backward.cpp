@@ -1,5 +1,6 @@
 // Backward: a loop over the steps with only pointwise work and grad_h = grad_gates W_hh, then one
 // product a weight over all steps at once.
+#include "gru/gru_gates.h"
 #include "gru/gru_plan.h"
 
 namespace mbm::MBM_ISA {
@@ -120,21 +121,11 @@ class Backward {
   void row_gates(const float* saved, const float* h, const float* grad_y, float* grad_h,
                  float* grad, int64_t u0, int64_t u1) const {
     const int64_t H = seq_.H;
-    const vf one = set1(1.0f);
     for (int64_t u = u0; u < u1; u += kLanes) {
       const int64_t left = u1 - u;
       vf g = load(grad_h + u);
       if (grad_y) g = g + load_part(grad_y + u, left);
-      const vf r = load_part(saved + u, left), z = load_part(saved + H + u, left);
-      const vf n = load_part(saved + 2 * H + u, left), hn = load_part(saved + 3 * H + u, left);
-      const vf grad_n = g * (one - z) * (one - n * n);
-      const vf grad_z = g * (load_part(h + u, left) - n) * z * (one - z);
-      const vf grad_r = grad_n * hn * r * (one - r);
-      store_part(grad + u, grad_n, left);
-      store_part(grad + H + u, grad_r, left);
-      store_part(grad + 2 * H + u, grad_z, left);
-      store_part(grad + 3 * H + u, grad_n * r, left);
-      store(grad_h + u, g * z);
+      store(grad_h + u, grad_gates(saved + u, H, load_part(h + u, left), g, grad + u, left));
     }
   }
 

@@ -1,6 +1,6 @@
 // Forward: x W_ih^T for a few steps at a time, then step by step h W_hh^T with the gates applied to
 // each tile while it is in L1. h W_hh^T is never stored.
-#include "common/activations.h"
+#include "gru/gru_gates.h"
 #include "gru/gru_pack.h"
 #include "gru/gru_plan.h"
 
@@ -160,19 +160,13 @@ class Forward {
     const int64_t H = seq_.H;
     for (int64_t u = u0; u < u1; u += kLanes) {
       const int64_t j = u - u0, left = u1 - u;
-      const vf r = sigmoid(load(gx + j) + load(c + j));
-      const vf z = sigmoid(load(gx + kPanel + j) + load(c + kPanel + j));
       const vf hn = load(c + 2 * kPanel + j) + load(w_.bias_hn + u);
-      const vf n = tanh(fma(r, hn, load(gx + 2 * kPanel + j)));
-      const vf next = fma(z, load(h + u) - n, n);
+      const GruGates g = gru_gates(load(gx + j), load(c + j), load(gx + kPanel + j),
+                                   load(c + kPanel + j), load(gx + 2 * kPanel + j), hn);
+      const vf next = g.next(load(h + u));
       store(h + u, next);
       if (y) store_part(y + u, next, left);
-      if (saved) {
-        store_part(saved + u, r, left);
-        store_part(saved + H + u, z, left);
-        store_part(saved + 2 * H + u, n, left);
-        store_part(saved + 3 * H + u, hn, left);
-      }
+      if (saved) store_gates(saved + u, H, g, hn, left);
     }
   }
 

@@ -1,4 +1,7 @@
-"""csrc/gru with one step. bfloat16 and float16 are computed in float32 and rounded on store."""
+"""csrc/gru_cell: one step from the weights as they are, none of them packed.
+
+bfloat16 and float16 are computed in float32 and rounded on store.
+"""
 
 from typing import Any
 
@@ -24,23 +27,21 @@ def fwd(
 ) -> tuple[Tensor, Tensor]:
     batch, features = x.shape
     hidden, dtype = h.size(1), x.dtype
-    weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
-    x, h = packed.rows(x), packed.dense(h)
+    x, h, w_ih, w_hh = packed.rows(x), packed.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    b_ih, b_hh = packed.optional_dense(b_ih), packed.optional_dense(b_hh)
     h_new = x.new_empty((batch, hidden))
     reserve = x.new_empty((batch, 4 * hidden) if save else (0,))
-    native.cpu().gru_forward(
-        1,
+    native.cpu().gru_cell_forward(
         batch,
         features,
         hidden,
         x.data_ptr(),
-        0,
         x.stride(0),
         h.data_ptr(),
-        weights.data_ptr(),
-        0,
-        False,
-        0,
+        w_ih.data_ptr(),
+        w_hh.data_ptr(),
+        packed.address(b_ih),
+        packed.address(b_hh),
         h_new.data_ptr(),
         reserve.data_ptr(),
         torch.get_num_threads(),
@@ -60,20 +61,28 @@ def bwd(
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
     batch, features = x.shape
+    hidden, dtype = h.size(1), x.dtype
+    if grad_h_new is None:
+        grad_h_new = h.new_zeros(h.shape)
     given = (x, h, w_ih, w_hh, b_ih, b_hh)
-    grads = packed.backward(
-        (1, batch, features, h.size(1)),
-        packed.rows(x).unsqueeze(0),
-        packed.dense(h),
-        w_ih,
-        w_hh,
-        None,
-        None,
-        packed.dense(reserve),
-        False,
-        None,
-        packed.optional_dense(grad_h_new),
-        tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
+    wanted = [n and t is not None for n, t in zip(needs, given, strict=True)]
+    x, h, w_ih, w_hh = packed.rows(x), packed.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    reserve, grad_h_new = packed.dense(reserve), packed.dense(grad_h_new)
+    gates = 3 * hidden
+    shapes = (x.shape, h.shape, (gates, features), (gates, hidden), (gates,), (gates,))
+    grads = [x.new_empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
+    native.cpu().gru_cell_backward(
+        batch,
+        features,
+        hidden,
+        x.data_ptr(),
+        x.stride(0),
+        h.data_ptr(),
+        w_ih.data_ptr(),
+        w_hh.data_ptr(),
+        reserve.data_ptr(),
+        grad_h_new.data_ptr(),
+        *map(packed.address, grads),
+        torch.get_num_threads(),
     )
-    grad_x, *others = (None if g is None else packed.rounded(g, x.dtype) for g in grads)
-    return None if grad_x is None else grad_x.squeeze(0), *others
+    return tuple(None if g is None else packed.rounded(g, dtype) for g in grads)

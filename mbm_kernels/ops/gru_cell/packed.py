@@ -47,6 +47,21 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if dtype is torch.float32 else tensor.to(dtype)
 
 
+def _elements(weight: Tensor) -> int:
+    return weight.numel()
+
+
+def _widen(out: Tensor, weight: Tensor) -> None:
+    out.copy_(weight.reshape(-1))
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as contiguous float32: itself, or a copy kept as long as the weight lives."""
+    if weight.dtype is torch.float32 and weight.is_contiguous():
+        return weight
+    return packing.packed(_elements, _widen, weight)
+
+
 def _forward_size(w_hh: Tensor, w_ih: Tensor, *biases: Tensor | None) -> int:
     return int(native.cpu().gru_packed_sizes(w_ih.size(1), w_hh.size(1))[0])
 
