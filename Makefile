@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build native test test-fast lint format demo bench mutants clean
+.PHONY: help build native test test-fast lint format demo bench mutants gpu-check dispatch clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
@@ -13,6 +13,8 @@ help:
 	@echo "make demo    train, distil, caption and time on generated scenes (DATA=emoji: real drawings)"
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
 	@echo "make lint    ruff, ruff-format, clang-format, mypy"
+	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
+	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make mutants plants ten bugs in the kernels and shows that the tests catch them"
 
 build: native
@@ -52,6 +54,14 @@ bench: native
 
 mutants: native
 	$(PY) tests/mutants.py
+
+# No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m mbm_kernels.bench.gpu_check
+
+dispatch: native
+	$(PY) -m mbm_kernels.bench.dispatch_tables $(RESULTS)
 
 clean:
 	rm -rf build out dist *.egg-info mbm_kernels/*.so

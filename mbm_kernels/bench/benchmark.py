@@ -97,7 +97,8 @@ class Benchmark:
 
     Args:
         op: its name; `function`, `reference` and `diff` are found by it unless given.
-        cases: the table's shapes.
+        cases: the table's shapes on a CPU.
+        gpu_cases: those on a GPU.
         make: a case's inputs by the names of the public function, floats in float32.
         stock: forms by name for a case; the first is eager and the yardstick of the error rule.
         work: (case, pass) -> least operations and bytes, where known.
@@ -121,6 +122,7 @@ class Benchmark:
     extra: float = 0.0
     positive: bool = True
     kinks: bool = False
+    gpu_cases: Sequence[Case] = ()
 
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:
@@ -170,9 +172,7 @@ class Prepared:
         if not self.grads:
             generator = torch.Generator().manual_seed(1)
             self.grads = [
-                torch.randn(o.shape, generator=generator).to(o.dtype)
-                if o.dim()
-                else torch.ones((), dtype=o.dtype)
+                torch.randn(o.shape, generator=generator).to(o) if o.dim() else torch.ones_like(o)
                 for o in outputs
             ]
         pairs = [(o, g) for o, g in zip(outputs, self.grads, strict=True) if o.requires_grad]

@@ -39,21 +39,30 @@ def _evaluate(prepared: Prepared, which: str, positive: bool = False) -> dict[st
     # A scalar is a loss.
     grads = [g if g.dim() else torch.ones(()) for g in grads]
     prepared.grads = [
-        (g.abs() if positive else g).to(o.dtype) for g, o in zip(grads, outputs, strict=True)
+        (g.abs() if positive else g).to(o) for g, o in zip(grads, outputs, strict=True)
     ]
     found = dict(zip(prepared.leaves, prepared.both(), strict=True))
     prepared.grads = []
     return found
 
 
-def check(benchmark: Benchmark, case: Case, which: str, backend: str = "auto") -> dict[str, float]:
+def check(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    backend: str = "auto",
+    place: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> dict[str, float]:
     """The largest error of `mbm` as a share of its budget, by output or gradient.
+
+    Args:
+        place: brings inputs to the dtype and device that are measured.
 
     Raises:
         WrongResult: naming the form, the result, its error and the budget.
     """
     small = case.for_check(which)
-    inputs = _inputs(benchmark, small, which)
+    inputs = place(_inputs(benchmark, small, which))
     diff = benchmark.differentiable(inputs)
     reference = Form(as_called(benchmark.definition()))
     double = map_floating(inputs, Tensor.double)
@@ -69,10 +78,11 @@ def check(benchmark: Benchmark, case: Case, which: str, backend: str = "auto") -
         for name, form in forms.items()
     }
     yardstick = next(iter(results.values()))
+    same = max(SAME_MATHS, *(16 * torch.finfo(x.dtype).eps for x in yardstick.values()))
     for name, result in results.items():
         for key in truth:
             error, scale = max_abs(result[key].double() - truth[key]), max_abs(truth[key])
-            if error > SAME_MATHS * max(scale, max_abs(absolute[key])):
+            if error > same * max(scale, max_abs(absolute[key])):
                 raise WrongResult(
                     f"{benchmark.op}, {small.label}: stock form {name!r} computes something else: "
                     f"{key} differs by {error:.3g} where the truth reaches {scale:.3g}"

@@ -12,7 +12,6 @@ from mbm_kernels.bench import limits, machine, memory, timing
 from mbm_kernels.bench.benchmark import (
     Benchmark,
     Case,
-    Form,
     Prepared,
     prepare,
     watch_backends,
@@ -84,7 +83,7 @@ def _head(
         "threads": torch.get_num_threads(),
         "heap": machine.heap(),
         "backend_asked": settings.backend if benchmark.function is None else "auto",
-        "backend": _backend_name(benchmark.op, backends),
+        "backend": backend_name(benchmark.op, backends),
         "backends": backends,
         "quick": settings.quick,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -103,7 +102,7 @@ def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -
     failed: dict[str, str] = {}
     for name, form in {MBM: benchmark.mbm(settings.backend), **forms}.items():
         prepared[name] = prepare(form, inputs, diff)
-        if form.compile and (reason := _compile_fails(prepared[name], form, which)):
+        if form.compile and (reason := compile_fails(prepared[name], which)):
             failed[name] = reason
             del prepared[name]
     calls = {name: p.call(which) for name, p in prepared.items()}
@@ -152,12 +151,12 @@ def _backends_that_run(
     return backends
 
 
-def _backend_name(op: str, backends: dict[str, str]) -> str:
+def backend_name(op: str, backends: dict[str, str]) -> str:
     """The backend of an operation's row; of a model's, all that its operations use."""
     return backends.get(op) or "+".join(sorted(set(backends.values()))) or "none"
 
 
-def _compile_fails(prepared: Prepared, form: Form, which: str) -> str | None:
+def compile_fails(prepared: Prepared, which: str) -> str | None:
     """Compiles by a first call; the reason in a line where torch.compile cannot."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:

@@ -71,6 +71,11 @@ def device() -> str:
     return cpu_slug(read_cpuinfo(), native.isa())
 
 
+def gpu() -> str:
+    """The folder of this machine's GPU results, as `nvidia-h100-80gb-hbm3`."""
+    return slug(torch.cuda.get_device_name())
+
+
 def heap() -> str:
     """The heap mode of this process: "default", "warm", or "custom" for other malloc settings."""
     given = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}

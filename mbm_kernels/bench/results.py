@@ -15,7 +15,7 @@ from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 
 SCHEMA = 1
-KEY = ("op", "case", "pass", "dtype", "threads", "heap", "backend", "quick")
+KEY = ("op", "case", "pass", "dtype", "threads", "heap", "l2", "backend", "quick")
 
 Row = dict[str, Any]
 
@@ -52,10 +52,13 @@ class ResultsFile:
             a folder for the device.
         commit: of the measured code, None outside git.
         today: in place of today's date, as 2026-11-30.
+        device: the folder's name, without it that of this CPU.
     """
 
-    def __init__(self, base: Path, commit: str | None, today: str | None = None):
-        device = machine.device()
+    def __init__(
+        self, base: Path, commit: str | None, today: str | None = None, device: str | None = None
+    ):
+        device = device or machine.device()
         out = os.environ.get("OUT")
         folder = Path(out) if out else base / device
         name = commit[:7] if commit else "nocommit"

@@ -22,6 +22,7 @@ WARM_UP_CALLS = 3
 WARM_UP_NS = 200_000_000  # enough calls of a slow form
 
 Call = Callable[[], object]
+Sampler = Callable[[Call, int], float]  # nanoseconds per call over that many calls
 
 
 @contextmanager
@@ -55,15 +56,17 @@ def sample(call: Call, loops: int) -> float:
     return (time.perf_counter_ns() - start) / loops
 
 
-def calibrate(call: Call, least_ns: int = LEAST_SAMPLE_NS) -> tuple[int, float]:
+def calibrate(
+    call: Call, least_ns: int = LEAST_SAMPLE_NS, sampler: Sampler = sample
+) -> tuple[int, float]:
     """Warms up; then the number of calls that makes a sample last `least_ns`, and ns per call."""
     spent, calls = 0.0, 0
     while calls == 0 or (calls < WARM_UP_CALLS and spent < WARM_UP_NS):
-        spent += sample(call, 1)
+        spent += sampler(call, 1)
         calls += 1
     loops = 1
     while True:
-        per_call = sample(call, loops)
+        per_call = sampler(call, loops)
         if per_call * loops >= least_ns:
             return loops, per_call
         # A tenth more than needed, since the first samples are the slowest.
@@ -77,6 +80,7 @@ def interleave(
     seed: int = 0,
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
+    sampler: Sampler = sample,
 ) -> dict[str, Times]:
     """Times of each form by name, [rounds], nanoseconds per call.
 
@@ -84,9 +88,10 @@ def interleave(
         calls: the forms, functions without arguments.
         seconds: about how long to sample; between `min_rounds` and `max_rounds` rounds are taken.
         seed: of the order within the rounds.
+        sampler: takes a sample; by the host's clock, unless the work runs elsewhere.
     """
     with no_gc():
-        loops = {name: calibrate(call) for name, call in calls.items()}
+        loops = {name: calibrate(call, sampler=sampler) for name, call in calls.items()}
         round_ns = sum(count * per_call for count, per_call in loops.values())
         rounds = max(min_rounds, min(max_rounds, int(seconds * 1e9 / round_ns)))
         times = {name: np.empty(rounds) for name in calls}
@@ -94,5 +99,5 @@ def interleave(
         for i in range(rounds):
             shuffler.shuffle(order)
             for name in order:
-                times[name][i] = sample(calls[name], loops[name][0])
+                times[name][i] = sampler(calls[name], loops[name][0])
     return times

@@ -3,7 +3,8 @@
 `drawn(op, large)` is a strategy; `large` puts each dimension that a kernel cuts past one of its
 tiles (at the widest ISA: 14 rows, 32 columns, 256 terms of a sum; attention's 64 queries or keys,
 the losses' 112 classes), else sizes end below or a little over a vector. A new operation is one
-function with `@draws`. Everything is decided by what hypothesis draws, so that a derandomised run repeats itself.
+function with `@draws`. Everything is decided by what hypothesis draws, so that a derandomised run
+repeats itself.
 """
 
 from collections.abc import Callable

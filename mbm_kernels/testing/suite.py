@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mbm_kernels
 from mbm_kernels._core import dispatch
@@ -25,6 +25,7 @@ Inputs = dict[str, Any]
 Named = dict[str, Tensor]
 Run = Callable[[Inputs], tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LENGTHS = ("lengths", "key_lengths")
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,24 @@ class OpSuite:
         return map_floating(self.make(case, generator), lambda x: (x * case.scale).to(dtype))
 
     def run(self, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
-        return as_tuple(type(self).function(**inputs, backend=backend))
+        return self.run_on(inputs, backend, device_of(backend))
+
+    def run_on(self, inputs: Inputs, backend: str, device: torch.device) -> tuple[Tensor, ...]:
+        """Outputs where the inputs are; in between both are on `device`."""
+        if device.type == "cpu":
+            return as_tuple(type(self).function(**inputs, backend=backend))
+        before = next(x.device for x in flat_tensors(inputs))
+        outputs = as_tuple(type(self).function(**placed(inputs, device), backend=backend))
+        return tuple(output.to(before) for output in outputs)
 
     def define(self, inputs: Inputs) -> tuple[Tensor, ...]:
         return as_tuple(type(self).reference(**inputs))
 
     def stock(self, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
         """The yardstick: the torch backend; for that one, the definition in the tested dtype."""
-        return self.define(inputs) if backend == "torch" else self.run(inputs, "torch")
+        if backend == "torch":
+            return self.define(inputs)
+        return self.run_on(inputs, "torch", device_of(backend))
 
     def check_forward(self, inputs: Inputs, backend: str) -> None:
         def forward(run: Run, given: Inputs, positive: bool = False) -> Named:
@@ -191,7 +202,7 @@ class OpSuite:
 
     def test_autocast(self, backend: str) -> None:
         inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_of(backend).type, torch.bfloat16):
             outputs = self.run(inputs, backend)
         cast = map_floating(inputs, lambda x: x.detach().bfloat16())
         for output, expected in zip(outputs, self.run(cast, backend), strict=True):
@@ -205,7 +216,8 @@ class OpSuite:
             assert torch.isfinite(grad).all(), name
 
     def test_opcheck(self, backend: str) -> None:
-        inputs, _ = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+        usual = placed(self.inputs(self.cases[0], torch.float32), device_of(backend))
+        inputs, _ = with_leaves(usual, self.diff)
         args = (*self.schema_args(inputs), backend)
         results = torch.library.opcheck(OPS[self.op].registered, args)
         assert set(results.values()) == {"SUCCESS"}
@@ -242,14 +254,41 @@ class OpSuite:
         reasons = mbm_kernels.backends(self.op)
         assert set(reasons) == {"cpu", "triton", "cuda", "torch"}
         assert reasons["torch"] is None
-        expected = self.run(inputs, "torch")
         for name, reason in reasons.items():
+            expected = self.run_on(inputs, "torch", device_of(name))
             if reason is not None:
                 with pytest.raises(mbm_kernels.BackendUnavailableError, match="cannot run"):
                     self.run(inputs, name)
             with mbm_kernels.disabled():
                 for a, e in zip(self.run(inputs, name), expected, strict=True):
                     assert torch.equal(a.nan_to_num(), e.nan_to_num())
+
+
+def device_of(backend: str) -> torch.device:
+    """Where the tests run a backend: on the GPU, if there is one, what is made for it."""
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def placed(inputs: Inputs, device: torch.device) -> Inputs:
+    """`inputs` on the device, strides and all; lengths, which may be anywhere, stay."""
+    return {
+        name: value
+        if name in LENGTHS
+        else map_tensors({name: value}, lambda x: _move(x, device))[name]
+        for name, value in inputs.items()
+    }
+
+
+def _move(x: Tensor, device: torch.device) -> Tensor:
+    if x.device == device or isinstance(x, FakeTensor):
+        return x.to(device)
+    storage = x.untyped_storage().nbytes() // x.element_size()
+    return (
+        x.as_strided((storage,), (1,), 0)
+        .to(device)
+        .as_strided(x.shape, x.stride(), x.storage_offset())
+    )
 
 
 def map_tensors(inputs: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
@@ -312,12 +351,11 @@ def generate(metafunc: pytest.Metafunc) -> None:
         if "dtype" not in names:
             metafunc.parametrize("backend", backends)
             return
-        cpu = torch.device("cpu")
         pairs = [
             (backend, dtype)
             for backend in backends
             for dtype in suite.dtypes
-            if dispatch.why_not(suite.op, backend, cpu, dtype) is None
+            if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
         ]
         ids = [f"{b}-{str(d).removeprefix('torch.')}" for b, d in pairs]
         metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)

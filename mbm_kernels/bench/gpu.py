@@ -1,0 +1,283 @@
+"""Benchmarks on a CUDA device: the same rows as on a CPU, timed by events and by graph replay.
+
+Each form is timed as it is called (host overhead included where the device waits for it) and, where
+it can be captured, as a replayed CUDA graph; each with the inputs in the L2 cache ("hot": calls in
+a row) and without ("cold": the cache is overwritten before each call).
+"""
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels.bench import timing
+from mbm_kernels.bench.benchmark import Benchmark, Case, Inputs, Prepared, prepare, watch_backends
+from mbm_kernels.bench.correct import WrongResult, check
+from mbm_kernels.bench.harness import MBM, backend_name, compile_fails
+from mbm_kernels.bench.limits import Limits, Work
+from mbm_kernels.bench.results import Row
+from mbm_kernels.bench.statistics import Summary, paired_ratio
+from mbm_kernels.testing.suite import map_floating, placed
+
+GRAPH = ", graph"
+WARM_UPS = 3  # before a capture: cuBLAS workspaces, compilation, autotuning
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GpuSettings:
+    """seconds: of sampling for a row; a case, pass and dtype has two, hot and cold."""
+
+    dtypes: Sequence[str] = ("bfloat16", "float32")
+    seconds: float = 0.4
+    min_rounds: int = 7
+    backend: str = "auto"
+    compile: bool = True
+
+
+def placer(dtype: torch.dtype, device: torch.device) -> Callable[[Inputs], Inputs]:
+    """Inputs on the device, floats in the dtype; lengths stay where they are, on the CPU."""
+
+    def place(inputs: Inputs) -> Inputs:
+        return placed(map_floating(inputs, lambda x: x.to(dtype)), device)
+
+    return place
+
+
+def run(
+    benchmark: Benchmark,
+    cases: Sequence[Case],
+    settings: GpuSettings,
+    started: Callable[[str], None] = lambda what: None,
+) -> Iterator[Row]:
+    """The rows as they come; a row with `wrong` or `failed` has no times."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for case in cases:
+        for which in case.passes:
+            for dtype in settings.dtypes:
+                started(f"{benchmark.op} {case.label} {which} {dtype}")
+                yield from _rows(benchmark, case, which, dtype, device, settings)
+                gc.collect()
+                torch.cuda.empty_cache()
+
+
+def _rows(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    dtype: str,
+    device: torch.device,
+    settings: GpuSettings,
+) -> Iterator[Row]:
+    place = placer(DTYPES[dtype], device)
+    head: Row = {
+        "op": benchmark.op,
+        "case": case.label,
+        "sizes": case.sizes,
+        "options": {name: str(value) for name, value in case.options.items()},
+        "pass": which,
+        "dtype": dtype,
+        "backend_asked": settings.backend if benchmark.function is None else "auto",
+        "quick": False,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    try:
+        backends = _backends_that_run(benchmark, case, which, place, settings)
+        head |= {"backend": backend_name(benchmark.op, backends), "backends": backends}
+        shares = check(benchmark, case, which, backends.get(benchmark.op, settings.backend), place)
+        head["error_of_budget"] = max(shares.values(), default=0.0)
+        calls, unavailable = _calls(benchmark, case, which, place, settings)
+    except WrongResult as error:
+        yield head | {"wrong": str(error)}
+        return
+    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        # A row that cannot run says why; the rows after it are measured all the same.
+        yield head | {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        return
+    memory = {name: _peak_extra_bytes(call) for name, call in calls.items() if GRAPH not in name}
+    for l2, sampler in (("hot", hot_sample), ("cold", cold_sample)):
+        times = timing.interleave(
+            calls, settings.seconds, min_rounds=settings.min_rounds, sampler=sampler
+        )
+        row = head | _summary(times, unavailable) | {"l2": l2, "peak_extra_bytes": memory}
+        if benchmark.work is not None:
+            row["limit"] = _share(benchmark.work(case, which), row["mbm_ms"], dtype)
+        yield row
+
+
+def _summary(times: Mapping[str, Any], unavailable: dict[str, str]) -> Row:
+    """Ratios of the best stock form to the best of mbm's own two ways of being called."""
+    summaries = {name: Summary.of(t) for name, t in times.items()}
+
+    def best(names: Sequence[str]) -> str:
+        return min(names, key=lambda name: summaries[name].median_ms)
+
+    ours = best([name for name in times if name.removesuffix(GRAPH) == MBM])
+    stock = best([name for name in times if name.removesuffix(GRAPH) != MBM])
+    called = best([n for n in times if n.removesuffix(GRAPH) != MBM and GRAPH not in n])
+    ratio = paired_ratio(times[stock], times[ours])
+    return {
+        "forms": {name: summary.as_dict() for name, summary in summaries.items()},
+        "unavailable": unavailable,
+        "mbm_form": ours,
+        "stock_form": stock,
+        "mbm_ms": summaries[ours].median_ms,
+        "stock_ms": summaries[stock].median_ms,
+        "ratio": ratio.value,
+        "ratio_lo": ratio.low,
+        "ratio_hi": ratio.high,
+        "verdict": ratio.verdict(),
+        "ratio_called": paired_ratio(times[called], times[MBM]).value,
+        "ratios": {
+            name: paired_ratio(times[name], times[ours]).value
+            for name in times
+            if name.removesuffix(GRAPH) != MBM
+        },
+    }
+
+
+def _backends_that_run(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    place: Callable[[Inputs], Inputs],
+    settings: GpuSettings,
+) -> dict[str, str]:
+    inputs = place(benchmark.inputs(case))
+    prepared = prepare(benchmark.mbm(settings.backend), inputs, benchmark.differentiable(inputs))
+    with watch_backends() as backends:
+        prepared.call(which)()
+    return backends
+
+
+def _calls(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    place: Callable[[Inputs], Inputs],
+    settings: GpuSettings,
+) -> tuple[dict[str, timing.Call], dict[str, str]]:
+    torch._dynamo.reset()
+    inputs = place(benchmark.inputs(case))
+    diff = benchmark.differentiable(inputs)
+    forms = {n: f for n, f in benchmark.stock(case).items() if which in f.passes}
+    calls: dict[str, timing.Call] = {}
+    unavailable: dict[str, str] = {}
+    for name, form in {MBM: benchmark.mbm(settings.backend), **forms}.items():
+        if form.compile and not settings.compile:
+            continue
+        prepared: Prepared = prepare(form, inputs, diff)
+        if form.compile and (reason := compile_fails(prepared, which)):
+            unavailable[name] = reason
+            continue
+        calls[name] = prepared.call(which)
+        try:
+            calls[name + GRAPH] = captured(calls[name])
+        except RuntimeError as error:
+            unavailable[name + GRAPH] = str(error).strip().splitlines()[0][:200]
+    return calls, unavailable
+
+
+def captured(call: timing.Call) -> timing.Call:
+    """The call as a CUDA graph's replay.
+
+    Raises:
+        RuntimeError: when it synchronises or does what else a capture forbids.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()  # the graph writes these outputs at every replay
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def hot_sample(call: timing.Call, loops: int) -> float:
+    """Nanoseconds per call of `loops` calls in a row, between two events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(loops):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e6 / loops
+
+
+def cold_sample(call: timing.Call, loops: int) -> float:
+    """Nanoseconds per call, the L2 cache overwritten before each."""
+    events = []
+    for _ in range(loops):
+        _flush_buffer().zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) * 1e6 / loops
+
+
+@functools.cache
+def _flush_buffer() -> Tensor:
+    size = torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+
+
+def _peak_extra_bytes(call: timing.Call) -> int:
+    """What a call takes beyond what was allocated before, its outputs included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before
+
+
+def _share(work: Work, milliseconds: float, dtype: str) -> dict[str, Any]:
+    limit = limits(dtype)
+    # Work counts bytes of float32 tensors.
+    scaled = Work(work.operations, work.bytes * DTYPES[dtype].itemsize / 4)
+    least, bound = limit.least_seconds(scaled)
+    return {
+        "bound": bound,
+        "share": least * 1e3 / milliseconds,
+        "operations": scaled.operations,
+        "bytes": scaled.bytes,
+        "operations_per_s": limit.operations_per_s,
+        "bytes_per_s": limit.bytes_per_s,
+        "source": limit.source,
+    }
+
+
+@functools.cache
+def limits(dtype: str) -> Limits:
+    """Measured rates of this device: a product of 8192 x 8192 matrices and a copy of 1 GiB."""
+    n = 8192
+    a = torch.randn(n, n, device="cuda", dtype=DTYPES[dtype])
+    b = torch.randn_like(a)
+    source = torch.randint(0, 255, (2**30,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    calls: dict[str, timing.Call] = {"mm": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    times = timing.interleave(calls, 0.3, min_rounds=5, sampler=hot_sample)
+    return Limits(
+        2 * n**3 / times["mm"].min() * 1e9,
+        2 * source.numel() / times["copy"].min() * 1e9,
+        f"{dtype} matrix product of 8192 cubed",
+    )
