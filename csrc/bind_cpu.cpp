@@ -1,4 +1,4 @@
-// With bind_losses.cpp the only CPU files that include pybind11.
+// With bind_concat_linear.cpp and bind_losses.cpp the only CPU files that include pybind11.
 #include "bind_cpu.h"
 
 #include <pybind11/stl.h>
@@ -419,6 +419,7 @@ PYBIND11_MODULE(_C_cpu, m) {
   bind_gru(m);
   bind_gru_cell(m);
   bind_additive_attention(m);
+  bind_concat_linear(m);
   bind_conv_bias_act(m);
   bind_cross_attention(m);
   bind_losses(m);

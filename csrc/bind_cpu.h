@@ -15,4 +15,5 @@ T* optional_ptr(Address address, int64_t count, const char* name) {
   return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
 }
 
+void bind_concat_linear(py::module_& m);
 void bind_losses(py::module_& m);

@@ -123,16 +123,17 @@ void gemm_block(const GemmOperands& g, int64_t m_begin, int64_t m_end, int64_t p
   }
 }
 
-// The whole of C on up to num_threads threads.
-template <class Epilogue = StoreAsIs>
-void gemm(int num_threads, const GemmOperands& g, const Epilogue& epilogue = Epilogue()) {
-  if (g.M <= 0 || g.N <= 0) return;
-  const int64_t panels = panels_of(g.N), work = g.M * g.N * (g.K > 0 ? g.K : 1);
+// body(m_begin, m_end, p_begin, p_end, packed_a) for blocks that cover M rows and the panels of N
+// columns, on up to num_threads threads; packed_a is what gemm_block wants.
+template <class Body>
+void for_gemm_blocks(int num_threads, int64_t M, int64_t N, int64_t K, const Body& body) {
+  if (M <= 0 || N <= 0) return;
+  const int64_t panels = panels_of(N), work = M * N * (K > 0 ? K : 1);
   // Below half a million multiply-adds (4 us at 16 lanes) a second thread costs more than it
   // brings.
   const int threads = work < 500000 ? 1 : num_threads;
   const int64_t block_rows = kTilesPerBlock * kMaxRows;
-  int64_t row_blocks = (g.M + block_rows - 1) / block_rows, column_blocks = 1;
+  int64_t row_blocks = (M + block_rows - 1) / block_rows, column_blocks = 1;
   if (threads > 1) {
     column_blocks = (4 * threads + row_blocks - 1) / row_blocks;
     if (column_blocks > panels) column_blocks = panels;
@@ -144,11 +145,19 @@ void gemm(int num_threads, const GemmOperands& g, const Epilogue& epilogue = Epi
       const int64_t item = next.fetch_add(1, std::memory_order_relaxed);
       if (item >= row_blocks * column_blocks) return;
       const int64_t i = item % row_blocks, j = item / row_blocks;
-      gemm_block(g, i * g.M / row_blocks, (i + 1) * g.M / row_blocks, j * panels / column_blocks,
-                 (j + 1) * panels / column_blocks, packed_a.as<float>() + thread * kPackedA,
-                 epilogue);
+      body(i * M / row_blocks, (i + 1) * M / row_blocks, j * panels / column_blocks,
+           (j + 1) * panels / column_blocks, packed_a.as<float>() + thread * kPackedA);
     }
   });
+}
+
+// The whole of C on up to num_threads threads.
+template <class Epilogue = StoreAsIs>
+void gemm(int num_threads, const GemmOperands& g, const Epilogue& epilogue = Epilogue()) {
+  for_gemm_blocks(num_threads, g.M, g.N, g.K,
+                  [&](int64_t m0, int64_t m1, int64_t p0, int64_t p1, float* packed_a) {
+                    gemm_block(g, m0, m1, p0, p1, packed_a, epilogue);
+                  });
 }
 
 }  // namespace mbm::MBM_ISA

@@ -1,0 +1,194 @@
+"""csrc/concat_linear: what repeats is multiplied once, and the rest is added to it in place.
+
+bfloat16 and float16 are computed in float32 and rounded on store.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native, packing
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Shape = tuple[int, ...]
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    return native.cpu_reason()
+
+
+class _Plan:
+    """Which inputs share their leading dimensions, and which of their rows y takes."""
+
+    def __init__(self, shapes: tuple[Shape, ...]):
+        self.leading: Shape = tuple(torch.broadcast_shapes(*shapes))
+        self.rows = math.prod(self.leading)
+        members: dict[Shape, list[int]] = {}
+        for i, shape in enumerate(shapes):
+            members.setdefault(_stripped(shape), []).append(i)
+        self.groups: list[tuple[int, Tensor | None, list[int]]] = []
+        for shape, inputs in members.items():
+            rows = math.prod(shape)
+            index = None
+            if rows != self.rows:
+                index = torch.arange(rows, device="cpu").view(shape).expand(self.leading)
+                index = index.reshape(-1).contiguous()
+            self.groups.append((rows, index, inputs))
+
+
+def _stripped(shape: Shape) -> Shape:
+    """Without leading dimensions of 1, which change nothing."""
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(shapes: tuple[Shape, ...]) -> _Plan:
+    return _Plan(shapes)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """float32 [rows, C_i] with contiguous rows."""
+    x = x.to(torch.float32).reshape(-1, x.size(-1)) if x.numel() else x.new_empty(0, x.size(-1))
+    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
+
+
+def _repeats_dropped(x: Tensor) -> Tensor:
+    """A view in which leading dimensions that `expand` made are 1 again."""
+    for dim, (size, stride) in enumerate(zip(x.shape[:-1], x.stride()[:-1], strict=True)):
+        if stride == 0 and size > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def _packed_size(weight: Tensor) -> int:
+    return int(native.cpu().concat_linear_packed_size(*weight.shape))
+
+
+def _pack(out: Tensor, weight: Tensor) -> None:
+    dense = _dense(weight)
+    native.cpu().concat_linear_pack(
+        *weight.shape, dense.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[..., None]]:
+    """What `packing` needs for the columns [column, column + features) of a weight."""
+
+    def size(weight: Tensor) -> int:
+        return int(native.cpu().concat_linear_packed_part_size(weight.size(0), features))
+
+    def pack(out: Tensor, weight: Tensor) -> None:
+        dense = _dense(weight)
+        native.cpu().concat_linear_pack_part(
+            *weight.shape,
+            column,
+            features,
+            dense.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    return size, pack
+
+
+def _groups(
+    plan: _Plan,
+    inputs: Sequence[Tensor],
+    packed: Sequence[Tensor] | None = None,
+    grads: Sequence[Tensor] | None = None,
+) -> list[Any]:
+    columns = [0]
+    for x in inputs:
+        columns.append(columns[-1] + x.size(1))
+
+    def described(i: int) -> tuple[int, ...]:
+        x = inputs[i]
+        return (
+            x.data_ptr(),
+            x.stride(0),
+            x.size(1),
+            columns[i],
+            0 if packed is None else packed[i].data_ptr(),
+            0 if grads is None else grads[i].data_ptr(),
+        )
+
+    return [
+        (rows, 0 if index is None else index.data_ptr(), [described(i) for i in members])
+        for rows, index, members in plan.groups
+    ]
+
+
+def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    given = [_repeats_dropped(x) for x in inputs]
+    plan = _plan(tuple(tuple(x.shape[:-1]) for x in given))
+    if plan.leading != leading:  # every input repeats along some dimension
+        given = list(inputs)
+        plan = _plan(tuple(tuple(x.shape[:-1]) for x in given))
+    outputs = weight.size(0)
+    y = torch.empty((*leading, outputs), device="cpu", dtype=torch.float32)
+    if y.numel() > 0:
+        rows = [_rows(x) for x in given]
+        packed = packing.packed(_packed_size, _pack, weight)
+        dense_bias = None if bias is None else _dense(bias)
+        native.cpu().concat_linear_fwd(
+            plan.rows,
+            outputs,
+            weight.size(1),
+            _groups(plan, rows),
+            packed.data_ptr(),
+            0 if dense_bias is None else dense_bias.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y.to(weight.dtype)
+
+
+def bwd(
+    grad_y: Tensor,
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    plan = _plan(tuple(tuple(x.shape[:-1]) for x in inputs))
+    make = torch.empty if grad_y.numel() > 0 else torch.zeros
+    like = {"device": "cpu", "dtype": torch.float32}
+    grads = [make(x.shape, **like) for x in inputs] if needs[0] else None
+    grad_weight = make(weight.shape, **like) if needs[1] else None
+    grad_bias = make(weight.size(0), **like) if needs[2] and bias is not None else None
+    if grad_y.numel() > 0:
+        rows, g = [_rows(x) for x in inputs], _rows(grad_y)
+        packed, column = [], 0
+        for x in rows:
+            if grads is not None:
+                packed.append(packing.packed(*_part(column, x.size(1)), weight))
+            column += x.size(1)
+        native.cpu().concat_linear_bwd(
+            plan.rows,
+            weight.size(0),
+            weight.size(1),
+            _groups(plan, rows, packed or None, grads),
+            g.data_ptr(),
+            g.stride(0),
+            0 if grad_weight is None else grad_weight.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+    found = (*(grads if grads is not None else [None] * len(inputs)), grad_weight, grad_bias)
+    return tuple(None if g is None else g.to(weight.dtype) for g in found)
