@@ -32,6 +32,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, "Op"] = {}
 
 Outputs = tuple[Tensor, ...]
+Layout = tuple[int | None, ...]  # of a call's arguments: lengths of lists, None for what is none
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
@@ -170,12 +171,13 @@ class Op:
         )
         self.made = [n for n in outputs if n.startswith("made_")]
         self.has_lists = any(str(a.type) == "List[Tensor]" for a in fwd_schema.arguments)
+        self.functions: dict[Layout, type[torch.autograd.Function]] = {}
         self.bwd_names = [argument.name for argument in bwd_schema.arguments]
         self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
         self.saved_outputs = [n for n in outputs if n in self.bwd_names]
         self.reference_inputs = [n for n in inputs if n != "save"]
         self._register(fwd, bwd)
-        self.function = self._make_function()
+        self.function = self._make_function(None)
         dispatch.register(name)
         OPS[name] = self
 
@@ -200,8 +202,13 @@ class Op:
         packet = getattr(torch.ops, NAMESPACE)
         self.registered = getattr(packet, self.name).default
         self.registered_backward = getattr(packet, f"{self.name}_backward").default
+        if self.has_lists:  # torch's own loop over a batch takes no lists
+            for registered in (self.registered, self.registered_backward):
+                torch.library.register_vmap(registered, _looped(registered))
 
-    def _make_function(self) -> type[torch.autograd.Function]:
+    def _make_function(self, layout: Layout | None) -> type[torch.autograd.Function]:
+        """Takes the forward's inputs and the backend; with a `layout` the inputs' lists flat, since
+        autograd and vmap see no tensor in a list."""
         op = self
 
         class Function(torch.autograd.Function):
@@ -209,17 +216,27 @@ class Op:
 
             @staticmethod
             def forward(*args: Any) -> Any:
-                if is_plain([a for a in args if isinstance(a, Tensor)]):
+                plain = is_plain([a for a in args if isinstance(a, Tensor)])
+                if layout is not None:
+                    args = _grouped(args, layout)
+                if plain:
                     return op._run_fwd(args[-1], args[:-1])
                 return op.registered(*args)
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                inputs = inputs if layout is None else _grouped(inputs, layout)
                 op._setup_context(ctx, inputs, output)
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return op._backward(ctx, *grads)
+                if layout is None:
+                    return op._backward(ctx, *grads)
+                found = op._gradients(ctx, _grouped(ctx.needs_input_grad, layout), grads)
+                flat: list[Any] = []
+                for grad, length in zip(found, layout, strict=True):
+                    flat.extend([grad] if length is None else grad or [None] * length)
+                return tuple(flat)
 
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
         return Function
@@ -255,13 +272,16 @@ class Op:
     ) -> tuple[Any, ...]:
         if backend == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
             return as_tuple(self.torch_fwd(*args))
-        if not self.has_lists:
-            if is_plain(tensors):
-                if needs_grad:
-                    return as_tuple(self.function.apply(*args, backend))
-                return self._run_fwd(backend, args)
-            if in_functorch():
+        plain = is_plain(tensors)
+        if plain and not needs_grad:
+            return self._run_fwd(backend, args)
+        if plain or in_functorch():
+            if not self.has_lists:
                 return as_tuple(self.function.apply(*args, backend))
+            layout = (*(len(a) if isinstance(a, (list, tuple)) else None for a in args), None)
+            if layout not in self.functions:
+                self.functions[layout] = self._make_function(layout)
+            return as_tuple(self.functions[layout].apply(*_flat(args), backend))
         return as_tuple(self.registered(*args, backend))
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
@@ -333,6 +353,12 @@ class Op:
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> Any:
+        return self._gradients(ctx, ctx.needs_input_grad, grads)
+
+    def _gradients(
+        self, ctx: Any, needs_inputs: Sequence[Any], grads: Sequence[Tensor | None]
+    ) -> tuple[Any, ...]:
+        """One entry for each of the forward's inputs and for the backend."""
         named: dict[str, Any] = dict(ctx.constants)
         saved = iter(ctx.saved_tensors)
         for name in ctx.saved_names:
@@ -340,7 +366,7 @@ class Op:
             named[name] = next(saved) if count is None else [next(saved) for _ in range(count)]
         for name, grad in zip(self.outputs, grads, strict=True):
             named[f"grad_{name}"] = grad
-        needs = [_any(ctx.needs_input_grad[i]) for i in self.diff_positions]
+        needs = [_any(needs_inputs[i]) for i in self.diff_positions]
         given = [named[f"grad_{name}"] for name in self.public]
         if not any(needs) or all(grad is None for grad in given):
             return (None,) * (len(self.inputs) + 1)
@@ -351,7 +377,8 @@ class Op:
         else:
             named["needs"] = needs
             args = [named[name] for name in self.bwd_names]
-            if not self.has_lists and is_plain([a for a in args if isinstance(a, Tensor)]):
+            given_tensors = _flat(args) if self.has_lists else args
+            if is_plain([a for a in given_tensors if isinstance(a, Tensor)]):
                 flat = [g for g in self._run_bwd(ctx.backend, args, needs) if g is not None]
             else:
                 flat = self.registered_backward(*args, ctx.backend)
@@ -410,6 +437,27 @@ class Op:
         return tuple(spread)
 
 
+def _looped(registered: Callable[..., Any]) -> Callable[..., Any]:
+    """The vmap rule that calls `registered` for each element of the batch."""
+
+    def element(arg: Any, dim: Any, i: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [element(a, d, i) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, i)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        calls = [
+            registered(*(element(a, d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        stacked = [torch.stack(outputs) for outputs in zip(*calls, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
 def _flat(args: Any) -> list[Any]:
     flat: list[Any] = []
     for arg in args:
@@ -418,6 +466,14 @@ def _flat(args: Any) -> list[Any]:
         else:
             flat.append(arg)
     return flat
+
+
+def _grouped(flat: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
+    """The arguments that `flat` was made of: a list of each length in `layout`, None no list."""
+    rest = iter(flat)
+    return tuple(
+        next(rest) if length is None else [next(rest) for _ in range(length)] for length in layout
+    )
 
 
 def _is_tensors(value: Any) -> bool:

@@ -167,12 +167,16 @@ def bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     plan = _plan(tuple(tuple(x.shape[:-1]) for x in inputs))
-    make = torch.empty if grad_y.numel() > 0 else torch.zeros
-    like = {"device": "cpu", "dtype": torch.float32}
-    grads = [make(x.shape, **like) for x in inputs] if needs[0] else None
-    grad_weight = make(weight.shape, **like) if needs[1] else None
-    grad_bias = make(weight.size(0), **like) if needs[2] and bias is not None else None
-    if grad_y.numel() > 0:
+    some = grad_y.numel() > 0
+
+    def gradient(like: Tensor) -> Tensor:
+        kind = torch.empty if some else torch.zeros
+        return kind(like.shape, device="cpu", dtype=torch.float32)
+
+    grads = [gradient(x) for x in inputs] if needs[0] else None
+    grad_weight = gradient(weight) if needs[1] else None
+    grad_bias = gradient(bias) if needs[2] and bias is not None else None
+    if some:
         rows, g = [_rows(x) for x in inputs], _rows(grad_y)
         packed, column = [], 0
         for x in rows:
