@@ -128,6 +128,13 @@ MUTANTS = (
         "args_.grad_key.stride_r, false);",
         "tests/test_cross_attention_native.py",
     ),
+    Mutant(
+        "repeated-product-added-to-the-wrong-row",
+        "csrc/concat_linear/concat_linear_cpu.cpp",
+        "sum += load_part(r.product + r.index[m] * args.K + n, n1 - n);",
+        "sum += load_part(r.product + r.index[0] * args.K + n, n1 - n);",
+        "tests/test_concat_linear.py",
+    ),
 )
 
 

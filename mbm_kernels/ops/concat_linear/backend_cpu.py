@@ -4,6 +4,7 @@ bfloat16 and float16 are computed in float32 and rounded on store.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,31 +30,35 @@ class _Plan:
     """Which inputs share their leading dimensions, and which of their rows y takes."""
 
     def __init__(self, shapes: tuple[Shape, ...]):
-        self.leading: Shape = tuple(torch.broadcast_shapes(*shapes))
+        self.leading: Shape = tuple(torch.broadcast_shapes(*(shape[:-1] for shape in shapes)))
         self.rows = math.prod(self.leading)
+        self.columns = list(itertools.accumulate((shape[-1] for shape in shapes), initial=0))
         members: dict[Shape, list[int]] = {}
         for i, shape in enumerate(shapes):
-            members.setdefault(_stripped(shape), []).append(i)
-        self.groups: list[tuple[int, Tensor | None, list[int]]] = []
+            members.setdefault(_stripped(shape[:-1]), []).append(i)
+        self.indices: list[Tensor] = []  # kept alive
+        self.groups: list[tuple[int, int, list[int]]] = []  # rows, address of the index, inputs
         for shape, inputs in members.items():
-            rows = math.prod(shape)
-            index = None
+            rows, address = math.prod(shape), 0
             if rows != self.rows:
                 index = torch.arange(rows, device="cpu").view(shape).expand(self.leading)
-                index = index.reshape(-1).contiguous()
-            self.groups.append((rows, index, inputs))
+                self.indices.append(index.reshape(-1).contiguous())
+                address = self.indices[-1].data_ptr()
+            self.groups.append((rows, address, inputs))
 
 
 def _stripped(shape: Shape) -> Shape:
     """Without leading dimensions of 1, which change nothing."""
     while shape and shape[0] == 1:
         shape = shape[1:]
-    return shape
+    return tuple(shape)
 
 
-@functools.lru_cache(maxsize=64)
-def _plan(shapes: tuple[Shape, ...]) -> _Plan:
-    return _Plan(shapes)
+_plan = functools.lru_cache(maxsize=64)(_Plan)
+
+
+def _plan_of(inputs: Sequence[Tensor]) -> _Plan:
+    return _plan(tuple([x.shape for x in inputs]))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -62,7 +67,10 @@ def _dense(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """float32 [rows, C_i] with contiguous rows."""
-    x = x.to(torch.float32).reshape(-1, x.size(-1)) if x.numel() else x.new_empty(0, x.size(-1))
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    if x.dim() != 2:
+        x = x.reshape(-1, x.size(-1)) if x.numel() else x.new_empty(0, x.size(-1))
     return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
 
 
@@ -112,38 +120,34 @@ def _groups(
     packed: Sequence[Tensor] | None = None,
     grads: Sequence[Tensor] | None = None,
 ) -> list[Any]:
-    columns = [0]
-    for x in inputs:
-        columns.append(columns[-1] + x.size(1))
-
     def described(i: int) -> tuple[int, ...]:
         x = inputs[i]
         return (
             x.data_ptr(),
             x.stride(0),
             x.size(1),
-            columns[i],
+            plan.columns[i],
             0 if packed is None else packed[i].data_ptr(),
             0 if grads is None else grads[i].data_ptr(),
         )
 
     return [
-        (rows, 0 if index is None else index.data_ptr(), [described(i) for i in members])
-        for rows, index, members in plan.groups
+        (rows, address, [described(i) for i in members]) for rows, address, members in plan.groups
     ]
 
 
 def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-    given = [_repeats_dropped(x) for x in inputs]
-    plan = _plan(tuple(tuple(x.shape[:-1]) for x in given))
-    if plan.leading != leading:  # every input repeats along some dimension
-        given = list(inputs)
-        plan = _plan(tuple(tuple(x.shape[:-1]) for x in given))
+    plan = _plan_of(inputs)
+    leading = plan.leading
+    if any(0 in x.stride() for x in inputs):
+        dropped = [_repeats_dropped(x) for x in inputs]
+        fewer = _plan_of(dropped)
+        if fewer.leading == leading:  # else all repeat along some dimension
+            plan, inputs = fewer, dropped
     outputs = weight.size(0)
     y = torch.empty((*leading, outputs), device="cpu", dtype=torch.float32)
-    if y.numel() > 0:
-        rows = [_rows(x) for x in given]
+    if plan.rows > 0 and outputs > 0:
+        rows = [_rows(x) for x in inputs]
         packed = packing.packed(_packed_size, _pack, weight)
         dense_bias = None if bias is None else _dense(bias)
         native.cpu().concat_linear_fwd(
@@ -156,7 +160,7 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
             y.data_ptr(),
             torch.get_num_threads(),
         )
-    return y.to(weight.dtype)
+    return y if weight.dtype is torch.float32 else y.to(weight.dtype)
 
 
 def bwd(
@@ -166,7 +170,7 @@ def bwd(
     bias: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _plan(tuple(tuple(x.shape[:-1]) for x in inputs))
+    plan = _plan_of(inputs)
     some = grad_y.numel() > 0
 
     def gradient(like: Tensor) -> Tensor:
@@ -178,16 +182,15 @@ def bwd(
     grad_bias = gradient(bias) if needs[2] and bias is not None else None
     if some:
         rows, g = [_rows(x) for x in inputs], _rows(grad_y)
-        packed, column = [], 0
-        for x in rows:
-            if grads is not None:
-                packed.append(packing.packed(*_part(column, x.size(1)), weight))
-            column += x.size(1)
+        packed = None
+        if grads is not None:
+            parts = zip(plan.columns, rows, strict=False)
+            packed = [packing.packed(*_part(column, x.size(1)), weight) for column, x in parts]
         native.cpu().concat_linear_bwd(
             plan.rows,
             weight.size(0),
             weight.size(1),
-            _groups(plan, rows, packed or None, grads),
+            _groups(plan, rows, packed, grads),
             g.data_ptr(),
             g.stride(0),
             0 if grad_weight is None else grad_weight.data_ptr(),

@@ -98,6 +98,7 @@ def concat_linear(
         "shared": int(any(math.prod(x.shape[:-1]) < rows for x in inputs)),
         "C": features,
         "K": out_features,
+        "elements": out_features * sum(math.prod(x.shape) for x in inputs),
     }
     y: Tensor = OP(backend, parts, weight, bias, sizes=sizes)
     return y
