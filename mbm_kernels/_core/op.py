@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, dispatch
+from mbm_kernels._core import arguments, autocast, dispatch
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, "Op"] = {}
 
 Outputs = tuple[Tensor, ...]
-Layout = tuple[int | None, ...]  # of a call's arguments: lengths of lists, None for what is none
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
@@ -171,7 +170,7 @@ class Op:
         )
         self.made = [n for n in outputs if n.startswith("made_")]
         self.has_lists = any(str(a.type) == "List[Tensor]" for a in fwd_schema.arguments)
-        self.functions: dict[Layout, type[torch.autograd.Function]] = {}
+        self.functions: dict[arguments.Layout, type[torch.autograd.Function]] = {}
         self.bwd_names = [argument.name for argument in bwd_schema.arguments]
         self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
         self.saved_outputs = [n for n in outputs if n in self.bwd_names]
@@ -182,9 +181,9 @@ class Op:
         OPS[name] = self
 
     def _register(self, fwd: str, bwd: str) -> None:
-        arguments, _, returns = fwd.partition(" -> ")
+        declared, _, returns = fwd.partition(" -> ")
         _library.define(
-            f"{self.name}{arguments.rstrip(')')}, str backend) -> {returns}",
+            f"{self.name}{declared.rstrip(')')}, str backend) -> {returns}",
             tags=(torch.Tag.pt2_compliant_tag,),
         )
         _library.define(
@@ -204,9 +203,9 @@ class Op:
         self.registered_backward = getattr(packet, f"{self.name}_backward").default
         if self.has_lists:  # torch's own loop over a batch takes no lists
             for registered in (self.registered, self.registered_backward):
-                torch.library.register_vmap(registered, _looped(registered))
+                torch.library.register_vmap(registered, arguments.looped(registered))
 
-    def _make_function(self, layout: Layout | None) -> type[torch.autograd.Function]:
+    def _make_function(self, layout: arguments.Layout | None) -> type[torch.autograd.Function]:
         """Takes the forward's inputs and the backend; with a `layout` the inputs' lists flat, since
         autograd and vmap see no tensor in a list."""
         op = self
@@ -218,21 +217,21 @@ class Op:
             def forward(*args: Any) -> Any:
                 plain = is_plain([a for a in args if isinstance(a, Tensor)])
                 if layout is not None:
-                    args = _grouped(args, layout)
+                    args = arguments.grouped(args, layout)
                 if plain:
                     return op._run_fwd(args[-1], args[:-1])
                 return op.registered(*args)
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                inputs = inputs if layout is None else _grouped(inputs, layout)
+                inputs = inputs if layout is None else arguments.grouped(inputs, layout)
                 op._setup_context(ctx, inputs, output)
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
                 if layout is None:
                     return op._backward(ctx, *grads)
-                found = op._gradients(ctx, _grouped(ctx.needs_input_grad, layout), grads)
+                found = op._gradients(ctx, arguments.grouped(ctx.needs_input_grad, layout), grads)
                 flat: list[Any] = []
                 for grad, length in zip(found, layout, strict=True):
                     flat.extend([grad] if length is None else grad or [None] * length)
@@ -247,7 +246,9 @@ class Op:
         `sizes` are what backends and dispatch tables judge by. Returns the public outputs: a tensor
         where there is one, else a tuple.
         """
-        tensors = [a for a in (_flat(args) if self.has_lists else args) if isinstance(a, Tensor)]
+        tensors = [
+            a for a in (arguments.flat(args) if self.has_lists else args) if isinstance(a, Tensor)
+        ]
         device, dtype = tensors[0].device, tensors[0].dtype
         needs_grad = False
         if torch.is_grad_enabled():
@@ -281,7 +282,7 @@ class Op:
             layout = (*(len(a) if isinstance(a, (list, tuple)) else None for a in args), None)
             if layout not in self.functions:
                 self.functions[layout] = self._make_function(layout)
-            return as_tuple(self.functions[layout].apply(*_flat(args), backend))
+            return as_tuple(self.functions[layout].apply(*arguments.flat(args), backend))
         return as_tuple(self.registered(*args, backend))
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
@@ -322,7 +323,7 @@ class Op:
     def _registered_fwd(self, *args: Any) -> Any:
         with torch.no_grad():
             outputs = self._run_fwd(args[-1], args[:-1])
-        outputs = tuple(_fresh(o, args) for o in outputs)
+        outputs = tuple(arguments.fresh(o, args) for o in outputs)
         return outputs if len(self.outputs) > 1 else outputs[0]
 
     def _registered_bwd(self, *args: Any) -> list[Tensor]:
@@ -336,19 +337,19 @@ class Op:
         shapes: list[Tensor] = []
         for name, needed in zip(self.diff, named["needs"], strict=True):
             if needed and named[name] is not None:
-                shapes.extend(_flat((named[name],)))
+                shapes.extend(arguments.flat((named[name],)))
         return [torch.empty_like(s, memory_format=torch.contiguous_format) for s in shapes]
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         outputs = dict(zip(self.outputs, as_tuple(output), strict=True))
         named = dict(zip(self.inputs, inputs, strict=False))
         ctx.backend = inputs[-1]
-        ctx.constants = {n: v for n, v in named.items() if not _is_tensors(v)}
-        tensors = {n: v for n, v in named.items() if _is_tensors(v)}
+        ctx.constants = {n: v for n, v in named.items() if not arguments.is_tensors(v)}
+        tensors = {n: v for n, v in named.items() if arguments.is_tensors(v)}
         ctx.lists = {n: len(v) for n, v in tensors.items() if not isinstance(v, Tensor)}
         tensors |= {n: outputs[n] for n in (*self.saved_outputs, *self.made)}
         ctx.saved_names = list(tensors)
-        ctx.save_for_backward(*_flat(tensors.values()))
+        ctx.save_for_backward(*arguments.flat(tensors.values()))
         ctx.mark_non_differentiable(*(t for n, t in outputs.items() if n not in self.public))
         ctx.set_materialize_grads(False)
 
@@ -366,7 +367,7 @@ class Op:
             named[name] = next(saved) if count is None else [next(saved) for _ in range(count)]
         for name, grad in zip(self.outputs, grads, strict=True):
             named[f"grad_{name}"] = grad
-        needs = [_any(needs_inputs[i]) for i in self.diff_positions]
+        needs = [arguments.any_of(needs_inputs[i]) for i in self.diff_positions]
         given = [named[f"grad_{name}"] for name in self.public]
         if not any(needs) or all(grad is None for grad in given):
             return (None,) * (len(self.inputs) + 1)
@@ -377,7 +378,7 @@ class Op:
         else:
             named["needs"] = needs
             args = [named[name] for name in self.bwd_names]
-            given_tensors = _flat(args) if self.has_lists else args
+            given_tensors = arguments.flat(args) if self.has_lists else args
             if is_plain([a for a in given_tensors if isinstance(a, Tensor)]):
                 flat = [g for g in self._run_bwd(ctx.backend, args, needs) if g is not None]
             else:
@@ -435,60 +436,3 @@ class Op:
             else:
                 spread[position] = next(flat)
         return tuple(spread)
-
-
-def _looped(registered: Callable[..., Any]) -> Callable[..., Any]:
-    """The vmap rule that calls `registered` for each element of the batch."""
-
-    def element(arg: Any, dim: Any, i: int) -> Any:
-        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
-            return [element(a, d, i) for a, d in zip(arg, dim, strict=True)]
-        return arg if dim is None else arg.select(dim, i)
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        calls = [
-            registered(*(element(a, d, i) for a, d in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        stacked = [torch.stack(outputs) for outputs in zip(*calls, strict=True)]
-        return stacked, [0] * len(stacked)
-
-    return rule
-
-
-def _flat(args: Any) -> list[Any]:
-    flat: list[Any] = []
-    for arg in args:
-        if isinstance(arg, (list, tuple)):
-            flat.extend(arg)
-        else:
-            flat.append(arg)
-    return flat
-
-
-def _grouped(flat: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
-    """The arguments that `flat` was made of: a list of each length in `layout`, None no list."""
-    rest = iter(flat)
-    return tuple(
-        next(rest) if length is None else [next(rest) for _ in range(length)] for length in layout
-    )
-
-
-def _is_tensors(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(v, Tensor) for v in value)
-    return isinstance(value, Tensor)
-
-
-def _any(needs: Any) -> bool:
-    return any(needs) if isinstance(needs, (list, tuple)) else bool(needs)
-
-
-def _fresh(output: Tensor, args: Sequence[Any]) -> Tensor:
-    """A registered op may not return a view of an input, as a no-op in plain torch may."""
-    storages = {
-        a.untyped_storage()._cdata for a in _flat(args) if isinstance(a, Tensor) and a.numel() > 0
-    }
-    return output.clone() if output.untyped_storage()._cdata in storages else output
