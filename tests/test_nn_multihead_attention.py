@@ -8,6 +8,7 @@ import torch
 
 import mbm_kernels
 from mbm_kernels import nn
+from mbm_kernels._core import native
 
 from .conftest import raises
 
@@ -207,6 +208,27 @@ def test_inside_a_transformer_layer():
     torch.testing.assert_close(ours(x), stock(x))
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), stock.eval()(x))
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+@pytest.mark.parametrize("kind", KINDS)
+def test_projections_by_the_kernel(kind, monkeypatch):
+    """Where concat_linear's table names it; here it is set, whatever the size."""
+    from mbm_kernels.ops.concat_linear import backend_cpu
+
+    calls, fwd = [], backend_cpu.fwd
+    monkeypatch.setattr(backend_cpu, "fwd", lambda *args: calls.append(1) or fwd(*args))
+    stock, ours = twins()
+    given = inputs(stock, kind)
+    mbm_kernels.set_backend("cpu", op="concat_linear")
+    try:
+        assert_same(stock, ours, given)
+        assert len(calls) == {"self": 2, "memory": 3, "cross": 4}[kind]
+        ours.backend = "torch"
+        assert_same(stock, ours, given)
+        assert len(calls) == {"self": 2, "memory": 3, "cross": 4}[kind]
+    finally:
+        mbm_kernels.set_backend("auto", op="concat_linear")
 
 
 def test_same_seed_same_parameters():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.errors import BackendUnavailableError
+from mbm_kernels.ops.concat_linear.op import linear
 from mbm_kernels.ops.cross_attention.op import cross_attention
 
 MODULE = "nn.MultiheadAttention"
@@ -17,7 +18,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same constructor, state_dict and masks, and `backend`.
 
     As in torch a mask's True hides a position, and where weights are asked for a row with nothing
-    to attend to is NaN (its gradients are NaN in torch and 0 here).
+    to attend to is NaN (its gradients are NaN in torch and 0 here). The projections take
+    `concat_linear`'s kernel where its table says that it wins, unless `backend` is "torch".
 
     torch's own forward runs instead, with its results, where
     - dropout is active (training with dropout > 0),
@@ -76,7 +78,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if weights is not None and mask is not None:
             context, weights = _nan_where_nothing(context, weights, mask)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-        output = F.linear(
+        output = self._linear(
             context.permute(order).flatten(2), self.out_proj.weight, self.out_proj.bias
         )
         if not batched:
@@ -120,12 +122,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Projected query, key and value; the last two with what bias_k and zeros append."""
         size, bias = self.embed_dim, self.in_proj_bias
         if self._qkv_same_embed_dim and query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
+            q, k, v = self._linear(query, self.in_proj_weight, bias).chunk(3, -1)
         elif self._qkv_same_embed_dim and key is value:
             biases = (None, None) if bias is None else torch.split(bias, [size, 2 * size])
             q_weight, kv_weight = torch.split(self.in_proj_weight, [size, 2 * size])
-            q = F.linear(query, q_weight, biases[0])
-            k, v = F.linear(key, kv_weight, biases[1]).chunk(2, -1)
+            q = self._linear(query, q_weight, biases[0])
+            k, v = self._linear(key, kv_weight, biases[1]).chunk(2, -1)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.chunk(3)
@@ -133,7 +135,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             thirds = (None, None, None) if bias is None else bias.chunk(3)
             triples = zip((query, key, value), weights, thirds, strict=True)
-            q, k, v = (F.linear(x, w, b) for x, w, b in triples)
+            q, k, v = (self._linear(x, w, b) for x, w, b in triples)
         axis = 1 if batch_first else 0
         one = [k.size(0), 1, size] if batch_first else [1, k.size(1), size]
         keys, values = [k], [v]
@@ -146,6 +148,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if len(keys) > 1:
             k, v = torch.cat(keys, axis), torch.cat(values, axis)
         return q, k, v
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        project = F.linear if self.backend == "torch" else linear
+        return project(x, weight, bias)
 
     def _split(self, x: Tensor, batch_first: bool) -> Tensor:
         """[B, L, E] or [L, B, E] to [B, N, L, E / N]."""
