@@ -76,6 +76,10 @@ BENCHMARK = Benchmark(
         Case(sizes(4, 8, 64, 64), {"shared": True}, "first shared over T"),
         Case(sizes(8, 100, 256, 1000), {"shared": True}, "first shared over T"),
     ],
+    gpu_cases=[
+        Case(sizes(64, 20, 512, 512), {"shared": True}, "first shared over T", quick=True),
+        Case(sizes(64, 20, 512, 512)),
+    ],
     make=make,
     stock=stock,
     work=work,

@@ -23,7 +23,7 @@ def make(case, generator):
 
 def infonce(image, text, scale, kind):
     logits = (image * scale) @ text.t()
-    target = torch.arange(image.size(0))
+    target = torch.arange(image.size(0), device=image.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
@@ -72,6 +72,10 @@ BENCHMARK = Benchmark(
         Case(sizes(1024, 256), {"kind": "infonce"}, "infonce"),
         Case(sizes(1024, 256), {"kind": "siglip"}, "siglip"),
         Case(sizes(128, 256), {"kind": "infonce"}, "infonce small", quick=True),
+    ],
+    gpu_cases=[
+        Case(sizes(4096, 512), {"kind": "infonce"}, "infonce", quick=True),
+        Case(sizes(4096, 512), {"kind": "siglip"}, "siglip"),
     ],
     make=make,
     stock=stock,

@@ -102,6 +102,13 @@ BENCHMARK = Benchmark(
         Case(sizes(16, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
         *(case for size in SIZES for case in captioner(size)),
     ],
+    gpu_cases=[
+        Case(sizes(64, 3, 64, 224, 3), POOLED, "relu pool2", quick=True, **checked(224, 1)),
+        Case(sizes(32, 64, 64, 56, 3), POOLED, "relu pool2", quick=True, **checked(56, 2)),
+        Case(sizes(64, 3, 64, 224, 7), STRIDED, "stride2 relu pool3/2", **checked(224, 1)),
+        Case(sizes(32, 256, 256, 14, 3), POOLED, "relu pool2", **checked(14, 2)),
+        Case(sizes(32, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
+    ],
     make=make,
     stock=lambda case: with_channels_last(build),
     work=work,

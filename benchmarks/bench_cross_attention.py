@@ -26,7 +26,8 @@ def inside(key, key_lengths):
     """bool [B, 1, 1, S], or None where every key counts."""
     if key_lengths is None:
         return None
-    return (torch.arange(key.size(2)) < key_lengths[:, None])[:, None, None]
+    positions = torch.arange(key.size(2), device=key.device)
+    return (positions < key_lengths[:, None].to(key.device))[:, None, None]
 
 
 def sdpa(query, key, value, need_weights=None, key_lengths=None):
@@ -81,6 +82,12 @@ BENCHMARK = Benchmark(
         Case(sizes(2, 8, 196, 196, 64)),
         Case(sizes(1, 8, 20, 49, 64)),
         Case(sizes(1, 4, 512, 512, 32)),
+    ],
+    gpu_cases=[
+        Case(sizes(64, 8, 20, 196, 64), quick=True, check={"B": 4}),
+        Case(sizes(64, 8, 20, 196, 64), MEAN, "mean weights", quick=True, check={"B": 4}),
+        Case(sizes(64, 8, 20, 196, 64), MEAN | {"lengths": True}, "lengths", check={"B": 4}),
+        Case(sizes(64, 8, 20, 49, 64), check={"B": 4}),
     ],
     make=make,
     stock=stock,

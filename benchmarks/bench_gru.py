@@ -54,12 +54,12 @@ def packed(inputs):
 
 
 def masked(inputs):
-    module, lengths = stock_module(inputs), inputs["lengths"]
+    module, lengths = stock_module(inputs), inputs["lengths"].to(inputs["x"].device)
 
     def run(x, h0):
         y, _ = module(x, h0[None])
         last = (lengths - 1)[None, :, None].expand(1, -1, y.size(2))
-        outside = torch.arange(x.size(0))[:, None] >= lengths
+        outside = torch.arange(x.size(0), device=x.device)[:, None] >= lengths
         return y.masked_fill(outside[..., None], 0), y.gather(0, last)
 
     return run, {"x": inputs["x"], "h0": inputs["h0"]}
@@ -101,6 +101,13 @@ BENCHMARK = Benchmark(
         Case(sizes(64, 20, 512, 512)),
         Case(sizes(32, 64, 512, 512), {"lengths": "half"}, "lengths T/2"),
         *(captioner(size) for size in SIZES),
+    ],
+    gpu_cases=[
+        Case(sizes(32, 32, 512, 512), quick=True),
+        Case(sizes(1, 32, 256, 256)),
+        Case(sizes(64, 20, 512, 512)),
+        Case(sizes(32, 64, 512, 1024)),
+        Case(sizes(256, 16, 128, 128)),
     ],
     make=make,
     stock=stock,

@@ -55,6 +55,10 @@ BENCHMARK = Benchmark(
         Case(sizes(1, 256, 512), quick=True),
         *(captioner(size) for size in SIZES),
     ],
+    gpu_cases=[
+        Case(sizes(320, 512, 512), quick=True),
+        Case(sizes(1, 256, 512)),
+    ],
     make=make,
     stock=lambda case: eager_and_compiled(stock_module),
     work=work,

@@ -74,6 +74,11 @@ BENCHMARK = Benchmark(
         Case(sizes(32, 512, 1000), note="as little as auto takes"),
         Case(sizes(8, 512, 10000), note="few rows"),
     ],
+    gpu_cases=[
+        Case(sizes(1280, 512, 10000), quick=True),
+        Case(sizes(1280, 512, 10000), {"ignored": 0.4}, "40 % ignored"),
+        Case(sizes(8192, 1024, 32000)),
+    ],
     make=make,
     stock=stock,
     work=work,

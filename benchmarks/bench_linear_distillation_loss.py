@@ -103,6 +103,11 @@ BENCHMARK = Benchmark(
             check={"N": 128},
         ),
     ],
+    gpu_cases=[
+        Case(sizes(1280, 512, 1024, 10000), quick=True),
+        Case(sizes(1280, 512, 1024, 10000), {"ignored": 0.4}, "40 % ignored"),
+        Case(sizes(8192, 1024, 2048, 32000)),
+    ],
     make=make,
     stock=stock,
     work=work,

@@ -52,6 +52,9 @@ BENCHMARK = Benchmark(
         Case({"B": 16, "N": 8, "T": 20, "S": 196, "D": 512}),
         Case({"B": 8, "N": 4, "T": 16, "S": 64, "D": 128}, quick=True),
     ],
+    gpu_cases=[
+        Case({"B": 64, "N": 8, "T": 20, "S": 196, "D": 512}, quick=True, check={"B": 4}),
+    ],
     make=make,
     stock=lambda case: eager_and_compiled(build_from(torch.nn.MultiheadAttention)),
     function=lambda inputs: build_from(mbm_kernels.nn.MultiheadAttention)(inputs),

@@ -2,15 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mbm_kernels._core import dispatch
-from mbm_kernels.bench import dispatch_tables, gpu, gpu_check, results
+from mbm_kernels.bench import cli, dispatch_tables, gpu, gpu_check, results
 from mbm_kernels.bench.dispatch_tables import Point, boxes, inside, points
+from mbm_kernels.bench.gpu import in_dtype
+from mbm_kernels.bench.limits import Work
+from mbm_kernels.bench.model import MODELS, predict
 from mbm_kernels.testing.suite import placed
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def test_summary_takes_the_best_of_each_side():
@@ -136,3 +142,29 @@ def test_inputs_keep_their_strides_when_they_move():
         assert moved[name].stride() == inputs[name].stride()
         assert moved[name].device.type == "meta"
     assert moved["key_lengths"] is inputs["key_lengths"]
+
+
+def test_prediction_takes_the_slowest_unit():
+    model = MODELS["h100"]
+    work = Work(operations=989e9, bytes=3.35e9, special=0.0)
+    assert model.seconds(work, torch.bfloat16) == pytest.approx(
+        {"memory": 1e-3, "arithmetic": 1e-3, "special functions": 0.0}
+    )
+    assert in_dtype(work, torch.bfloat16).bytes == 3.35e9 / 2
+    (benchmark,) = cli.load(BENCHMARKS, ["additive_attention"])
+    rows = predict([benchmark], model, "B64 T20 S196 D512 E512", ["bfloat16"])
+    # 64 * 20 * 196 * 512 / 2 reciprocals at 3.71e12 a second are 17.3 us.
+    assert rows[0][2:4] == ["17.3", "special functions"]
+
+
+@pytest.mark.parametrize("measured", cli.load(BENCHMARKS), ids=lambda b: b.op)
+def test_gpu_cases_are_well_formed(measured):
+    assert measured.gpu_cases or measured.op == "captioner"
+    labels = [case.label for case in measured.gpu_cases]
+    assert len(set(labels)) == len(labels)
+    assert any(case.quick for case in measured.gpu_cases) or measured.op == "captioner"
+    for case in measured.gpu_cases:
+        assert set(case.sizes) == set(measured.cases[0].sizes)
+        if measured.work is not None:
+            for which in case.passes:
+                assert measured.work(case, which).bytes > 0

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.bench import harness, machine, results, table
+from mbm_kernels.bench import model as predictions
 from mbm_kernels.bench.benchmark import Benchmark
 
 EXIT_WRONG, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -51,6 +52,10 @@ Results = Annotated[
     Path | None, typer.Option("--results", help="Folder of results; OUT in the environment wins.")
 ]
 Ops = Annotated[list[str] | None, typer.Argument(help="Operations; without one, all.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Time nothing: print least times predicted for a GPU (h100)."),
+]
 Folder = Annotated[Path, typer.Option("--folder", help="Where the bench_<op>.py files are.")]
 
 
@@ -172,6 +177,16 @@ def _run(
     return measure(benchmarks, settings, root=folder, base=base, case=case, readme=readme)
 
 
+def _predict(benchmarks: Sequence[Benchmark], name: str, case: str | None) -> int:
+    if name not in predictions.MODELS:
+        known = ", ".join(predictions.MODELS)
+        raise ValueError(f"model: got {name!r}; expected one of {known}; fix the name")
+    model = predictions.MODELS[name]
+    rows = predictions.predict(benchmarks, model, case, ("bfloat16", "float32"))
+    predictions.print_table(rows, model)
+    return 0
+
+
 def bench(
     ops: Ops = None,
     folder: Folder = Path("benchmarks"),
@@ -184,8 +199,11 @@ def bench(
     no_compile: NoCompile = False,
     readme: Readme = None,
     results_folder: Results = None,
+    model: Model = None,
 ) -> int:
     """Time the operations against the best stock form; exit status 1 when a result is wrong."""
+    if model is not None:
+        return _predict(load(folder, ops), model, case)
     return _run(
         load(folder, ops),
         folder,

@@ -250,10 +250,14 @@ def _peak_extra_bytes(call: timing.Call) -> int:
     return peak - before
 
 
+def in_dtype(work: Work, dtype: torch.dtype) -> Work:
+    """`work`, which counts bytes of float32 tensors, in another dtype."""
+    return Work(work.operations, work.bytes * dtype.itemsize / 4, work.special)
+
+
 def _share(work: Work, milliseconds: float, dtype: str) -> dict[str, Any]:
     limit = limits(dtype)
-    # Work counts bytes of float32 tensors.
-    scaled = Work(work.operations, work.bytes * DTYPES[dtype].itemsize / 4)
+    scaled = in_dtype(work, DTYPES[dtype])
     least, bound = limit.least_seconds(scaled)
     return {
         "bound": bound,

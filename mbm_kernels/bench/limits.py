@@ -20,10 +20,14 @@ SECONDS = 0.4
 
 @dataclass(frozen=True)
 class Work:
-    """What a call cannot do without: floating operations (an FMA is 2) and bytes moved once."""
+    """What a call cannot do without: floating operations (an FMA is 2) and bytes moved once.
+
+    special: of them reciprocals, exponentials and the like, which a GPU has units of their own for.
+    """
 
     operations: float
     bytes: float
+    special: float = 0.0
 
 
 @dataclass(frozen=True)
