@@ -11,6 +11,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: n LN2_HIGH is exact for |n| < 2^14
 LN2_LOW = tl.constexpr(-2.1219444e-4)
 
+LOWEST = tl.constexpr(-3e38)  # where a running maximum begins
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -52,3 +54,21 @@ def tanh(x):
     magnitude = m / (m + 2.0)
     signed = tl.where(x < 0, -magnitude, magnitude)
     return tl.where(x == x, signed, x)
+
+
+@triton.jit
+def add_exp(largest, total, x):
+    """Per lane: x joins the largest so far and the sum of e^(x - largest); begin with LOWEST, 0.
+
+    One exponential each. An infinity or a NaN makes the sum, or its joining with others, a NaN.
+    """
+    d = x - largest
+    e = tl.exp(-tl.abs(d))
+    return tl.where(d > 0, x, largest), tl.where(d > 0, total * e + 1.0, total + e)
+
+
+@triton.jit
+def join_exp(largest, total):
+    """The lanes of `add_exp` together: (the largest x, the sum of e^(x - largest))."""
+    top = tl.max(largest, 0)
+    return top, tl.sum(total * tl.exp(largest - top), 0)

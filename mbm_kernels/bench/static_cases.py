@@ -54,10 +54,32 @@ def _additive_attention(
     return inputs
 
 
+def _linear_cross_entropy(
+    N: int = 1280, V: int = 10000, plain: bool = False
+) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "hidden": empty(N, 512, dtype=dtype),
+            "weight": empty(V, 512, dtype=dtype),
+            "target": empty(N, dtype=torch.int64),
+            "bias": empty(V, dtype=dtype) if plain else None,
+            "ignore_index": -100,
+            "label_smoothing": 0.0 if plain else 0.1,
+            "softcap": None if plain else 30.0,
+            "z_loss": 0.0 if plain else 1e-4,
+            "reduction": "mean" if plain else "none",
+            "save": [True, True, plain],
+        }
+
+    return inputs
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
     StaticCase("additive_attention", "T1 S49", _additive_attention(T=1, S=49)),
+    StaticCase("linear_cross_entropy", "V10000", _linear_cross_entropy(plain=True)),
+    StaticCase("linear_cross_entropy", "V10000 cap, smoothing, z", _linear_cross_entropy()),
 )
 
 
