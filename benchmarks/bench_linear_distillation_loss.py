@@ -42,7 +42,8 @@ def losses(logits, teacher, target, temperature):
         reduction="batchmean",
         log_target=True,
     )
-    return (hard + soft) / 2, hard, soft
+    # Training follows the loss; its two parts are logged.
+    return (hard + soft) / 2, hard.detach(), soft.detach()
 
 
 def layers(
@@ -102,6 +103,8 @@ BENCHMARK = Benchmark(
             quick=True,
             check={"N": 128},
         ),
+        Case(sizes(32, 512, 512, 1000), note="as little as auto takes"),
+        Case(sizes(8, 512, 1024, 10000), note="few rows"),
     ],
     gpu_cases=[
         Case(sizes(1280, 512, 1024, 10000), quick=True),
@@ -111,6 +114,7 @@ BENCHMARK = Benchmark(
     make=make,
     stock=stock,
     work=work,
+    backward_from=1,
 )
 
 if __name__ == "__main__":

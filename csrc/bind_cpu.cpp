@@ -39,6 +39,7 @@ void bind_common(py::module_& m) {
   py::enum_<mbm::VectorFunction>(m, "VectorFunction")
       .value("exp", mbm::VectorFunction::kExp)
       .value("expm1", mbm::VectorFunction::kExpm1)
+      .value("log", mbm::VectorFunction::kLog)
       .value("sigmoid", mbm::VectorFunction::kSigmoid)
       .value("tanh", mbm::VectorFunction::kTanh);
   m.def("vector_math", [](mbm::VectorFunction function, Address x, Address y, int64_t n) {

@@ -41,3 +41,8 @@ def raises(error: type[Exception], *fragments: str):
 def precise(backend: str) -> torch.dtype:
     """The most precise dtype that every backend's kernels take."""
     return torch.float64 if backend == "torch" else torch.float32
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal up to the rounding of the coarser dtype."""
+    torch.testing.assert_close(actual, expected, check_dtype=False)

@@ -45,6 +45,16 @@ def test_accuracy(isa, name):
         assert (error / truth.abs()).nan_to_num().max() <= relative
 
 
+def test_log(isa):
+    x = torch.cat([torch.logspace(-37.9, 38, 200_003), torch.linspace(0.5, 2, 100_001)])
+    truth = x.double().log()
+    error = (evaluate("log", x) - truth).abs()
+    assert (error <= 1.2e-7 * truth.abs() + 1e-12).all()
+    special = evaluate("log", torch.tensor([1.0, float("nan"), 2.0]))
+    assert special[0] == 0
+    assert special[1].isnan()
+
+
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 7, 8, 15, 16, 17, 31, 33])
 def test_tail_touches_nothing_else(isa, n):
     x = torch.full((n + 2,), 0.5)

@@ -1,5 +1,5 @@
-// exp, expm1, sigmoid and tanh on vf lanes. NaN passes through; errors are the largest measured
-// against float64 over [-20, 20] (tests/test_csrc.py repeats the measurement).
+// exp, expm1, log, sigmoid and tanh on vf lanes. NaN passes through; errors are the largest
+// measured against float64 over [-20, 20] (tests/test_csrc.py repeats the measurement).
 #pragma once
 
 #include "common/simd.h"
@@ -46,6 +46,28 @@ inline vf exp(vf x) {
 inline vf expm1(vf x) {
   const ExpParts e = exp_parts(x);
   return fma(e.poly, e.scale, e.scale - set1(1.0f));
+}
+
+// Cephes logf, 1 ulp, for normal numbers above 0; NaN for NaN and infinity.
+inline vf log(vf x) {
+  const vi bits = (vi)x;
+  const vi exponent = (bits - 0x3f3504f3) >> 23;  // the mantissa from sqrt(1/2) on
+  const vf n = __builtin_convertvector(exponent, vf);
+  const vf f = (vf)(bits - (exponent << 23)) - set1(1.0f);
+  vf p = set1(7.0376836292e-2f);
+  p = fma(p, f, set1(-1.1514610310e-1f));
+  p = fma(p, f, set1(1.1676998740e-1f));
+  p = fma(p, f, set1(-1.2420140846e-1f));
+  p = fma(p, f, set1(1.4249322787e-1f));
+  p = fma(p, f, set1(-1.6668057665e-1f));
+  p = fma(p, f, set1(2.0000714765e-1f));
+  p = fma(p, f, set1(-2.4999993993e-1f));
+  p = fma(p, f, set1(3.3333331174e-1f));
+  const vf square = f * f;
+  vf y = p * (f * square);
+  y = fma(n, set1(-2.12194440e-4f), y);
+  y = fma(square, set1(-0.5f), y);
+  return fma(n, set1(0.693359375f), f + y) + (x - x);
 }
 
 // 8.9e-8 absolute.

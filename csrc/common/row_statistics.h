@@ -1,5 +1,5 @@
-// max, sum exp(z - max) and sum z of every row of a chunk of logits (linear_head.h), by blocks of
-// classes whose shares are added in their order.
+// max, sum exp((z - max) * scale) for up to two scales, and sum z of every row of a chunk of logits
+// (linear_head.h), by blocks of classes whose shares are added in their order.
 #pragma once
 
 #include "common/activations.h"
@@ -19,11 +19,16 @@ inline vf exp_or_zero(vf x) {
 
 class BlockStatistics {
  public:
-  BlockStatistics(int64_t blocks, int64_t panels, bool with_totals)
+  BlockStatistics(int64_t blocks, int64_t panels, bool with_totals, float scale = 1.0f)
+      : BlockStatistics(blocks, panels, with_totals, scale, scale) {}
+  // Where the scales differ, sums(1) is that of the second.
+  BlockStatistics(int64_t blocks, int64_t panels, bool with_totals, float scale, float second)
       : blocks_(blocks),
         stride_(panels * kPanel),
         with_totals_(with_totals),
-        arrays_(with_totals ? 3 : 2),
+        scales_{scale, second},
+        sums_(scale != second ? 2 : 1),
+        arrays_(1 + sums_ + (with_totals ? 1 : 0)),
         // The last block + 1 holds the rows' own values.
         data_(sizeof(float) * static_cast<size_t>((blocks + 1) * stride_ * arrays_)) {}
 
@@ -35,19 +40,22 @@ class BlockStatistics {
       max1 = max(load(z + v * kPanel + kLanes), max1);
     }
     put(b, 0, p, max0, max1);
-    vf sum0 = zero(), sum1 = zero();
-    for (int64_t v = 0; v < classes; ++v) {
-      sum0 = sum0 + exp_or_zero(load(z + v * kPanel) - max0);
-      sum1 = sum1 + exp_or_zero(load(z + v * kPanel + kLanes) - max1);
+    for (int64_t i = 0; i < sums_; ++i) {
+      const vf scale = set1(scales_[i]);
+      vf sum0 = zero(), sum1 = zero();
+      for (int64_t v = 0; v < classes; ++v) {
+        sum0 = sum0 + exp_or_zero((load(z + v * kPanel) - max0) * scale);
+        sum1 = sum1 + exp_or_zero((load(z + v * kPanel + kLanes) - max1) * scale);
+      }
+      put(b, 1 + i, p, sum0, sum1);
     }
-    put(b, 1, p, sum0, sum1);
     if (!with_totals_) return;
-    sum0 = sum1 = zero();
+    vf sum0 = zero(), sum1 = zero();
     for (int64_t v = 0; v < classes; ++v) {
       sum0 = sum0 + load(z + v * kPanel);
       sum1 = sum1 + load(z + v * kPanel + kLanes);
     }
-    put(b, 2, p, sum0, sum1);
+    put(b, arrays_ - 1, p, sum0, sum1);
   }
 
   // The rows of panel p, from all blocks. A row without a logit above -inf has sum NaN, as
@@ -56,22 +64,26 @@ class BlockStatistics {
     for (int64_t r = p * kPanel; r < (p + 1) * kPanel; r += kLanes) {
       vf most = set1(kNoLogit);
       for (int64_t b = 0; b < blocks_; ++b) most = max(load(array(b, 0) + r), most);
-      vf total = zero(), plain = zero();
-      for (int64_t b = 0; b < blocks_; ++b) {
-        const vf share = load(array(b, 1) + r);
-        total = fma(share, exp_or_zero(load(array(b, 0) + r) - most), total);
-        if (with_totals_) plain = plain + load(array(b, 2) + r);
-      }
       const vi none = (vi)(most == set1(kNoLogit));
       store(maxima() + r, most);
-      store(sums() + r, (vf)((vi)total | none));
-      if (with_totals_) store(array(blocks_, 2) + r, plain);
+      for (int64_t i = 0; i < sums_; ++i) {
+        vf total = zero();
+        for (int64_t b = 0; b < blocks_; ++b)
+          total = fma(load(array(b, 1 + i) + r),
+                      exp_or_zero((load(array(b, 0) + r) - most) * set1(scales_[i])), total);
+        store(sums(i) + r, (vf)((vi)total | none));
+      }
+      if (!with_totals_) continue;
+      vf total = zero();
+      for (int64_t b = 0; b < blocks_; ++b) total = total + load(array(b, arrays_ - 1) + r);
+      store(array(blocks_, arrays_ - 1) + r, total);
     }
   }
 
   float* maxima() const { return array(blocks_, 0); }
-  float* sums() const { return array(blocks_, 1); }          // of exp(z - max)
-  const float* totals() const { return array(blocks_, 2); }  // of z
+  // of exp((z - max) * scale)
+  float* sums(int64_t i = 0) const { return array(blocks_, 1 + (i < sums_ ? i : 0)); }
+  const float* totals() const { return array(blocks_, arrays_ - 1); }  // of z
 
  private:
   float* array(int64_t b, int64_t which) const {
@@ -85,7 +97,8 @@ class BlockStatistics {
 
   int64_t blocks_, stride_;
   bool with_totals_;
-  int64_t arrays_;
+  float scales_[2];
+  int64_t sums_, arrays_;
   Scratch data_;
 };
 

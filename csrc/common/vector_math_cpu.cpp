@@ -18,6 +18,7 @@ void vector_math(VectorFunction function, const float* x, float* y, int64_t n) {
   switch (function) {
     case VectorFunction::kExp: return apply(x, y, n, [](vf v) { return exp(v); });
     case VectorFunction::kExpm1: return apply(x, y, n, [](vf v) { return expm1(v); });
+    case VectorFunction::kLog: return apply(x, y, n, [](vf v) { return log(v); });
     case VectorFunction::kSigmoid: return apply(x, y, n, [](vf v) { return sigmoid(v); });
     case VectorFunction::kTanh: return apply(x, y, n, [](vf v) { return tanh(v); });
   }

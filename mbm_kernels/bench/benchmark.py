@@ -67,6 +67,7 @@ class Form:
         compile: time it through `compiler`, recompiled for each case and thread count.
         compiler: torch.compile of the whole function, unless a model compiles its parts better.
         passes: where the form exists.
+        backward_from: how many of the outputs, the first ones, get a gradient; None: all that can.
     """
 
     build: Callable[[Inputs], tuple[Function, Inputs]]
@@ -74,6 +75,7 @@ class Form:
     compile: bool = False
     compiler: Callable[[Function], Function] = compile_whole
     passes: tuple[str, ...] = PASSES
+    backward_from: int | None = None
 
 
 def eager_and_compiled(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
@@ -106,6 +108,8 @@ class Benchmark:
         extra: what the error rule allows more, times max|truth|: an operation's named constant.
         kinks: the gradient jumps where two values of a pooling window, or a value and 0, are equal;
             right forms then differ, so that it is checked away from such inputs.
+        backward_from: as a form's, for `mbm` and the reference: results that training only logs
+            get no gradient.
         positive: whether the reference on absolute values of the inputs bounds its rounding, as it
             does for a single operation; a model's floor is taken from its largest result.
     """
@@ -123,12 +127,17 @@ class Benchmark:
     positive: bool = True
     kinks: bool = False
     gpu_cases: Sequence[Case] = ()
+    backward_from: int | None = None
 
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:
             return Form(self.function, layout=self.layout)
         public = getattr(mbm_kernels, self.op)
-        return Form(lambda inputs: (public, {**inputs, "backend": backend}), layout=self.layout)
+        return Form(
+            lambda inputs: (public, {**inputs, "backend": backend}),
+            layout=self.layout,
+            backward_from=self.backward_from,
+        )
 
     def definition(self) -> Function:
         if self.reference is not None:
@@ -162,6 +171,7 @@ class Prepared:
     arguments: Inputs
     leaves: dict[str, Tensor]
     grads: list[Tensor] = field(default_factory=list)
+    backward_from: int | None = None
 
     def forward(self) -> Any:
         with torch.no_grad():
@@ -175,7 +185,8 @@ class Prepared:
                 torch.randn(o.shape, generator=generator).to(o) if o.dim() else torch.ones_like(o)
                 for o in outputs
             ]
-        pairs = [(o, g) for o, g in zip(outputs, self.grads, strict=True) if o.requires_grad]
+        pairs = list(zip(outputs, self.grads, strict=True))[: self.backward_from]
+        pairs = [(o, g) for o, g in pairs if o.requires_grad]
         found = torch.autograd.grad(
             [o for o, _ in pairs],
             list(self.leaves.values()),
@@ -224,7 +235,7 @@ def prepare(form: Form, inputs: Inputs, diff: Sequence[str]) -> Prepared:
     function, arguments = form.build(owned)
     if form.compile:
         function = form.compiler(function)
-    return Prepared(function, arguments, leaves)
+    return Prepared(function, arguments, leaves, backward_from=form.backward_from)
 
 
 @contextmanager

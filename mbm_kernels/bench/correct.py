@@ -64,7 +64,8 @@ def check(
     small = case.for_check(which)
     inputs = place(_inputs(benchmark, small, which))
     diff = benchmark.differentiable(inputs)
-    reference = Form(as_called(benchmark.definition()))
+    definition = as_called(benchmark.definition())
+    reference = Form(definition, backward_from=benchmark.backward_from)
     double = map_floating(inputs, Tensor.double)
     truth = _evaluate(prepare(reference, double, diff), which)
     if benchmark.positive:
@@ -113,7 +114,8 @@ def _inputs(benchmark: Benchmark, case: Case, which: str) -> Inputs:
     first = benchmark.inputs(case)
     if which != BOTH or not benchmark.kinks:
         return first
-    reference = Form(as_called(benchmark.definition()))
+    definition = as_called(benchmark.definition())
+    reference = Form(definition, backward_from=benchmark.backward_from)
     for seed in range(SEEDS):
         inputs = benchmark.inputs(case, seed)
         diff = benchmark.differentiable(inputs)

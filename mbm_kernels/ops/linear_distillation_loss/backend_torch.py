@@ -6,6 +6,7 @@ zero probabilities masked instead of minus infinity kept out of the biases; 137 
 logits divided by the temperature in a pass of their own instead of by the GEMM's alpha.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def fwd(
     beta: float,
     ignore_index: int,
     reduction: str,
+    save: Sequence[bool] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = target.numel()
     kept, ignored = targets.split_rows(target, ignore_index)

@@ -17,8 +17,11 @@ MASS_SLACK = 0.05
 
 def _fake(student_hidden: Tensor, student_weight: Tensor, target: Tensor, *rest: Any) -> Any:
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    shape = target.shape if rest[-1] == "none" else ()
-    return tuple(student_hidden.new_empty(shape, dtype=dtype) for _ in range(3))
+    student_bias, reduction, save = rest[0], rest[-2], rest[-1]
+    shape = target.shape if reduction == "none" else ()
+    results = (student_hidden.new_empty(shape, dtype=dtype) for _ in range(3))
+    student = (student_hidden, student_weight, student_bias)
+    return (*results, *targets.gradients_to_make(student, save, reduction))
 
 
 def _reference(
@@ -39,7 +42,8 @@ _INPUTS = (
 )
 OP = Op(
     NAME,
-    fwd=f"({_INPUTS}) -> (Tensor loss, Tensor hard, Tensor soft)",
+    fwd=f"({_INPUTS}, bool[] save) -> (Tensor loss, Tensor hard, Tensor soft,"
+    " Tensor made_student_hidden, Tensor made_student_weight, Tensor made_student_bias)",
     bwd=f"(Tensor? grad_loss, Tensor? grad_hard, Tensor? grad_soft, {_INPUTS}, bool[] needs)",
     diff=("student_hidden", "student_weight", "student_bias"),
     fake=_fake,
@@ -215,6 +219,7 @@ def linear_distillation_loss(
             "H_teacher": teacher_features,
             "V": classes,
             "k": 0 if ids is None else ids.size(-1),
+            "products": rows * features * classes,
         },
     )
     if reduction == "none":
