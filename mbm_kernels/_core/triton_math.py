@@ -72,3 +72,17 @@ def join_exp(largest, total):
     """The lanes of `add_exp` together: (the largest x, the sum of e^(x - largest))."""
     top = tl.max(largest, 0)
     return top, tl.sum(total * tl.exp(largest - top), 0)
+
+
+@triton.jit
+def load_tile(x, i, j, rows, columns, stride_i, stride_j):
+    """x[i, j], 0 past the rows and columns."""
+    at = x + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
+    return tl.load(at, (i < rows)[:, None] & (j < columns)[None, :], 0.0)
+
+
+@triton.jit
+def store_tile(x, tile, i, j, rows, columns, stride_i, stride_j):
+    """x[i, j] = tile, rounded to the type of x, within the rows and columns."""
+    at = x + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
+    tl.store(at, tile.to(x.dtype.element_ty), (i < rows)[:, None] & (j < columns)[None, :])

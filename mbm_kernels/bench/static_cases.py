@@ -74,12 +74,42 @@ def _linear_cross_entropy(
     return inputs
 
 
+def _cross_attention(
+    T: int = 20,
+    S: int = 196,
+    D: int = 64,
+    need_weights: str | None = None,
+    masked: bool = False,
+    save: bool = True,
+) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "query": empty(64, 8, T, D, dtype=dtype),
+            "key": empty(64, 8, S, D, dtype=dtype),
+            "value": empty(64, 8, S, D, dtype=dtype),
+            "key_lengths": empty(64, dtype=torch.int64) if masked else None,
+            "mask": empty(64, 1, 1, S, dtype=torch.bool) if masked else None,
+            "scale": D**-0.5,
+            "need_weights": need_weights,
+            "save": save,
+        }
+
+    return inputs
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
     StaticCase("additive_attention", "T1 S49", _additive_attention(T=1, S=49)),
     StaticCase("linear_cross_entropy", "V10000", _linear_cross_entropy(plain=True)),
     StaticCase("linear_cross_entropy", "V10000 cap, smoothing, z", _linear_cross_entropy()),
+    StaticCase("cross_attention", "T20 S196 D64", _cross_attention()),
+    StaticCase(
+        "cross_attention",
+        "T20 S196 D64 mean masked",
+        _cross_attention(need_weights="mean", masked=True),
+    ),
+    StaticCase("cross_attention", "T100 S300 D128", _cross_attention(T=100, S=300, D=128)),
 )
 
 
