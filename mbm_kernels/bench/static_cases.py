@@ -97,6 +97,17 @@ def _cross_attention(
     return inputs
 
 
+def _concat_linear(*leads: tuple[int, ...]) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "inputs": [empty(*lead, 512, dtype=dtype) for lead in leads],
+            "weight": empty(512, 512 * len(leads), dtype=dtype),
+            "bias": empty(512, dtype=dtype),
+        }
+
+    return inputs
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
@@ -110,6 +121,8 @@ CASES = (
         _cross_attention(need_weights="mean", masked=True),
     ),
     StaticCase("cross_attention", "T100 S300 D128", _cross_attention(T=100, S=300, D=128)),
+    StaticCase("concat_linear", "B64 T20, shared", _concat_linear((64, 20), (64, 1))),
+    StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
 )
 
 
