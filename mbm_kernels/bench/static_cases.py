@@ -97,6 +97,35 @@ def _cross_attention(
     return inputs
 
 
+def _linear_distillation_loss(
+    teacher: str, divergence: str = "forward_kl", temperature: float = 2.0
+) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        N, V = 1280, 10000
+        hidden, topk = teacher == "hidden", teacher == "topk"
+        return {
+            "student_hidden": empty(N, 512, dtype=dtype),
+            "student_weight": empty(V, 512, dtype=dtype),
+            "target": empty(N, dtype=torch.int64),
+            "student_bias": empty(V, dtype=dtype) if hidden else None,
+            "teacher_hidden": empty(N, 1024, dtype=dtype) if hidden else None,
+            "teacher_weight": empty(V, 1024, dtype=dtype) if hidden else None,
+            "teacher_bias": empty(V, dtype=dtype) if hidden else None,
+            "teacher_logits": empty(N, V, dtype=dtype) if teacher == "logits" else None,
+            "teacher_topk_ids": empty(N, 64, dtype=torch.int64) if topk else None,
+            "teacher_topk_log_probs": empty(N, 64, dtype=dtype) if topk else None,
+            "temperature": temperature,
+            "hard_weight": 0.5,
+            "divergence": divergence,
+            "beta": 0.5,
+            "ignore_index": -100,
+            "reduction": "mean",
+            "save": [True, True, hidden],
+        }
+
+    return inputs
+
+
 def _concat_linear(*leads: tuple[int, ...]) -> Callable[[torch.dtype], dict[str, Any]]:
     def inputs(dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -121,6 +150,11 @@ CASES = (
         _cross_attention(need_weights="mean", masked=True),
     ),
     StaticCase("cross_attention", "T100 S300 D128", _cross_attention(T=100, S=300, D=128)),
+    StaticCase("linear_distillation_loss", "KL", _linear_distillation_loss("hidden")),
+    StaticCase(
+        "linear_distillation_loss", "JSD, T 3", _linear_distillation_loss("logits", "jsd", 3.0)
+    ),
+    StaticCase("linear_distillation_loss", "top 64", _linear_distillation_loss("topk")),
     StaticCase("concat_linear", "B64 T20, shared", _concat_linear((64, 20), (64, 1))),
     StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
 )
