@@ -391,7 +391,7 @@ class Op:
         if not self.made or given[0] is None or any(grad is not None for grad in given[1:]):
             return False
         return all(
-            named[f"made_{n}"].shape == named[n].shape and named[f"made_{n}"].dim() > 0
+            named[f"made_{n}"].shape == named[n].shape
             for n, needed in zip(self.diff, needs, strict=True)
             if needed and named[n] is not None
         )
@@ -403,14 +403,18 @@ class Op:
         for name, needed in zip(self.diff, needs, strict=True):
             if not needed or named[name] is None:
                 continue
-            made = named[f"made_{name}"]
-            # A graph that is freed gives away what it saved: a second [V, H] would be felt.
-            if is_plain([made, grad]) and not _graph_is_kept():
-                if grad.device.type != "cpu" or grad.item() != 1:
+            made, dtype = named[f"made_{name}"], named[name].dtype
+            on_cpu, plain = grad.device.type == "cpu", is_plain([made, grad])
+            if plain and not on_cpu and dtype != made.dtype:
+                # Scaled and rounded in one pass: 30 MB instead of 70 at V 10000, H 512.
+                made = torch.mul(made, grad, out=torch.empty_like(made, dtype=dtype))
+            elif plain and not _graph_is_kept():
+                # A graph that is freed gives away what it saved: a second [V, H] would be felt.
+                if not on_cpu or grad.item() != 1:
                     made.mul_(grad)
             else:
                 made = made * grad
-            found.append(made.to(named[name].dtype))
+            found.append(made.to(dtype))
         return found
 
     def _differentiable_backward(

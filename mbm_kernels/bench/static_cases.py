@@ -137,6 +137,20 @@ def _concat_linear(*leads: tuple[int, ...]) -> Callable[[torch.dtype], dict[str,
     return inputs
 
 
+def _contrastive_loss(kind: str) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "image": empty(4096, 512, dtype=dtype),
+            "text": empty(4096, 512, dtype=dtype),
+            "scale": empty(dtype=torch.float32),
+            "bias": empty(dtype=torch.float32) if kind == "siglip" else None,
+            "kind": kind,
+            "save": [True, True, True, kind == "siglip"],
+        }
+
+    return inputs
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
@@ -157,6 +171,8 @@ CASES = (
     StaticCase("linear_distillation_loss", "top 64", _linear_distillation_loss("topk")),
     StaticCase("concat_linear", "B64 T20, shared", _concat_linear((64, 20), (64, 1))),
     StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
+    StaticCase("contrastive_loss", "infonce", _contrastive_loss("infonce")),
+    StaticCase("contrastive_loss", "siglip", _contrastive_loss("siglip")),
 )
 
 

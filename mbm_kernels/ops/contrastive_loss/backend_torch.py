@@ -6,6 +6,7 @@ siglip: 28 ms with the diagonal's sign flipped in place, 30 with a matrix of lab
 F.binary_cross_entropy_with_logits, 46 with scale, bias and labels applied to [B, B].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
-def fwd(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+def fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    save: Sequence[bool] = (),
+) -> Tensor:
     if kind == "infonce":
         logits = _logits(image, text, scale, None)
         by_image = torch.log_softmax(logits, 1).diagonal()

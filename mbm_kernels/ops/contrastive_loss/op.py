@@ -1,11 +1,12 @@
 """Contrastive losses of image and text: the public function and its registration."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, targets
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.contrastive_loss import backend_torch, reference
 
@@ -13,14 +14,18 @@ NAME = "contrastive_loss"
 KINDS = ("infonce", "siglip")
 
 
-def _fake(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return image.new_empty((), dtype=scale.dtype)
+def _fake(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, save: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    loss = image.new_empty((), dtype=scale.dtype)
+    return loss, *targets.gradients_to_make((image, text, scale, bias), save, "mean")
 
 
 # scale and bias: 0-dimensional, float64 with float64 embeddings, else float32.
 OP = Op(
     NAME,
-    fwd="(Tensor image, Tensor text, Tensor scale, Tensor? bias, str kind) -> (Tensor loss)",
+    fwd="(Tensor image, Tensor text, Tensor scale, Tensor? bias, str kind, bool[] save) -> (Tensor"
+    " loss, Tensor made_image, Tensor made_text, Tensor made_scale, Tensor made_bias)",
     bwd="(Tensor? grad_loss, Tensor image, Tensor text, Tensor scale, Tensor? bias, str kind,"
     " bool[] needs)",
     diff=("image", "text", "scale", "bias"),
