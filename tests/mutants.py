@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         "accurate-small-form-dropped",
         ATTENTION_BACKWARD,
-        "return largest_query + largest_key <= kSmallLimit ? Form::kSmall : Form::kFactored;",
-        "return Form::kFactored;",
+        "if (bound <= kSmallLimit) return Form::kSmall;",
+        "",
         "tests/test_additive_attention.py",
     ),
     Mutant(
@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
-        "if (!v_.factorable || !sum_at_most(magnitude, key_magnitude, kRatioLimit)) {",
+        "if (!v_.factorable || !in_range) {",
         "if (false) {",
         "tests/test_additive_attention.py",
     ),

@@ -19,33 +19,32 @@ constexpr int64_t kValueRows = 64;      // rows of grad_value in a piece
 constexpr int64_t kSerialWork = 15000;  // tanh below which a second thread costs more than it saves
 
 enum class Form {
-  kSmall,     // |q| + |k| <= 0.5: 1 - tanh^2 as it stands, exact to half an eps
-  kFactored,  // q + c <= 15
-  kDirect     // anything
+  kSmall,  // |q| + |k| <= 0.5: 1 - tanh^2 as it stands, exact to half an eps
+  kRatio,  // |q| + |k| <= kRatioLimit
+  kDirect  // anything
 };
 constexpr float kSmallLimit = 0.5f;
 
-// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][kLanes] holds a, or
-// x = a + 1 in kFactored; keys y and b; in kDirect the inputs themselves, in y for the keys. Adds
-// sum over s of g (1 - tanh^2) to grad_query [T][kLanes], that over t to sum_key, both halved in
-// kFactored, and returns the sum of g tanh.
+// One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][kLanes] and y hold e^2x in
+// kRatio, a with y and b in kSmall, the inputs themselves in kDirect. Adds sum over s of
+// g (1 - tanh^2) to grad_query [T][kLanes], that over t to sum_key, both quartered in kRatio, and
+// returns the sum of g tanh; in kRatio that of g / (x y + 1), which is half of (sum of g) less it.
 template <Form form>
 inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, float* grad_query,
                         const vf* y, const vf* b, vf* sum_key) {
-  const vf one = set1(1.0f), half = set1(0.5f);
+  const vf one = set1(1.0f);
   vf weighted = zero();
   for (int64_t t = 0; t < T; ++t) {
     const vf a = load(query + t * kLanes);
     vf sum_query = zero(), sum_tanh = zero();
 #pragma GCC unroll 2
     for (int s = 0; s < kKeys; s += 2) {
-      vf product[2] = {}, m[2] = {}, inverse[2] = {};  // inverse: 1 / (m + 1), one division for two
+      vf value[2] = {}, inverse[2] = {};  // x y or m, and 1 / (value + 1): one division for two
       if constexpr (form != Form::kDirect) {
         vf d[2];
         for (int j = 0; j < 2; ++j) {
-          product[j] = a * y[s + j];
-          m[j] = form == Form::kSmall ? product[j] + b[s + j] : product[j] - half;
-          d[j] = form == Form::kSmall ? m[j] + one : product[j] + half;
+          value[j] = form == Form::kSmall ? fma(a, y[s + j], b[s + j]) : a * y[s + j];
+          d[j] = value[j] + one;
         }
         const vf shared = one / (d[0] * d[1]);
         inverse[0] = shared * d[1];
@@ -55,13 +54,13 @@ inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, 
       for (int j = 0; j < 2; ++j) {
         const vf g = set1(grad_score[t * kKeys + s + j]);
         vf p;
-        if constexpr (form == Form::kFactored) {
-          // (1 - tanh^2) / 2 = x y / (m + 1)^2 keeps its digits where tanh is near -1 or 1.
-          const vf scaled = g * inverse[j];
-          sum_tanh = fma(scaled, m[j], sum_tanh);
-          p = product_of(scaled, inverse[j] * product[j]);
+        if constexpr (form == Form::kRatio) {
+          // (1 - tanh^2) / 4 = x y / (x y + 1)^2 keeps its digits where tanh is near -1 or 1.
+          const vf scaled = product_of(g, inverse[j]);
+          sum_tanh = sum_tanh + scaled;
+          p = product_of(scaled, inverse[j] * value[j]);
         } else {
-          vf slope, tanh = m[j] * inverse[j];
+          vf slope, tanh = value[j] * inverse[j];
           if constexpr (form == Form::kDirect) {
             tanh = direct_tanh(a + y[s + j], &slope);
           } else {
@@ -124,7 +123,7 @@ class Backward {
   // grad_query, grad_key and grad_v of b for the block of d that starts at d0.
   void query_key_v(int64_t b, int64_t d0) const {
     const int64_t S = key_count(in_, b), T = in_.T;
-    const Scratch memory(sizeof(float) * kBlock * (2 * T + 1));
+    const Scratch memory(sizeof(float) * kBlock * 2 * T);
     Block block;
     block.b = b;
     block.d0 = d0;
@@ -132,22 +131,20 @@ class Backward {
     block.S = S;
     block.query = memory.as<float>();
     block.grad_query = block.query + kBlock * T;
-    block.largest_key = block.grad_query + kBlock * T;
     const float* q = in_.query + b * in_.query_stride_b + d0;
     const float* k = in_.key + b * in_.key_stride_b + d0;
-    const Form form = choose_form(q, k, S, block.width, block.largest_key);
+    const Form form = choose_form(q, k, S, block.width);
     for (int64_t t = 0; t < T; ++t)
       for (int64_t i = 0; i < kVectors; ++i) {
         const int64_t d = i * kLanes, left = block.width - d;
-        const vf x = left > 0 ? load_part(q + t * in_.query_stride_t + d, left) : zero();
-        vf a = x, x_factor = x;
-        if (form != Form::kDirect)
-          query_factors(x, shift_exponent(load(block.largest_key + d)), &a, &x_factor);
-        store(block.query + (i * T + t) * kLanes, form == Form::kFactored ? x_factor : a);
+        vf x = left > 0 ? load_part(q + t * in_.query_stride_t + d, left) : zero();
+        if (form == Form::kSmall) x = expm1(x + x);
+        if (form == Form::kRatio) x = exp_in_range(x + x);
+        store(block.query + (i * T + t) * kLanes, x);
       }
     switch (form) {
       case Form::kSmall: return gradients<Form::kSmall>(block);
-      case Form::kFactored: return gradients<Form::kFactored>(block);
+      case Form::kRatio: return gradients<Form::kRatio>(block);
       case Form::kDirect: return gradients<Form::kDirect>(block);
     }
   }
@@ -167,31 +164,25 @@ class Backward {
   }
 
  private:
-  // `width` d from d0 on: what gradient_tile takes of the queries, for each of kVectors, and the
-  // largest keys [kBlock].
+  // `width` d from d0 on: what gradient_tile takes of the queries, for each of kVectors.
   struct Block {
     int64_t b, d0, width, S;
-    float *query, *grad_query, *largest_key;
+    float *query, *grad_query;
   };
 
-  // Also fills largest [kBlock].
-  Form choose_form(const float* q, const float* k, int64_t S, int64_t width, float* largest) const {
-    std::fill_n(largest, kBlock, 0.0f);
-    if (S == 0) return Form::kSmall;
-    if (!largest_keys(k, in_.key_stride_s, S, width, largest)) return Form::kDirect;
-    float bound = 0.0f, largest_query = 0.0f, largest_key = 0.0f;
-    for (int64_t t = 0; t < in_.T; ++t) {
-      float magnitude;
-      bound = std::max(bound, query_bound(q + t * in_.query_stride_t, largest, width, &magnitude));
-      largest_query = std::max(largest_query, magnitude);
-    }
-    if (bound > kPairLimit) return Form::kDirect;
-    if (largest_query > kSmallLimit) return Form::kFactored;
-    for (int64_t s = 0; s < S; ++s)
-      largest_key = std::max(largest_key, max_magnitude(k + s * in_.key_stride_s, width));
-    return largest_query + largest_key <= kSmallLimit ? Form::kSmall : Form::kFactored;
+  Form choose_form(const float* q, const float* k, int64_t S, int64_t width) const {
+    const float bound = max_magnitude(q, in_.query_stride_t, in_.T, width) +
+                        max_magnitude(k, in_.key_stride_s, S, width);
+    if (bound <= kSmallLimit) return Form::kSmall;
+    return bound <= kRatioLimit ? Form::kRatio : Form::kDirect;  // direct with a NaN
   }
 
+  static int64_t key_tiles(int64_t S) { return (S + kKeys - 1) / kKeys; }
+  static float sum_of(const float* x, int64_t n) {
+    double total = 0.0;
+    for (int64_t i = 0; i < n; i += kKeys) total += (x[i] + x[i + 1]) + (x[i + 2] + x[i + 3]);
+    return static_cast<float>(total);
+  }
   static void add(float* y, const float* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) y[i] += x[i];
   }
@@ -228,9 +219,11 @@ class Backward {
     const int vectors = static_cast<int>((block.width + kLanes - 1) / kLanes);
     const float* grad_score = grad_scores_ + block.b * tiles_ * T * kKeys;
     vf grad_v[kVectors] = {}, scale[kVectors] = {};
+    const vf total =
+        form == Form::kRatio ? set1(sum_of(grad_score, key_tiles(S) * T * kKeys)) : zero();
     for (int i = 0; i < vectors; ++i)
       scale[i] = load_part(in_.v + block.d0 + i * kLanes, block.width - i * kLanes) *
-                 set1(form == Form::kFactored ? 2.0f : 1.0f);
+                 set1(form == Form::kRatio ? 4.0f : 1.0f);
     std::fill_n(block.grad_query, kBlock * T, 0.0f);
     for (int64_t s = 0; s < S; s += kKeys, grad_score += T * kKeys) {
       const bool skip = in_.mask != nullptr && !any_gradient(grad_score);
@@ -259,6 +252,7 @@ class Backward {
         for (int64_t t = 0; t < T; ++t)
           store_n(args_.grad_query + (block.b * T + t) * in_.D + d,
                   load(block.grad_query + (i * T + t) * kLanes) * scale[i], lanes_of(block, i));
+      if (form == Form::kRatio) grad_v[i] = total - set1(2.0f) * grad_v[i];
       store_n(grad_v_parts_ + block.b * in_.D + d, grad_v[i], lanes_of(block, i));
     }
   }
@@ -278,12 +272,10 @@ class Backward {
       k = load_part(
           in_.key + block.b * in_.key_stride_b + s * in_.key_stride_s + block.d0 + i * kLanes,
           block.width - i * kLanes);
-    if constexpr (form == Form::kDirect) {
-      *y = k;
-      *b = zero();
-    } else {
-      key_factors(k, shift_exponent(load(block.largest_key + i * kLanes)), y, b);
-    }
+    *y = k;
+    *b = set1(-1.0f);
+    if constexpr (form == Form::kSmall) key_factors(k, y, b);
+    if constexpr (form == Form::kRatio) *y = exp_in_range(k + k);
   }
 
   const AdditiveAttentionBackward& args_;

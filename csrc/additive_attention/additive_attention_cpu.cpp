@@ -1,5 +1,6 @@
 // Forward: scores tile by tile into `weights`, then softmax and context per block of queries.
 #include <algorithm>
+#include <limits>
 
 #include "additive_attention/additive_attention.h"
 #include "additive_attention/score_tile.h"
@@ -22,7 +23,7 @@ struct Workspace {
   float* query;  // up to kQueryChunk queries, in blocks of kQueries, 2 and 1: see score_tile
   float* key;    // kKeys keys: 4 x 512 are 8 KiB, for L1
   float* row;    // [round_up(S, kLanes)], in the memory of the panels
-  vi magnitude[kQueryChunk];  // bits of the largest |q| in each lane, for each query
+  float magnitude[kQueryChunk];  // max |q|, for each query
 
   Workspace(const AdditiveAttentionInputs& in, int64_t padded_D)
       : Workspace(std::min<int64_t>(in.T, kQueryChunk), padded_D, round_up(in.S, kLanes)) {}
@@ -77,6 +78,8 @@ class Forward {
 
   float* score_row(int64_t b, int64_t t) const { return args_.weights + (b * in_.T + t) * in_.S; }
 
+  static float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
   bool attends(const Tiles& tiles, int64_t t, int queries) const {
     if (in_.mask == nullptr) return true;
     const uint8_t* m = in_.mask + tiles.b * in_.mask_stride_b + t * in_.mask_stride_t +
@@ -97,13 +100,9 @@ class Forward {
   // Whether queries [t0, t1) need relative accuracy against the keys [0, count), and get it.
   bool is_small(int64_t b, int64_t t0, int64_t t1, int64_t count) const {
     if (!v_.precise) return false;
-    float largest_query = 0.0f, largest_key = 0.0f;
-    for (int64_t t = t0; t < t1; ++t)
-      largest_query = std::max(largest_query, max_magnitude(query_row(b, t), in_.D));
-    // Not `>`: false with a NaN.
-    for (int64_t s = 0; s < count && largest_query + largest_key <= kSmallScore; ++s)
-      largest_key = std::max(largest_key, max_magnitude(key_row(b, s), in_.D));
-    return largest_query + largest_key <= kSmallScore;
+    const float query = max_magnitude(query_row(b, t0), in_.query_stride_t, t1 - t0, in_.D);
+    return query <= kSmallScore &&
+           query + max_magnitude(key_row(b, 0), in_.key_stride_s, count, in_.D) <= kSmallScore;
   }
 
   template <ScoreForm form>
@@ -113,7 +112,7 @@ class Forward {
     for (int64_t s = s0; s < s1; s += kKeys) {
       const Tiles tiles{b, t0, t1, s, static_cast<int>(std::min<int64_t>(kKeys, s1 - s))};
       Ahead ahead = fetch_ahead(tiles, s1);
-      const vi magnitude = pack_keys<form>(work, tiles);
+      const float magnitude = pack_keys<form>(work, tiles);
       int64_t t = score_tiles<form, kQueries>(work, tiles, magnitude, t0, &ahead);
       if constexpr (kQueries > 2) t = score_tiles<form, 2>(work, tiles, magnitude, t, &ahead);
       if constexpr (kQueries > 1) t = score_tiles<form, 1>(work, tiles, magnitude, t, &ahead);
@@ -137,15 +136,15 @@ class Forward {
   }
 
   template <ScoreForm form>
-  vi pack_keys(Workspace& work, const Tiles& tiles) const {
+  float pack_keys(Workspace& work, const Tiles& tiles) const {
     constexpr int64_t kStep = (form == ScoreForm::kRatio ? 1 : 2) * kPair;
     constexpr Panel kPanel = form == ScoreForm::kRatio ? Panel::kRatio : Panel::kSmallKey;
-    vi magnitude = {};
+    float magnitude = 0.0f;
     for (int s = 0; s < kKeys; ++s) {
-      const vi row = pack_row<kPanel>(key_row(tiles.b, tiles.s + (s < tiles.keys ? s : 0)),
-                                      s < tiles.keys ? in_.D : 0, padded_D_, work.key + s * kStep,
-                                      {kStep / 2, kKeys * kStep});
-      magnitude = larger(magnitude, row);
+      const float row = pack_row<kPanel>(key_row(tiles.b, tiles.s + (s < tiles.keys ? s : 0)),
+                                         s < tiles.keys ? in_.D : 0, padded_D_,
+                                         work.key + s * kStep, {kStep / 2, kKeys * kStep});
+      magnitude = larger_or_nan(magnitude, row);
     }
     return magnitude;
   }
@@ -165,14 +164,15 @@ class Forward {
 
   // As many tiles of `queries` rows as fit from t on; returns the first row left over.
   template <ScoreForm form, int queries>
-  int64_t score_tiles(Workspace& work, const Tiles& tiles, vi key_magnitude, int64_t t,
+  int64_t score_tiles(Workspace& work, const Tiles& tiles, float key_magnitude, int64_t t,
                       Ahead* ahead) const {
     for (; t + queries <= tiles.t1; t += queries) {
       if (!attends(tiles, t, queries)) continue;
-      vi magnitude = work.magnitude[t - tiles.t0];
+      float magnitude = work.magnitude[t - tiles.t0];
       for (int i = 1; i < queries; ++i)
-        magnitude = larger(magnitude, work.magnitude[t - tiles.t0 + i]);
-      if (!v_.factorable || !sum_at_most(magnitude, key_magnitude, kRatioLimit)) {
+        magnitude = larger_or_nan(magnitude, work.magnitude[t - tiles.t0 + i]);
+      const bool in_range = magnitude + key_magnitude <= kRatioLimit;
+      if (!v_.factorable || !in_range) {
         for (int i = 0; i < queries; ++i)
           for (int j = 0; j < tiles.keys; ++j)
             score_row(tiles.b, t + i)[tiles.s + j] = score_direct(

@@ -20,7 +20,7 @@ constexpr int kPackedV = 5;            // vectors of PackedV for each pair
 
 enum class ScoreForm {
   kRatio,  // tanh = 1 - 2 / (x y + 1), absolute accuracy: |q| + |k| <= kRatioLimit
-  kSmall   // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallLimit
+  kSmall   // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallScore
 };
 
 // Scores of queries x 4 keys, with one division for two d:
@@ -149,7 +149,7 @@ class PackedV {
     double squares = 0.0;
     for (int64_t d = 0; d < D; ++d) squares += static_cast<double>(v[d]) * v[d];
     // Not so with a NaN.
-    factorable = squares <= kLargestV * static_cast<double>(kLargestV);
+    factorable = squares <= kLargestV * kLargestV;
     precise = squares > kPreciseV * kPreciseV;
   }
   const float* data() const { return memory_.as<float>(); }

@@ -43,6 +43,11 @@ inline vf exp(vf x) {
   return fma(e.poly, e.scale, e.scale);
 }
 
+inline vf exp_in_range(vf x) {  // as exp_parts_in_range
+  const ExpParts e = exp_parts_in_range(x);
+  return fma(e.poly, e.scale, e.scale);
+}
+
 inline vf expm1(vf x) {
   const ExpParts e = exp_parts(x);
   return fma(e.poly, e.scale, e.scale - set1(1.0f));
