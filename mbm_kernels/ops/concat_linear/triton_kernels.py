@@ -12,10 +12,8 @@ def add_product(
 ):
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        a_at = x + r.to(tl.int64)[:, None] * x_r + c[None, :] * x_c
-        a = tl.load(a_at, (r < R)[:, None] & (c < C)[None, :], 0.0)
-        b_at = weight + k.to(tl.int64)[None, :] * weight_k + c[:, None] * weight_c
-        b = tl.load(b_at, (k < K)[None, :] & (c < C)[:, None], 0.0)
+        a = triton_math.load_tile(x, r, c, R, C, x_r, x_c)
+        b = triton_math.load_tile(weight, c, k, C, K, weight_c, weight_k)
         total = triton_math.dot(a, b, total)
     return total
 
@@ -44,11 +42,10 @@ def concat(
         total = add_product(total, x2, w2, r, k, R, K, C2, x2_r, x2_c, w2_k, w2_c, BLOCK_C)
     if x3 is not None:
         total = add_product(total, x3, w3, r, k, R, K, C3, x3_r, x3_c, w3_k, w3_c, BLOCK_C)
-    use = (r < R)[:, None] & (k < K)[None, :]
     if repeated is not None:
+        use = (r < R)[:, None] & (k < K)[None, :]
         place = (r // inner).to(tl.int64) * repeated_o + (r % inner).to(tl.int64) * repeated_i
         total += tl.load(repeated + place[:, None] + k[None, :] * repeated_k, use, 0.0)
     if bias is not None:
         total += tl.load(bias + k * bias_k, k < K, 0.0).to(tl.float32)[None, :]
-    to = y + r.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(to, total.to(y.dtype.element_ty), use)
+    triton_math.store_tile(y, total, r, k, R, K, K, 1)

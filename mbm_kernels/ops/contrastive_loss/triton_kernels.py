@@ -104,8 +104,7 @@ def infonce_gradients(
         g = tl.where(c < B, g, 0.0)
         sums += g * x
         if gradients is not None:
-            if gradients.dtype.element_ty != tl.float32:
-                tl.debug_barrier()  # half as wide: another thread's products lie here
+            tl.debug_barrier()  # half precision lies over other products
             to = gradients + n * gradients_n + c
             tl.store(to, (g * factor).to(gradients.dtype.element_ty), c < B)
     tl.store(by_scale + n, tl.sum(sums, 0))
@@ -157,8 +156,7 @@ def siglip(
         sums += g * x
         plain += g
         if gradients is not None:
-            if gradients.dtype.element_ty != tl.float32:
-                tl.debug_barrier()  # half as wide: another thread's products lie here
+            tl.debug_barrier()  # half precision lies over other products
             to = gradients + n * gradients_n + c
             tl.store(to, (g * factor).to(gradients.dtype.element_ty), c < B)
     tl.store(losses + n, tl.sum(terms, 0))

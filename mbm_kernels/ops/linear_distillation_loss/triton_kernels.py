@@ -214,8 +214,7 @@ def rows(
                     g += by_hard * (p_1 - tl.where(v == y, 1.0, 0.0))
                 if SOFT:
                     g += by_soft * slope(log_p, log_q, ratio, mean, beta, DIVERGENCE)
-                if gradients.dtype.element_ty != tl.float32:
-                    tl.debug_barrier()  # half as wide: another thread's logits lie here
+                tl.debug_barrier()  # half precision lies over other logits
                 tl.store(gradients + n * gradients_n + v, g.to(gradients.dtype.element_ty), v < V)
         if soft_losses is not None:
             tl.store(soft_losses + n, square * not_negative(tl.sum(terms, 0)))
@@ -339,8 +338,7 @@ def bins(
                 g = tl.exp(x - top_v) * by_exp
                 if HARD:
                     g -= tl.where(v == y, by_hard, 0.0)
-                if gradients.dtype.element_ty != tl.float32:
-                    tl.debug_barrier()  # half as wide: another thread's logits lie here
+                tl.debug_barrier()  # half precision lies over other logits
                 tl.store(gradients + n * gradients_n + v, g.to(gradients.dtype.element_ty), v < V)
             tl.debug_barrier()
             for k0 in range(0, K, BLOCK_K):
