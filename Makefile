@@ -5,7 +5,8 @@ PY := $(VENV)/bin/python
 DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build native test test-fast lint format demo bench mutants gpu-check dispatch clean
+.PHONY: help build native test test-fast lint format demo bench sanitize gate gate-update mutants \
+  gpu-check dispatch clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
@@ -15,7 +16,10 @@ help:
 	@echo "make lint    ruff, ruff-format, clang-format, mypy"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
-	@echo "make mutants plants ten bugs in the kernels and shows that the tests catch them"
+	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
+	@echo "make gate       the kernels' instruction counts against benchmarks/instructions/"
+	@echo "make gate-update   records them anew and prints what moved"
+	@echo "make mutants    plants bugs in the kernels and shows that the tests catch them"
 
 build: native
 
@@ -52,8 +56,17 @@ demo: native
 bench: native
 	$(PY) -m benchmarks
 
+sanitize: native
+	$(PY) -m tests.gates.sanitize
+
+gate: native
+	$(PY) -m tests.gates.instructions
+
+gate-update: native
+	$(PY) -m tests.gates.instructions --update
+
 mutants: native
-	$(PY) tests/mutants.py
+	$(PY) -m tests.gates.mutants
 
 # No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
 gpu-check:

@@ -2,7 +2,9 @@
 
 One ISA per file: every `csrc/*/*_cpu*.cpp` is compiled for a baseline, for AVX2+FMA and for
 AVX-512 (see csrc/common/isa.h) and picked at run time. `_C_cuda` is built when nvcc is found and
-MBM_CUDA is not 0.
+MBM_CUDA is not 0. For tests there are MBM_BUILD_ISA, which compiles one ISA alone, MBM_SANITIZE,
+which instruments the kernels, and avx512_lowered, which is built where this CPU cannot run AVX-512
+or MBM_LOWERED is 1.
 """
 
 import os
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,6 +37,19 @@ ISAS = {
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ),
 }
+LOWERED = {"avx512_lowered": (16, ISAS["avx2"][1])}
+# The binding stays as it is: what it does is convert arguments.
+SANITIZERS = {
+    "": [],
+    "address": [
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+        *("-O1", "-g1", "-fno-omit-frame-pointer", "-DMBM_GUARDED_SCRATCH"),
+    ],
+    "thread": [
+        *("-fsanitize=thread", "-fno-openmp", "-DMBM_STD_THREADS"),
+        *("-O1", "-g1", "-fno-omit-frame-pointer", "-DMBM_GUARDED_SCRATCH"),
+    ],
+}
 CUDA_ARCHS = ("80", "90", "100")
 
 
@@ -46,6 +62,23 @@ def find_ninja() -> str:
     except ImportError:
         raise SystemExit("setup.py: ninja not found; install it with: pip install ninja") from None
     return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def chosen(name: str, choices: Iterable[str]) -> str:
+    """An environment variable with a value among `choices`, which hold ""."""
+    value = os.environ.get(name, "")
+    if value not in choices:
+        expected = ", ".join(filter(None, choices))
+        raise SystemExit(f"setup.py: {name}: got {value!r}; expected one of {expected}")
+    return value
+
+
+def cpu_has_avx512() -> bool:
+    """True too where it cannot be seen: what is at stake is one more build for tests."""
+    try:
+        return " avx512vl" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
 
 
 def find_nvcc() -> str | None:
@@ -123,17 +156,23 @@ class BuildNative(build_ext):
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         base = [*cxx, *CXXFLAGS, INCLUDE]
-        objects = []
+        sanitizer = SANITIZERS[chosen("MBM_SANITIZE", SANITIZERS)]
+        only = chosen("MBM_BUILD_ISA", ("", *ISAS, *LOWERED))
+        objects, calls, isas = [], [], ISAS
+        if only:
+            isas, calls = {only: {**ISAS, **LOWERED}[only]}, [f"-DMBM_ONLY_ISA={only}"]
+        elif chosen("MBM_LOWERED", ("", "0", "1")) == "1" or not cpu_has_avx512():
+            isas, calls = {**ISAS, **LOWERED}, ["-DMBM_LOWERED"]
         for source in sorted(CSRC.glob("*/*_cpu*.cpp")):
-            for isa, (lanes, flags) in ISAS.items():
+            for isa, (lanes, flags) in isas.items():
                 defines = [f"-DMBM_ISA={isa}", f"-DMBM_LANES={lanes}"]
-                objects.append(ninja.compile(source, isa, [*base, *flags, *defines]))
-        objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", base))
+                objects.append(ninja.compile(source, isa, [*base, *sanitizer, *flags, *defines]))
+        objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", [*base, *calls]))
         # -O1: the binding only converts arguments, and compiles twice as fast.
-        binding = [*base, "-O1", *python_includes()]
+        binding = [*base, *calls, "-O1", *python_includes()]
         for name in ("bind_cpu.cpp", "bind_concat_linear.cpp", "bind_losses.cpp"):
             objects.append(ninja.compile(CSRC / name, "any", binding))
-        ninja.link(target, objects, [*cxx, "-shared", "-fopenmp"], [])
+        ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *sanitizer], [])
 
     def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
         nvcc = find_nvcc()

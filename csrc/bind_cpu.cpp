@@ -20,7 +20,8 @@
 namespace {
 
 mbm::Isa parse_isa(const std::string& name) {
-  for (mbm::Isa isa : {mbm::Isa::kBaseline, mbm::Isa::kAvx2, mbm::Isa::kAvx512})
+  for (mbm::Isa isa :
+       {mbm::Isa::kBaseline, mbm::Isa::kAvx2, mbm::Isa::kAvx512, mbm::Isa::kAvx512Lowered})
     if (name == mbm::isa_name(isa)) return isa;
   throw std::invalid_argument("isa: got " + name + "; expected baseline, avx2 or avx512");
 }
@@ -28,6 +29,7 @@ mbm::Isa parse_isa(const std::string& name) {
 void bind_common(py::module_& m) {
   m.def("isa", [] { return mbm::isa_name(mbm::active_isa()); });
   m.def("best_isa", [] { return mbm::isa_name(mbm::best_isa()); });
+  m.def("runs_isa", [](const std::string& name) { return mbm::runs(parse_isa(name)); });
   m.def("set_isa", [](const std::string& name) { mbm::set_isa(parse_isa(name)); });
 
   m.def("peak_operations", [] { return MBM_CALL(peak_operations); });

@@ -68,6 +68,8 @@ def print_report(report: dict[str, Any]) -> None:
     facts.add_row("packages", packages)
     cpu = report["cpu"]
     forced = "" if cpu["isa"] == cpu["best_isa"] else f" (this CPU runs up to {cpu['best_isa']})"
+    if cpu["isa"] == "avx512_lowered":
+        forced += ": AVX-512's code made of AVX2 instructions, for tests, slow"
     facts.add_row("CPU kernels", f"{cpu['extension']}, ISA {cpu['isa']}{forced}")
     facts.add_row("threads", f"{cpu['threads']}; torch itself uses {cpu['torch_capability']}")
     runtimes = cpu["openmp_runtimes"]

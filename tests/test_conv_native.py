@@ -33,17 +33,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    before = native.cpu().isa()
-    try:
-        native.cpu().set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.cpu().set_isa(before)
-
-
 def tensors(b, c, k, y, x, r, options, *, layout=CHANNELS_LAST, whole=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     group = c // options.get("groups", 1)

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from mbm_kernels._core import env, native
+from mbm_kernels._core import native
 
 cpu = native.cpu()
-ISAS = env.ISAS[: env.ISAS.index(cpu.best_isa()) + 1]
 
 # Largest absolute and relative error over [-20, 20], as activations.h states it.
 BOUNDS = {
@@ -15,14 +14,6 @@ BOUNDS = {
     "sigmoid": (1.2e-7, None),
     "tanh": (2e-7, 3e-7),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def evaluate(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,21 @@ VARIABLES = (
     Variable(
         "MBM_BACKEND", "backend used where a call says auto: auto, cpu, triton, cuda or torch"
     ),
+    Variable("MBM_BUILD_ISA", "compiles one CPU code path alone, for tests (read by setup.py)"),
     Variable(
         "MBM_CACHE", "folder for downloaded data; default: mbm_kernels in the user cache folder"
     ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
+    Variable(
+        "MBM_LOWERED",
+        "1 also compiles the AVX-512 code with AVX2 instructions, for tests, 0 does not; default: "
+        "where the CPU has no AVX-512 (read by setup.py)",
+    ),
+    Variable(
+        "MBM_SANITIZE",
+        "address or thread instruments the CPU kernels, for tests (read by setup.py)",
+    ),
     Variable("MBM_WINOGRAD", "0 turns Winograd's convolution off on CPUs"),
 )
 

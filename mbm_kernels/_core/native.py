@@ -57,6 +57,13 @@ def isa() -> str | None:
     return None if module is None else str(module.isa())
 
 
+def isas() -> list[str]:
+    """The code paths that run here; "avx512_lowered" is AVX-512's made of AVX2, for tests."""
+    module, _ = _load_cpu()
+    names = (*env.ISAS, "avx512_lowered")
+    return [] if module is None else [name for name in names if module.runs_isa(name)]
+
+
 def openmp_runtimes() -> list[str]:
     """File names of the OpenMP runtimes mapped into this process; more than one is a conflict."""
     maps = Path("/proc/self/maps")

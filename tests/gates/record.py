@@ -1,0 +1,192 @@
+"""Writes down the native calls of operations, for replay.py.
+
+    python -m tests.gates.record RECORDS --isa avx2 --examples 12 --threads 3
+
+Every operation with a CPU backend is called, forward and backward, over arguments drawn from the
+strategies of mbm_kernels.testing.cases: a new operation is recorded without a change here.
+"""
+
+import argparse
+import bisect
+import ctypes
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+
+import mbm_kernels
+from mbm_kernels._core import native
+from mbm_kernels._core.op import OPS, as_tuple
+from mbm_kernels.testing import cases
+from mbm_kernels.testing.suite import Inputs, flat_tensors, map_tensors
+
+ADDRESSES_FROM = 2**32  # no size and no stride is as large
+COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
+SETTERS = ("set_isa", "isa", "best_isa", "runs_isa")
+
+
+class Recorder:
+    """Stands for the extension: passes each call on and writes it down with its buffers."""
+
+    def __init__(self, module: ModuleType, file: BinaryIO):
+        self.module, self.file = module, file
+        self.label = ""
+        self.calls: dict[str, int] = {}
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(self, tensor: Tensor) -> None:
+        """Kept until `forget`, so that its address means this storage only."""
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > 0:
+            self.storages[storage.data_ptr()] = storage
+
+    def forget(self) -> None:
+        self.storages.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.module, name)
+        if name in SETTERS or isinstance(function, type):
+            return function
+
+        def call(*arguments: Any) -> Any:
+            starts = sorted(self.storages)
+            used: list[int] = []
+
+            def written(value: Any) -> Any:
+                if isinstance(value, (list, tuple)):
+                    return type(value)(written(v) for v in value)
+                if type(value).__module__.endswith("_C_cpu"):
+                    return ("#", type(value).__name__, int(value))
+                if type(value) is not int or value < ADDRESSES_FROM:
+                    return value
+                start = starts[bisect.bisect_right(starts, value) - 1] if starts else 0
+                storage = self.storages.get(start)
+                if storage is None or not 0 <= value - start <= storage.nbytes():
+                    raise ValueError(f"{name}: {value:#x} is in no tensor asked for its address")
+                if start not in used:
+                    used.append(start)
+                return ("@", used.index(start), value - start)
+
+            tree = written(arguments)
+            buffers = [ctypes.string_at(s, self.storages[s].nbytes()) for s in used]
+            result = function(*arguments)
+            kept = result if isinstance(result, (int, tuple)) else None
+            fields = (self.label, self.module.isa(), name, tree, buffers, kept)
+            pickle.dump(fields, self.file, pickle.HIGHEST_PROTOCOL)
+            self.calls[name] = self.calls.get(name, 0) + 1
+            return result
+
+        return call
+
+
+@contextmanager
+def recording(path: Path, threads: int = 1) -> Iterator[Recorder]:
+    """Within it native calls go through a Recorder and are told of `threads` threads."""
+    module, real_cpu = native.cpu(), native.cpu
+    real_pointer, real_threads = Tensor.data_ptr, torch.get_num_threads
+    with path.open("wb") as file:
+        recorder = Recorder(module, file)
+
+        def data_ptr(tensor: Tensor) -> int:
+            recorder.note(tensor)
+            return real_pointer(tensor)
+
+        native.cpu = lambda: recorder  # type: ignore[assignment,return-value]
+        Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+        torch.get_num_threads = lambda: threads
+        try:
+            yield recorder
+        finally:
+            native.cpu = real_cpu
+            Tensor.data_ptr = real_pointer  # type: ignore[method-assign]
+            torch.get_num_threads = real_threads
+
+
+def run(op: str, inputs: Inputs, wanted: Callable[[int], bool] = lambda i: True) -> None:
+    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`."""
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        x = x.detach()
+        if x.is_floating_point() and wanted(len(leaves)):
+            x.requires_grad_()
+        leaves.append(x)
+        return x
+
+    inputs = map_tensors(inputs, leaf)
+    outputs = as_tuple(getattr(mbm_kernels, op)(**inputs, backend="cpu"))
+    generator = torch.Generator().manual_seed(1)
+    pairs = [(o, torch.randn(o.shape, generator=generator)) for o in outputs if o.requires_grad]
+    if pairs:
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            [x for x in flat_tensors(inputs) if x.requires_grad],
+            [g for _, g in pairs],
+            allow_unused=True,
+        )
+
+
+def kernels() -> list[str]:
+    return sorted(op for op in OPS if mbm_kernels.backends(op)["cpu"] is None)
+
+
+def record_common(recorder: Recorder) -> None:
+    for function in native.cpu().VectorFunction.__members__.values():
+        for size in range(70):
+            recorder.label = f"{function}, {size} elements"
+            x, y = torch.linspace(-20, 20, size), torch.empty(size)
+            native.cpu().vector_math(function, x.data_ptr(), y.data_ptr(), size)
+            recorder.forget()
+
+
+def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> None:
+    count = 0
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases.drawn(op, large))
+    def each(drawn: cases.Drawn) -> None:
+        nonlocal count
+        recorder.label = f"{op}: {drawn}"
+        # Every third time only some gradients: the pointers to the others are null.
+        run(op, drawn.inputs, (lambda i: i % 2 == 0) if count % 3 == 2 else (lambda i: True))
+        recorder.forget()
+        count += 1
+
+    each()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--isa", required=True)
+    parser.add_argument("--examples", type=int, default=12, help="of each of the two sizes")
+    parser.add_argument("--threads", type=int, default=3)
+    parser.add_argument("--ops", nargs="*", default=kernels())
+    given_arguments = parser.parse_args()
+    native.cpu().set_isa(given_arguments.isa)
+    with recording(given_arguments.records, given_arguments.threads) as recorder:
+        for op in given_arguments.ops:
+            if op == COMMON:
+                record_common(recorder)
+                continue
+            for large in (False, True):
+                record_drawn(recorder, op, large, given_arguments.examples)
+    for name, calls in sorted(recorder.calls.items()):
+        print(f"{name:40}{calls:6}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The kernels under sanitizers, between guard pages: `make sanitize`.
+
+    python -m tests.gates.sanitize [--examples 24] [--ops gru ...]
+
+Native calls of every operation are recorded over drawn arguments (record.py), in each ISA and for
+three threads, and made again (replay.py), always with guard pages around each buffer:
+
+    as built             both ends of each buffer against a page that may not be touched
+    address, undefined   every ISA; scratch memory between guard pages too
+    thread               AVX2, with the std::thread build of csrc/common/parallel.h
+
+Then a barrier and bounds are taken out in a copy of the tree, and each must be reported. Exit
+status 1 for a report where none may be, or none where one must.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from mbm_kernels._core import native
+from tests.gates.planting import ROOT, Mutant, build, copy_tree, planted
+from tests.gates.record import COMMON, kernels
+
+THREAD_ISA = "avx2"  # threads do the same in every ISA; valgrind's and sanitizers' lanes are 8
+REPORTED = 77
+OPTIONS = {
+    "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
+    "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORTED}",
+    "TSAN_OPTIONS": f"halt_on_error=1:exitcode={REPORTED}",
+}
+
+PLANTED = {
+    "thread": (
+        Mutant(
+            "barrier-removed",
+            "csrc/gru/gru_cpu_backward.cpp",
+            "if (grid.units > 1) barriers_[share.group].wait(grid.units);",
+            "",
+            "data race",
+        ),
+    ),
+    "address": (
+        Mutant(
+            "store-past-the-end",
+            "csrc/common/vector_math_cpu.cpp",
+            "store_n(y + i, f(load_n(x + i, tail)), tail);",
+            "store(y + i, f(load_n(x + i, tail)));",
+            "AddressSanitizer",
+        ),
+        Mutant(
+            "load-past-the-end",
+            "csrc/common/vector_math_cpu.cpp",
+            "store_n(y + i, f(load_n(x + i, tail)), tail);",
+            "store_n(y + i, f(load(x + i)), tail);",
+            "AddressSanitizer",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """An extension, and what must be loaded before it."""
+
+    name: str
+    path: Path
+    library: str | None = None
+
+    def replay(self, records: Path, placement: str = "end") -> subprocess.CompletedProcess[str]:
+        script = str(ROOT / "tests" / "gates" / "replay.py")
+        command = [sys.executable, "-S", script, str(self.path), str(records)]
+        command += ["--placement", placement]
+        environment = {**os.environ, **OPTIONS}
+        if self.library is not None:
+            found = subprocess.check_output([*compiler(), f"-print-file-name={self.library}"])
+            environment["LD_PRELOAD"] = found.decode().strip()
+        if self.name == "thread":
+            # ThreadSanitizer knows fewer random places for a process than newer kernels choose.
+            command = ["setarch", "-R", *command] if can_fix_addresses() else command
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def compiler() -> list[str]:
+    return os.environ.get("CXX", "g++").split()
+
+
+def can_fix_addresses() -> bool:
+    command = shutil.which("setarch")
+    return command is not None and subprocess.run([command, "-R", "true"]).returncode == 0
+
+
+def extension(folder: Path) -> Path:
+    return folder / "mbm_kernels" / f"_C_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def sanitized(root: Path, sanitizer: str) -> Build:
+    """Compiles the kernels of the tree at `root`; what is up to date stays."""
+    folder = f"build/sanitize/{sanitizer}"
+    only = THREAD_ISA if sanitizer == "thread" else ""
+    places = ("--build-lib", folder, "--build-temp", f"{folder}/temp")
+    build(root, *places, MBM_SANITIZE=sanitizer, MBM_BUILD_ISA=only)
+    library = {"thread": "libtsan.so", "address": "libasan.so"}[sanitizer]
+    return Build(sanitizer, extension(root / folder), library)
+
+
+def record(path: Path, op: str, isa: str, examples: int) -> None:
+    command = [sys.executable, "-m", "tests.gates.record", str(path), "--isa", isa, "--ops", op]
+    command += ["--examples", str(examples), "--threads", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"sanitize: recording {op} failed:\n{done.stdout}{done.stderr}")
+
+
+def report(done: subprocess.CompletedProcess[str]) -> str:
+    """The call in which a replay ended, and what was said of it."""
+    lines = done.stderr.splitlines()
+    calls = [i for i, line in enumerate(lines) if " [" in line and "] " in line]
+    last = next((i for i in reversed(calls) if not lines[i].startswith((" ", "="))), 0)
+    return "\n".join([f"in the call {lines[last]}", *lines[last + 1 : last + 40]]) if lines else ""
+
+
+def check(op: str, isa: str, builds: Iterable[Build], examples: int, folder: Path) -> list[str]:
+    """Reports of all builds over the recorded calls of one operation in one ISA."""
+    records, found = folder / f"{op}.{isa}", []
+    record(records, op, isa, examples)
+    calls = "0"
+    for each in builds:
+        if each.name == "thread" and isa != THREAD_ISA:
+            continue
+        for placement in ("end", "start") if each.library is None else ("end",):
+            done = each.replay(records, placement)
+            calls = done.stdout.strip() or calls
+            if done.returncode != 0:
+                found.append(f"{op}, {isa}, {each.name}: {report(done)}")
+    records.unlink()
+    print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{calls}", flush=True)
+    return found
+
+
+def check_planted(folder: Path, examples: int) -> list[str]:
+    """Names of planted bugs that no sanitizer reported."""
+    missed = []
+    copy = folder / "tree"
+    copy_tree(copy, "build/sanitize")
+    for sanitizer, mutants in PLANTED.items():
+        for mutant in mutants:
+            op = mutant.path.split("/")[1]
+            records = folder / "planted"
+            record(records, op, THREAD_ISA, examples)
+            with planted(mutant, copy):
+                done = sanitized(copy, sanitizer).replay(records)
+            caught = done.returncode != 0 and mutant.caught_by in done.stderr
+            missed += [] if caught else [mutant.name]
+            what = mutant.caught_by if caught else ""
+            print(f"{'caught' if caught else 'MISSED':9}{mutant.name:28}{what}", flush=True)
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--examples", type=int, default=24, help="of each of the two sizes")
+    parser.add_argument("--ops", nargs="*", default=[COMMON, *kernels()])
+    given = parser.parse_args()
+    started = time.monotonic()
+    builds = [Build("as built", extension(ROOT))]
+    builds += [sanitized(ROOT, sanitizer) for sanitizer in ("address", "thread")]
+    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        folder = Path(name)
+        work = [
+            pool.submit(check, op, isa, builds, given.examples, folder)
+            for op in given.ops
+            for isa in native.isas()
+            if isa != "avx512_lowered"  # of the production builds only
+        ]
+        reports = [found for each in work for found in each.result()]
+        missed = check_planted(folder, given.examples)
+    for found in reports:
+        print(f"\n{found}")
+    print(f"{len(reports)} reports, {len(missed)} planted bugs missed, "
+          f"{time.monotonic() - started:.0f} s")  # fmt: skip
+    sys.exit(1 if reports or missed else 0)
+
+
+if __name__ == "__main__":
+    main()
