@@ -8,7 +8,7 @@ pages is poisoned under AddressSanitizer, else filled with a pattern that is che
 The name of each call is printed to stderr before it is made, so that a crash has a name.
 
 With --marks, a library with the client requests of callgrind, each call is made three times and
-the third is counted: scratch memory then has its final size.
+the third is counted: scratch memory then has its final size. Questions for a size are not counted.
 """
 
 import argparse
@@ -115,11 +115,11 @@ def replay(record: Record, module: ModuleType, placement: str, marks: Any = None
     module.set_isa(record.isa)
     function = getattr(module, record.function)
     result = function(*arguments)
-    if marks is not None:
+    if marks is not None and record.result is None:
         function(*arguments)
         marks.start()
         function(*arguments)
-        marks.stop(record.label.encode())
+        marks.stop(f"{record.label}: {record.function}".encode())
     if record.result is not None and result != record.result:
         raise AssertionError(f"returned {result}, not {record.result}")
     for buffer in buffers:
