@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import mbm_kernels
-from mbm_kernels._core import env, native
+from mbm_kernels._core import native
 from mbm_kernels.ops.concat_linear import reference
 from mbm_kernels.testing import assert_matches
 
 cpu = native.cpu()
-ISAS = env.ISAS[: env.ISAS.index(cpu.best_isa()) + 1]
 
 # Shapes of the inputs, and K.
 SIZES = {
@@ -21,14 +20,6 @@ SIZES = {
     "long sums of what repeats": ([(40,), (700, 8)], 19),
     "one row": ([(1, 600), (1, 520)], 1030),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def draw(shapes, k, dtype=torch.float32):

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import env, native
+from mbm_kernels._core import native
 from mbm_kernels.ops.cross_attention import reference
 from mbm_kernels.testing import assert_matches
 
 cpu = native.cpu()
-ISAS = env.ISAS[: env.ISAS.index(cpu.best_isa()) + 1]
 DRAWN = 40  # shapes for each ISA
 
 # B, N, T, S, D, E
@@ -22,14 +21,6 @@ SIZES = {
     "one query": (5, 3, 1, 67, 40, 24),
     "more rows than a register tile": (2, 3, 20, 196, 64, 64),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
 
 
 def draw(sizes, generator):

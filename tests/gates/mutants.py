@@ -1,34 +1,30 @@
-"""Plants bugs in the kernels, one at a time, in a copy of the tree; the tests must see each.
+"""Plants bugs in the kernels, one at a time, in copies of the tree; the tests must see each.
 
-    make mutants        or: python tests/mutants.py [--only NAME]
+    make mutants        or: python -m tests.gates.mutants [--only NAME]
 
-A mutant is a file, a text that occurs once in it, what replaces it, and the tests expected to
-fail. Exit status 0 when every one is caught, 1 otherwise; 2 when a mutant's text is not found,
+Each copy holds one ISA, the widest that runs here, and is compiled anew where the bug lies. The
+tests that a mutant names run first; only a mutant that survives them meets all tests of its
+operation. Exit status 0 when every one is caught, 1 otherwise; 2 when a mutant's text is not found,
 which means that the kernel changed and the mutant must follow.
 """
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("mbm_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+from mbm_kernels._core import native
+from tests.gates.planting import ROOT, Mutant, build, copy_tree, planted
 
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    path: str
-    old: str
-    new: str
-    tests: str
-
+COPIES = 2  # as many mutants at a time
+PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+COMMON_TESTS = "tests/test_gru.py tests/test_csrc.py"
 
 GRU_FORWARD = "csrc/gru/gru_cpu_forward.cpp"
 GRU_BACKWARD = "csrc/gru/gru_cpu_backward.cpp"
@@ -42,84 +38,84 @@ MUTANTS = (
         "csrc/common/simd.h",
         "    store_n(p, v, static_cast<int>(left));",
         "    store_n(p, v, static_cast<int>(left) - 1);",
-        "tests/test_gru.py",
+        "tests/test_drawn.py -k gru",
     ),
     Mutant(
         "wrong-mask-stride",
         ATTENTION,
         "const bool attend = m[s * in_.mask_stride_s] != 0;",
         "const bool attend = m[s] != 0;",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "missing-mask",
         ATTENTION,
         "padded[s] = attend ? row[s] : kMasked;",
         "padded[s] = row[s];",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "dropped-bias",
         GRU_FORWARD,
         "const vf hn = load(c + 2 * kPanel + j) + load(w_.bias_hn + u);",
         "const vf hn = load(c + 2 * kPanel + j);",
-        "tests/test_gru.py",
+        "tests/test_drawn.py -k gru",
     ),
     Mutant(
         "stale-weight-cache",
         "mbm_kernels/_core/packing.py",
         "state += (tensor.data_ptr(), tensor._version)",
         "state += (tensor.data_ptr(), 0)",
-        "tests/test_gru.py tests/test_nn_gru.py",
+        "tests/test_gru.py -k changed_in_place",
     ),
     Mutant(
         "padding-left-uninitialised",
         GRU_FORWARD,
         "if (thread % grid.units == 0) clear_padding(share);",
         "",
-        "tests/test_gru.py",
+        "tests/test_drawn.py -k gru",
     ),
     Mutant(
         "reverse-ignored-in-backward",
         GRU_BACKWARD,
         "const int64_t t = seq_.reverse ? s : seq_.T - 1 - s;",
         "const int64_t t = seq_.T - 1 - s;",
-        "tests/test_gru.py",
+        "tests/test_drawn.py -k gru",
     ),
     Mutant(
         "accurate-small-form-dropped",
         ATTENTION_BACKWARD,
         "if (bound <= kSmallLimit) return Form::kSmall;",
         "",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "second-slice-of-k-overwrites",
         "csrc/common/gemm.h",
         "const bool add = g.accumulate || k > 0, last = k + depth == g.K;",
         "const bool add = g.accumulate, last = k + depth == g.K;",
-        "tests/test_gru.py",
+        "tests/test_drawn.py -k gru",
     ),
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
         "if (!v_.factorable || !in_range) {",
         "if (false) {",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "gradient-of-v-misses-a-batch-element",
         ATTENTION_BACKWARD,
         "for (int64_t b = 0; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
         "for (int64_t b = 1; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "lengths-ignored",
         "csrc/additive_attention/tanh_forms.h",
         "if (in.key_lengths == nullptr) return in.S;",
         "return in.S;",
-        "tests/test_additive_attention.py",
+        "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "second-block-of-queries-overwrites-grad-key",
@@ -133,60 +129,96 @@ MUTANTS = (
         "csrc/concat_linear/concat_linear_cpu.cpp",
         "sum += load_part(r.product + r.index[m] * args.K + n, n1 - n);",
         "sum += load_part(r.product + r.index[0] * args.K + n, n1 - n);",
-        "tests/test_concat_linear.py",
+        "tests/test_drawn.py -k concat_linear",
+    ),
+    Mutant(
+        "bias-gradient-misses-a-part",
+        "csrc/conv_bias_act/conv_backward_cpu.cpp",
+        "for (int64_t i = 0; i < count; ++i) total += parts[i * padded + k];",
+        "for (int64_t i = 1; i < count; ++i) total += parts[i * padded + k];",
+        "tests/test_drawn.py -k conv_bias_act",
+    ),
+    Mutant(
+        "dilation-dropped-from-grad-x",
+        "csrc/conv_bias_act/conv_backward_cpu.cpp",
+        "(s.S - 1) * s.dilation_x - s.left,",
+        "(s.S - 1) - s.left,",
+        "tests/test_drawn.py -k conv_bias_act",
+    ),
+    Mutant(
+        "gradient-past-the-length-left-uninitialised",
+        "csrc/cross_attention/cross_attention_backward_cpu.cpp",
+        "clear(args_.grad_key, b, n, count, in_.D);",
+        "",
+        "tests/test_drawn.py -k cross_attention",
+    ),
+    Mutant(
+        "mean-over-one-head-too-few",
+        "csrc/cross_attention/cross_attention_cpu.cpp",
+        "const vf share = set1(1.0f / static_cast<float>(N));",
+        "const vf share = set1(1.0f / static_cast<float>(N > 1 ? N - 1 : N));",
+        "tests/test_drawn.py -k cross_attention",
+    ),
+    Mutant(
+        "target-not-subtracted",
+        "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
+        "if (v >= 0 && v < classes) z(v, r) = target_gradients()[r];",
+        "",
+        "tests/test_drawn.py -k linear_cross_entropy",
+    ),
+    Mutant(
+        "smoothing-over-one-class-too-few",
+        "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
+        "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V));",
+        "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V - 1));",
+        "tests/test_drawn.py -k linear_cross_entropy",
     ),
 )
 
 
-def copy_tree(folder: Path) -> None:
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(
-                source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-            )
-        else:
-            shutil.copy(source, folder / name)
+def more_tests(mutant: Mutant) -> str:
+    """All tests of the operation in whose folder the bug lies."""
+    op = mutant.path.split("/")[1]
+    names = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob(f"test_{op}*.py"))]
+    return " ".join(names) or COMMON_TESTS
 
 
-class Runner:
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.environment = {**os.environ, "MBM_CUDA": "0", "PYTHONPATH": str(folder)}
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *words],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
-
-    def build(self) -> None:
-        done = self.command("setup.py", "-q", "build_ext", "--inplace")
-        if done.returncode != 0:
-            raise SystemExit(f"mutants: the copy does not compile:\n{done.stdout}{done.stderr}")
-
-    def tests(self, names: str) -> tuple[bool, str]:
-        """Whether they pass, and the first that failed."""
-        done = self.command(
-            "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *names.split()
-        )
-        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        if done.returncode not in (0, 1):
-            raise SystemExit(f"mutants: pytest did not run:\n{done.stdout}{done.stderr}")
-        return done.returncode == 0, failed[0].split(" - ")[0].split("::")[-1] if failed else ""
+def run_tests(folder: Path, arguments: str) -> tuple[bool, str]:
+    """Whether they pass, and the first that failed."""
+    done = subprocess.run(
+        [*PYTEST, *arguments.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"mutants: pytest did not run:\n{done.stdout}{done.stderr}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return done.returncode == 0, failed[0].split(" - ")[0].split("::")[-1] if failed else ""
 
 
-def plant(mutant: Mutant, folder: Path) -> str:
-    path = folder / mutant.path
-    text = path.read_text()
-    if text.count(mutant.old) != 1:
-        print(f"{mutant.name}: its text occurs {text.count(mutant.old)} times in {mutant.path}")
-        raise SystemExit(2)
-    path.write_text(text.replace(mutant.old, mutant.new))
-    return text
+def try_one(mutant: Mutant, copies: "queue.Queue[Path]", isa: str) -> bool:
+    """Whether the tests see it."""
+    folder = copies.get()
+    try:
+        with planted(mutant, folder):
+            build(folder, MBM_BUILD_ISA=isa)
+            passed, first = run_tests(folder, mutant.caught_by)
+            if passed:
+                passed, first = run_tests(folder, more_tests(mutant))
+    finally:
+        copies.put(folder)
+    print(f"{'SURVIVED' if passed else 'caught':9}{mutant.name:48}{first}", flush=True)
+    return not passed
+
+
+def check_sound(folder: Path, chosen: list[Mutant]) -> None:
+    """Ends the program where the tests fail without any bug planted."""
+    for arguments in sorted({mutant.caught_by for mutant in chosen}):
+        passed, first = run_tests(folder, arguments)
+        if not passed:
+            raise SystemExit(f"mutants: {arguments} fails without a bug: {first}")
 
 
 def main() -> None:
@@ -196,22 +228,20 @@ def main() -> None:
     chosen = [m for m in MUTANTS if only in (None, m.name)]
     if not chosen:
         parser.error(f"no mutant {only!r}; there are {', '.join(m.name for m in MUTANTS)}")
-    started, survivors = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_tree(folder)
-        runner = Runner(folder)
-        runner.build()
-        for mutant in chosen:
-            original = plant(mutant, folder)
-            runner.build()
-            passed, first = runner.tests(mutant.tests)
-            (folder / mutant.path).write_text(original)
-            survivors += [mutant.name] if passed else []
-            print(f"{'SURVIVED' if passed else 'caught':9}{mutant.name:40}{first}", flush=True)
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught in "
-          f"{time.monotonic() - started:.0f} s")  # fmt: skip
-    sys.exit(1 if survivors else 0)
+    started, isa = time.monotonic(), native.cpu().best_isa()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(COPIES) as pool:
+        first = Path(name) / "0"
+        copy_tree(first)
+        build(first, MBM_BUILD_ISA=isa)
+        copies: queue.Queue[Path] = queue.Queue()
+        copies.put(first)
+        for i in range(1, COPIES):
+            copies.put(Path(shutil.copytree(first, Path(name) / str(i))))
+        check_sound(first, chosen)
+        print(f"compiled and sound after {time.monotonic() - started:.0f} s", flush=True)
+        caught = list(pool.map(lambda mutant: try_one(mutant, copies, isa), chosen))
+    print(f"{sum(caught)} of {len(chosen)} caught in {time.monotonic() - started:.0f} s")
+    sys.exit(0 if all(caught) else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""The logic of make sanitize, make gate and make mutants, without their compilers and valgrind."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from mbm_kernels._core import native
+from mbm_kernels._core.op import OPS
+from mbm_kernels.testing import cases
+from tests.gates import instruction_cases, instructions, mutants, record, replay, sanitize
+from tests.gates.planting import ROOT, Mutant, planted
+
+REPLAY = ROOT / "tests" / "gates" / "replay.py"
+
+
+class TestReplay:
+    @pytest.mark.parametrize("placement", ["end", "start"])
+    def test_a_write_beside_a_buffer_is_seen(self, placement):
+        buffer = replay.Guarded(b"1234567", placement)
+        assert ctypes.string_at(buffer.address, 7) == b"1234567"
+        buffer.check()
+        beside = buffer.address - 1 if placement == "end" else buffer.address + 7
+        ctypes.memset(beside, 1, 1)
+        with pytest.raises(AssertionError, match="outside of a buffer"):
+            buffer.check()
+
+    @pytest.mark.parametrize(("placement", "beside"), [("end", 4), ("start", -1)])
+    def test_the_pages_around_may_not_be_read(self, placement, beside):
+        code = (
+            "import ctypes, replay\n"
+            f"buffer = replay.Guarded(b'1234', {placement!r})\n"
+            f"ctypes.string_at(buffer.address + {beside}, 1)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPLAY.parent)
+        assert done.returncode == -signal.SIGSEGV
+
+    def test_a_null_length_buffer_has_its_pages(self):
+        replay.Guarded(b"", "end").check()
+
+    def test_recorded_calls_are_made_again_without_torch(self, tmp_path):
+        path = tmp_path / "records"
+        with record.recording(path, threads=3) as recorder:
+            record.record_common(recorder)
+            record.record_drawn(recorder, "additive_attention", False, 3)
+        assert torch.get_num_threads.__name__ != "<lambda>"
+        found = list(replay.read(path))
+        forward = [r for r in found if r.function == "additive_attention_fwd"]
+        assert len(forward) == 3
+        assert all(r.arguments[-1] == 3 and len(r.buffers) >= 6 for r in forward)
+        extension = sanitize.extension(ROOT)
+        command = [sys.executable, "-S", str(REPLAY), str(extension), str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.strip() == f"{len(found)} calls", done.stderr[-2000:]
+        assert "torch" not in subprocess.check_output(
+            [sys.executable, "-S", "-c", "import sys, replay; print(*sys.modules)"],
+            cwd=REPLAY.parent,
+            text=True,
+        )
+
+    def test_results_are_compared(self, tmp_path):
+        module = native.cpu()
+        given = replay.Record("sizes", module.isa(), "gru_packed_sizes", (3, 5), [], (0, 0, 0))
+        with pytest.raises(AssertionError, match="returned"):
+            replay.replay(given, module, "end")
+
+    def test_an_address_of_no_tensor_is_refused(self, tmp_path):
+        with (
+            record.recording(tmp_path / "records") as recorder,
+            pytest.raises(ValueError, match="no"),
+        ):
+            recorder.vector_math(native.cpu().VectorFunction.exp, 2**40, 2**40, 4)
+
+
+class TestInstructions:
+    def test_every_operation_is_counted(self):
+        assert {op for op, _, _ in instruction_cases.cases()} == set(OPS)
+
+    def test_moves(self):
+        before = {"same": 1000, "little": 1000, "worse": 1000, "better": 1000, "gone": 5}
+        after = {"same": 1000, "little": 1019, "worse": 1061, "better": 970, "new": 7}
+        moves = instructions.compare(before, after, instructions.HELD)
+        assert [m.name for m in moves] == ["better", "gone", "new", "worse"]
+        assert "+6.1%" in str(moves[-1])
+        assert [m.name for m in instructions.compare(before, after, 0.0)] == [
+            *("better", "gone", "little", "new", "worse")
+        ]
+
+    def test_worse_needs_a_file_that_names_the_count(self, tmp_path):
+        moves = instructions.compare({"gru, one row: f": 1000}, {"gru, one row: f": 1061}, 0.0)
+        assert instructions.unexplained(tmp_path, moves) == moves
+        path = instructions.why(tmp_path, moves[0].name)
+        path.parent.mkdir()
+        path.write_text("1,060 instructions, for another count")
+        assert instructions.unexplained(tmp_path, moves) == moves
+        path.write_text("1,061 instructions, but 5 % less time: ...")
+        assert not instructions.unexplained(tmp_path, moves)
+
+    def test_profiles_are_added_up_by_name(self, tmp_path):
+        for i, (name, total) in enumerate([("a", 5), ("b", 7), ("a", 6)]):
+            text = f"desc: Trigger: Client Request: {name}\nfn=x\n1 2\ntotals: {total}\n"
+            (tmp_path / f"profile.{i}").write_text(text)
+        (tmp_path / "profile.9").write_text("desc: Trigger: Program termination\ntotals: 9\n")
+        assert instructions.read_counts(tmp_path) == {"a": 11, "b": 7}
+
+
+class TestPlanting:
+    @pytest.mark.parametrize(
+        "mutant",
+        [*mutants.MUTANTS, *(m for given in sanitize.PLANTED.values() for m in given)],
+        ids=lambda mutant: mutant.name,
+    )
+    def test_its_text_occurs_once(self, mutant):
+        assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, mutant.path
+
+    def test_the_text_is_put_back(self, tmp_path, capsys):
+        path = tmp_path / "a.cpp"
+        path.write_text("one two")
+        with planted(Mutant("", "a.cpp", "two", "three", ""), tmp_path):
+            assert path.read_text() == "one three"
+        assert path.read_text() == "one two"
+        with pytest.raises(SystemExit), planted(Mutant("", "a.cpp", "six", "", ""), tmp_path):
+            pass
+        assert "occurs 0 times" in capsys.readouterr().out
+
+    def test_each_has_tests_of_its_operation(self):
+        for mutant in mutants.MUTANTS:
+            for name in mutants.more_tests(mutant).split():
+                assert (ROOT / name).is_file()
+
+    def test_a_report_names_the_call(self):
+        done = subprocess.CompletedProcess(
+            [], 77, "", "f [avx2] first\nf [avx2] second\n==1==ERROR: AddressSanitizer\n"
+        )
+        assert sanitize.report(done).startswith("in the call f [avx2] second\n==1==ERROR")
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(cases.drawn("gru_cell", False))
+def test_other_values_keep_their_shapes(drawn):
+    again = drawn.redraw(2**20)
+    assert repr(again) == repr(drawn)
+    assert not torch.equal(again.inputs["x"], drawn.inputs["x"])
