@@ -234,8 +234,8 @@ class TestGru(OpSuite):
                 results.append((*outputs, *found.values()))
         finally:
             torch.set_num_threads(before)
-        if backend == "torch":
-            results = results[::3]  # ATen promises nothing across thread counts
+        if backend != "cpu":
+            results = results[::3]  # ATen, whose products triton takes, promises nothing here
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

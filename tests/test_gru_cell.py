@@ -28,6 +28,7 @@ class TestGruCell(OpSuite):
         Case("one row", sizes(1, 40, 120)),
         Case("rows and units past a tile", sizes(13, 33, 37)),
         Case("no biases", sizes(7, 8, 16), {"bias": False}),
+        Case("more rows than one Triton kernel takes", sizes(70, 5, 9)),
         Case("tiny magnitudes", sizes(3, 9, 17), scale=1e-3),
         Case("large inputs saturate the gates", sizes(8, 40, 65), {"x": 10.0}),
     ]

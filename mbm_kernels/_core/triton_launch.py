@@ -57,6 +57,28 @@ def interpreting() -> bool:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a kernel that needs all its programs at once must know of the device."""
+
+    multiprocessors: int  # each surely runs one program
+    shared_kib: int  # of one program at most
+
+
+H100 = Machine(132, 227)
+
+
+def machine(device: torch.device) -> Machine:
+    """The device's; an H100's while recording. The interpreter runs one program after another."""
+    if recording():
+        return H100
+    if interpreting():
+        return Machine(1, 0)
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return Machine(int(found.multi_processor_count), int(shared) // 1024)
+
+
+@dataclass(frozen=True)
 class Config:
     constants: tuple[tuple[str, int], ...]
     num_warps: int
@@ -169,9 +191,14 @@ class Kernel:
         *args: Any,
         dtype: torch.dtype,
         sizes: dict[str, int],
+        cooperative: bool = False,
         **constexprs: Any,
     ) -> None:
-        """Launches over grid(constants), on the device of the first tensor among `args`."""
+        """Launches over grid(constants), on the device of the first tensor among `args`.
+
+        `cooperative`: its programs wait for one another, so all of them run at once or the launch
+        fails; never timed by MBM_AUTOTUNE, since what they count by holds for one run.
+        """
         config = self.config(dtype, sizes)
         if _recorded is not None:
             shape = grid(dict(config.constants))
@@ -181,8 +208,10 @@ class Kernel:
         if device.type != "cuda":
             self._run(config, grid, args, constexprs)
             return
+        if cooperative:
+            constexprs = {**constexprs, "launch_cooperative_grid": True}
         with torch.cuda.device(device):
-            if env.autotune():
+            if env.autotune() and not cooperative:
                 config = self._tuned(config, grid, args, constexprs, dtype, sizes)
             self._run(config, grid, args, constexprs)
 

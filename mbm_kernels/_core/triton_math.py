@@ -75,6 +75,16 @@ def join_exp(largest, total):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 x as DTYPE, to nearest even."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # its own conversion cuts the lower half off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def load_tile(x, i, j, rows, columns, stride_i, stride_j):
     """x[i, j], 0 past the rows and columns."""
     at = x + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
@@ -85,4 +95,5 @@ def load_tile(x, i, j, rows, columns, stride_i, stride_j):
 def store_tile(x, tile, i, j, rows, columns, stride_i, stride_j):
     """x[i, j] = tile, rounded to the type of x, within the rows and columns."""
     at = x + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
-    tl.store(at, tile.to(x.dtype.element_ty), (i < rows)[:, None] & (j < columns)[None, :])
+    tile = rounded(tile, x.dtype.element_ty)
+    tl.store(at, tile, (i < rows)[:, None] & (j < columns)[None, :])

@@ -151,6 +151,33 @@ def _contrastive_loss(kind: str) -> Callable[[torch.dtype], dict[str, Any]]:
     return inputs
 
 
+def gru(B: int, H: int, lengths: bool = False) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "x": empty(32, B, 512, dtype=dtype),
+            "h0": empty(B, H, dtype=dtype) if lengths else None,
+            **_gru_weights(512, H, dtype),
+            "lengths": empty(B, dtype=torch.int64) if lengths else None,
+            "reverse": lengths,
+            "save": True,
+        }
+
+    return inputs
+
+
+def _gru_cell(B: int) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        given = {"x": empty(B, 1024, dtype=dtype), "h": empty(B, 512, dtype=dtype), "save": True}
+        return given | _gru_weights(1024, 512, dtype)
+
+    return inputs
+
+
+def _gru_weights(C: int, H: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    shapes = {"w_ih": (3 * H, C), "w_hh": (3 * H, H), "b_ih": (3 * H,), "b_hh": (3 * H,)}
+    return {name: empty(*shape, dtype=dtype) for name, shape in shapes.items()}
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
@@ -173,6 +200,12 @@ CASES = (
     StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
     StaticCase("contrastive_loss", "infonce", _contrastive_loss("infonce")),
     StaticCase("contrastive_loss", "siglip", _contrastive_loss("siglip")),
+    StaticCase("gru", "T32 B32 H512", gru(32, 512)),
+    StaticCase("gru", "T32 B64 H1024 reversed lengths", gru(64, 1024, lengths=True)),
+    StaticCase("gru", "T32 B32 H128", gru(32, 128)),
+    StaticCase("gru", "T32 B32 H32 reversed lengths", gru(32, 32, lengths=True)),
+    StaticCase("gru_cell", "B64 C1024 H512", _gru_cell(64)),
+    StaticCase("gru_cell", "B320 C1024 H512", _gru_cell(320)),
 )
 
 

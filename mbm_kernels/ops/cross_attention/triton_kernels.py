@@ -7,7 +7,7 @@ Positions past a row's length are never read.
 import triton
 import triton.language as tl
 
-from mbm_kernels._core.triton_math import dot, load_tile, store_tile
+from mbm_kernels._core.triton_math import dot, load_tile, rounded, store_tile
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def attend(
         if heads is not None and part == 0:
             store_tile(heads, w, t, s, T, S, S, 1)
         v = load_tile(value, s, e, count, E, value_s, value_e)
-        total = dot(w.to(v.dtype), v, total)
+        total = dot(rounded(w, v.dtype), v, total)
     else:
         largest, inverse = row_sums(
             query, key, mask, t, count, T, D, scale,
@@ -137,7 +137,7 @@ def attend(
             if heads is not None and part == 0:
                 store_tile(heads, w, t, s, T, S, S, 1)
             v = load_tile(value, s, e, count, E, value_s, value_e)
-            total = dot(w.to(v.dtype), v, total)
+            total = dot(rounded(w, v.dtype), v, total)
     if rows is not None and part == 0:
         tl.store(rows + head * T + t, largest, t < T)
         tl.store(rows + (head + tl.num_programs(0)) * T + t, inverse, t < T)
@@ -303,7 +303,7 @@ def grad_queries(
         if grad_mask is not None and part == 0:
             store_tile(grad_mask + head * T * S, g, t, s, T, S, S, 1)
         k = load_tile(key, s, d, count, D, key_s, key_d)
-        g = g.to(k.dtype)
+        g = rounded(g, k.dtype)
         by_query = dot(g, k, by_query)
         if OWNS_T:
             q = load_tile(query, t, d, T, D, query_t, query_d)
@@ -312,7 +312,7 @@ def grad_queries(
             by_value = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
             if grad_context is not None:
                 c = load_tile(grad_context, t, d, T, E, context_t, context_e)
-                by_value = dot(tl.trans(w.to(c.dtype)), c, by_value)
+                by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
             store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)
     grad_query += b * to_query_b + n * to_query_n
     store_tile(grad_query, by_query * scale, t, d, T, D, to_query_t, to_query_d)
@@ -365,9 +365,9 @@ def grad_keys(
         )
         g = tl.where(w != 0, w * (g - sum_s[:, None]), 0.0)
         q = load_tile(query, t, d, T, D, query_t, query_d)
-        by_key = dot(tl.trans(g.to(q.dtype)), q, by_key)
+        by_key = dot(tl.trans(rounded(g, q.dtype)), q, by_key)
         if grad_context is not None:
             c = load_tile(grad_context, t, d, T, E, context_t, context_e)
-            by_value = dot(tl.trans(w.to(c.dtype)), c, by_value)
+            by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
     store_tile(grad_key, by_key * scale, s, d, S, D, to_key_s, to_key_d)
     store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)

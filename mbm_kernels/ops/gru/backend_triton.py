@@ -1,0 +1,174 @@
+"""The Triton kernels of triton_kernels.py between the products that cuBLAS makes.
+
+Forward: one product for the inputs of all steps, then one kernel for the recurrence. Backward: one
+kernel, then one product for each gradient. No value is read back from the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mbm_kernels._core import triton_launch
+from mbm_kernels._core.triton_launch import ceil_div, power_of_two
+from mbm_kernels.ops.gru_cell import gate_gradients
+
+# Up to this many units one program holds W_hh [3H, H] in registers and needs no barrier.
+ONE_PROGRAM = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
+MOST_PARTS = 8  # of the depth of a product, each of 16 at least
+COUNTER = 32  # int32 from one group's counter to the next: 128 bytes, a cache line each
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    return triton_launch.why_not(device, dtype)
+
+
+def _rows(name: str, like: Tensor, batch: int, hidden: int, reverse: bool, *args: Any) -> None:
+    triton_launch.kernel("gru", name)(
+        lambda c: (ceil_div(batch, c["BLOCK_B"]),),
+        *args,
+        dtype=like.dtype,
+        sizes={"B": batch, "H": hidden},
+        REVERSE=reverse,
+        UNITS=max(power_of_two(hidden), 16),
+    )
+
+
+def _grid(name: str, like: Tensor, batch: int, hidden: int, reverse: bool, *args: Any) -> None:
+    """`args` as the kernel's; `counters` are made here and stand before the sizes T, B, H."""
+    # A barrier ends only if all programs run at once: one for each multiprocessor at most.
+    machine = triton_launch.machine(like.device)
+    most = machine.multiprocessors
+
+    def grid(constants: dict[str, int]) -> tuple[int, int]:
+        programs = min(ceil_div(hidden, constants["BLOCK_U"]), most)
+        return programs, min(ceil_div(batch, constants["BLOCK_B"]), most // programs)
+
+    triton_launch.kernel("gru", name)(
+        grid,
+        *args,
+        dtype=like.dtype,
+        sizes={"B": batch, "H": hidden, **vars(machine)},
+        cooperative=True,
+        REVERSE=reverse,
+        UNITS=max(power_of_two(hidden), 16 * MOST_PARTS),
+    )
+
+
+def _counters(like: Tensor) -> Tensor:
+    """A counter for each group that there can be, at 0."""
+    most = triton_launch.machine(like.device).multiprocessors
+    return like.new_zeros((most, COUNTER), dtype=torch.int32)
+
+
+def _empty(x: Tensor, lengths: Tensor | None, *shape: int) -> Tensor:
+    """Zeros where there are lengths: kernels stop at the longest row of a block."""
+    return x.new_empty(shape) if lengths is None else x.new_zeros(shape)
+
+
+def fwd(
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, B, _ = x.shape
+    H = w_hh.size(1)
+    lengths = None if lengths is None else lengths.to(x.device).contiguous()
+    y, h_n = _empty(x, lengths, T, B, H), x.new_empty(B, H)
+    reserve = _empty(x, lengths, T, B, 4 * H) if save else x.new_empty(0)
+    if T * B * H == 0:
+        return y, h_n.zero_() if h0 is None else h_n.copy_(h0), reserve
+    inputs = F.linear(x, w_ih, b_ih).contiguous()
+    b_hh = None if b_hh is None else b_hh.contiguous()
+    kept = reserve if save else None
+    start = (0, 0) if h0 is None else h0.stride()
+    if ONE_PROGRAM[x.dtype] >= H:
+        alone = (inputs, w_hh, b_hh, h0, lengths, y, h_n, kept)
+        _rows("rows_forward", x, B, H, reverse, *alone, T, B, H, *w_hh.stride(), *start)
+    else:
+        states = x.new_empty((2, B, H), dtype=torch.float32)
+        _start(states[0], h0)
+        group = (inputs, w_hh, b_hh, lengths, y, h_n, kept, states, _counters(x))
+        _grid("grid_forward", x, B, H, reverse, *group, T, B, H, *w_hh.stride())
+    return y, h_n, reserve
+
+
+def _start(state: Tensor, given: Tensor | None) -> Tensor:
+    return state.zero_() if given is None else state.copy_(given)
+
+
+def bwd(
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    reserve: Tensor,
+    reverse: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    T, B, C = x.shape
+    H = w_hh.size(1)
+    lengths = None if lengths is None else lengths.to(x.device).contiguous()
+    gates = _empty(x, lengths, T, B, 4 * H)
+    carried = _start(x.new_empty((B, H), dtype=torch.float32), grad_h_n)
+    if T * B * H > 0:
+        start = (0, 0) if h0 is None else h0.stride()
+        arriving = (0, 0, 0) if grad_y is None else grad_y.stride()
+        given = (grad_y, y.contiguous(), h0, reserve.contiguous(), w_hh, lengths, carried, gates)
+        strides = (*w_hh.stride(), *start, *arriving)
+        if ONE_PROGRAM[x.dtype] >= H:
+            _rows("rows_backward", x, B, H, reverse, *given, T, B, H, *strides)
+        else:
+            counters = _counters(x)
+            _grid("grid_backward", x, B, H, reverse, *given, counters, T, B, H, *strides)
+    flat = gates.view(T * B, 4 * H)
+    if lengths is not None and needs[2]:  # whatever x holds past a length, even NaN, is not read
+        outside = torch.arange(T, device=x.device).unsqueeze(1) >= lengths
+        x = x.masked_fill(outside.unsqueeze(2), 0)
+    grad_x, grad_w_ih = gate_gradients.by_input(
+        flat, x.reshape(T * B, C), w_ih, (needs[0], needs[2])
+    )
+    grad_w_hh = _by_recurrent(gates[:, :, H:], y, h0, lengths, reverse) if needs[3] else None
+    wanted = (needs[4] and b_ih is not None, needs[5] and b_hh is not None)
+    grad_b_ih, grad_b_hh = gate_gradients.by_biases(flat, wanted)
+    return (
+        None if grad_x is None else grad_x.view(T, B, C),
+        carried.to(x.dtype) if needs[1] and h0 is not None else None,
+        grad_w_ih,
+        grad_w_hh,
+        grad_b_ih,
+        grad_b_hh,
+    )
+
+
+def _by_recurrent(
+    from_state: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None, reverse: bool
+) -> Tensor:
+    """Gradient of w_hh [3H, H] of from_state [T, B, 3H]: each step against the state before it.
+
+    That is y one step on, and h0 at a row's first step. y is 0 past a length, and so is from_state.
+    """
+    steps, batch, gates = from_state.shape
+    later, before = (from_state[:-1], y[1:]) if reverse else (from_state[1:], y[:-1])
+    grad = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
+    if h0 is None or steps == 0:
+        return grad
+    first = from_state[-1 if reverse else 0]
+    if reverse and lengths is not None:
+        last = lengths.clamp(1, steps).sub(1).view(1, batch, 1).expand(1, batch, gates)
+        first = from_state.gather(0, last)[0]
+    return grad.addmm_(first.t(), h0)
