@@ -105,9 +105,10 @@ def test_environment_is_read_in_one_place():
 
 def test_launch_tables_say_where_they_come_from():
     for path in PACKAGE.glob("ops/*/launch.json"):
-        for kernel, entries in json.loads(path.read_text())["kernels"].items():
-            assert entries, f"{path}: {kernel} has no configuration"
-            assert not {"where", "dtypes"} & entries[-1].keys(), f"{path}: {kernel} may find none"
+        tables = json.loads(path.read_text())
+        for name, entries in [*tables["kernels"].items(), *tables.get("choices", {}).items()]:
+            assert entries, f"{path}: {name} has no configuration"
+            assert not {"where", "dtypes"} & entries[-1].keys(), f"{path}: {name} may find none"
             for entry in entries:
                 assert re.match(r"(measured on .+, \d{4}-\d\d-\d\d|estimated: .+)", entry["source"])
 

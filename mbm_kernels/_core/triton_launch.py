@@ -10,6 +10,11 @@ Configurations are package data, `ops/<op>/launch.json`, one list for each kerne
 The first entry whose `where` and `dtypes` hold is the one that runs; one without either always
 holds. `max_registers` is for NVIDIA and may be left out. With MBM_AUTOTUNE=1 every entry is timed,
 once for each set of sizes, and the fastest runs.
+
+An op with several ways lists them beside "kernels", with the same conditions (`read_choices`):
+
+    {"choices": {"grad_x": [{"where": {"C": [1, 64]}, "use": "gemm", "source": "estimated: <why>"},
+                            {"use": "aten", "source": "estimated: <why>"}]}}
 """
 
 import functools
@@ -56,6 +61,24 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+Where = tuple[tuple[str, float, float], ...]  # size, least, most
+
+
+def _conditions(entry: dict[str, Any]) -> tuple[Where, tuple[str, ...]]:
+    where = tuple(
+        (name, -float("inf") if low is None else low, float("inf") if high is None else high)
+        for name, (low, high) in entry.get("where", {}).items()
+    )
+    return where, tuple(entry.get("dtypes", ()))
+
+
+def _hold(where: Where, dtypes: tuple[str, ...], dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+    named = str(dtype).removeprefix("torch.")
+    return (not dtypes or named in dtypes) and all(
+        low <= sizes[name] <= high for name, low, high in where
+    )
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a kernel that needs all its programs at once must know of the device."""
@@ -84,31 +107,23 @@ class Config:
     num_warps: int
     num_stages: int
     max_registers: int | None  # without it ptxas may spill a little to fit one block more
-    where: tuple[tuple[str, float, float], ...]  # size, least, most
+    where: Where
     dtypes: tuple[str, ...]
     source: str
 
     @classmethod
     def parse(cls, entry: dict[str, Any]) -> "Config":
-        where = tuple(
-            (name, -float("inf") if low is None else low, float("inf") if high is None else high)
-            for name, (low, high) in entry.get("where", {}).items()
-        )
         return cls(
             tuple(entry["constants"].items()),
             entry["num_warps"],
             entry["num_stages"],
             entry.get("max_registers"),
-            where,
-            tuple(entry.get("dtypes", ())),
+            *_conditions(entry),
             entry["source"],
         )
 
     def holds(self, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
-        named = str(dtype).removeprefix("torch.")
-        return (not self.dtypes or named in self.dtypes) and all(
-            low <= sizes[name] <= high for name, low, high in self.where
-        )
+        return _hold(self.where, self.dtypes, dtype, sizes)
 
     def compile_options(self, nvidia: bool) -> dict[str, int | bool]:
         # Contraction to FMA is said outright: triton's default for it changes in 3.10.
@@ -126,6 +141,28 @@ class Config:
 def read_configs(op: str) -> dict[str, tuple[Config, ...]]:
     kernels = json.loads((OPS_FOLDER / op / "launch.json").read_text())["kernels"]
     return {name: tuple(Config.parse(e) for e in entries) for name, entries in kernels.items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several ways that an op goes."""
+
+    use: str
+    where: Where
+    dtypes: tuple[str, ...]
+
+    def holds(self, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+        return _hold(self.where, self.dtypes, dtype, sizes)
+
+
+@functools.cache
+def read_choices(op: str) -> dict[str, tuple[Choice, ...]]:
+    """By what is chosen for; the first that holds, of those that can run, is taken."""
+    choices = json.loads((OPS_FOLDER / op / "launch.json").read_text()).get("choices", {})
+    return {
+        name: tuple(Choice(e["use"], *_conditions(e)) for e in entries)
+        for name, entries in choices.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a, b, total):
-    """total + a b, summed in float32; float32 operands are not rounded to tf32."""
+def dot(a, b, total, TF32: tl.constexpr = False):
+    """total + a b, summed in float32; float32 operands are rounded to tf32 only with TF32."""
     if INTERPRETED:  # its matrix product takes bfloat16 for integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="tf32" if TF32 else "ieee")
 
 
 @triton.jit

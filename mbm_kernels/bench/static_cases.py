@@ -178,6 +178,44 @@ def _gru_weights(C: int, H: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: empty(*shape, dtype=dtype) for name, shape in shapes.items()}
 
 
+def _conv_bias_act(
+    B: int,
+    C: int,
+    K: int,
+    side: int,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    max_pool: tuple[int, ...] | None = (2, 2, 2, 2, 0, 0),
+    residual: bool = False,
+    channels_last: bool = True,
+) -> Callable[[torch.dtype], dict[str, Any]]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        def image(channels: int, size: int) -> Tensor:
+            return empty(B, channels, size, size, dtype=dtype).to(memory_format=layout)
+
+        edge = kernel // 2
+        weight = empty(K, C // groups, kernel, kernel, dtype=dtype)
+        return {
+            "x": image(C, side),
+            "weight": weight.to(memory_format=layout),
+            "bias": empty(K, dtype=dtype),
+            "residual": image(K, side // stride) if residual else None,
+            "stride": (stride, stride),
+            "padding": (edge, edge, edge, edge),
+            "dilation": (1, 1),
+            "groups": groups,
+            "activation": activation,
+            "max_pool": max_pool,
+            "save": True,
+        }
+
+    return inputs
+
+
 CASES = (
     StaticCase("additive_attention", "T20 S196", _additive_attention()),
     StaticCase("additive_attention", "T20 S196 masked", _additive_attention(masked=True)),
@@ -206,6 +244,33 @@ CASES = (
     StaticCase("gru", "T32 B32 H32 reversed lengths", gru(32, 32, lengths=True)),
     StaticCase("gru_cell", "B64 C1024 H512", _gru_cell(64)),
     StaticCase("gru_cell", "B320 C1024 H512", _gru_cell(320)),
+    StaticCase(
+        "conv_bias_act",
+        "7x7 stem, pool 3",
+        _conv_bias_act(
+            64, 3, 64, 224, kernel=7, stride=2, max_pool=(3, 3, 2, 2, 1, 1), channels_last=False
+        ),
+    ),
+    StaticCase("conv_bias_act", "3x3 64 at 56", _conv_bias_act(32, 64, 64, 56)),
+    StaticCase(
+        "conv_bias_act", "3x3 stem at 224", _conv_bias_act(64, 3, 64, 224, channels_last=False)
+    ),
+    StaticCase("conv_bias_act", "3x3 stem at 224, channels_last", _conv_bias_act(64, 3, 64, 224)),
+    StaticCase(
+        "conv_bias_act",
+        "3x3 64 at 56, silu",
+        _conv_bias_act(32, 64, 64, 56, activation="silu", max_pool=None, residual=True),
+    ),
+    StaticCase(
+        "conv_bias_act",
+        "3x3 256 at 14, silu",
+        _conv_bias_act(32, 256, 256, 14, activation="silu", max_pool=None, residual=True),
+    ),
+    StaticCase(
+        "conv_bias_act",
+        "depthwise 128 at 56, hardswish",
+        _conv_bias_act(32, 128, 128, 56, groups=128, activation="hardswish", max_pool=None),
+    ),
 )
 
 

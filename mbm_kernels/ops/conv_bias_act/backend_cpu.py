@@ -62,7 +62,7 @@ class _Plan:
     ):
         batch, channels, height, width = x.shape
         out_channels, group_channels, *kernel = weight.shape
-        self.conv = _convolved((height, width), kernel, stride, padding, dilation)
+        self.conv = geometry.convolved((height, width), kernel, stride, padding, dilation)
         self.out = self.conv if max_pool is None else geometry.pooled(self.conv, max_pool)
         self.batch, self.channels, self.out_channels = batch, channels, out_channels
         pool = (1, 1, 1, 1, 0, 0) if max_pool is None else tuple(max_pool)
@@ -80,22 +80,6 @@ class _Plan:
             and env.winograd()
         )
         self.winograd = self.winograd_backward and pool in ((1, 1, 1, 1, 0, 0), (2, 2, 2, 2, 0, 0))
-
-
-def _convolved(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    y, x = (
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
-        // stride[i]
-        + 1
-        for i in (0, 1)
-    )
-    return y, x
 
 
 @functools.cache
