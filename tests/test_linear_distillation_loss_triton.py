@@ -35,11 +35,12 @@ def run(inputs, grads=None, backend="triton"):
     ("classes", "divergence", "temperature"),
     [(1025, "forward_kl", 1.0), (2049, "reverse_kl", 4.0), (4103, "jsd", 1.5)],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("teacher", ["hidden", "logits"])
+@pytest.mark.parametrize(
+    ("dtype", "teacher"), [(torch.float32, "hidden"), (torch.bfloat16, "logits")]
+)
 def test_past_a_tile(classes, divergence, temperature, dtype, teacher):
     options = {"divergence": divergence, "temperature": temperature, "teacher": teacher}
-    inputs = make(4, 5, 3, classes, dtype=dtype, **options)
+    inputs = make(3, 5, 3, classes, dtype=dtype, **options)
     Suite().check_forward(inputs, "triton")
     Suite().check_backward(inputs, "triton")
     loss_alone = run(inputs)  # by what the forward made
@@ -47,12 +48,14 @@ def test_past_a_tile(classes, divergence, temperature, dtype, teacher):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
 
 
-@pytest.mark.parametrize("k", [65, 130, 1030])
-@pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 2.0), ("jsd", 0.7)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("k", [65, 130])
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "dtype"),
+    [("forward_kl", 2.0, torch.float32), ("jsd", 0.7, torch.float16)],
+)
 def test_more_ids_than_a_tile(k, divergence, temperature, dtype):
     options = {"teacher": "topk", "divergence": divergence, "temperature": temperature}
-    inputs = make(4, 5, 3, 1030, k=k, dtype=dtype, **options)
+    inputs = make(4, 5, 3, 130, k=k, dtype=dtype, **options)
     Suite().check_forward(inputs, "triton")
     Suite().check_backward(inputs, "triton")
 
