@@ -25,9 +25,12 @@ class WeightGradient {
   // [panel][channel][9][kPanel]
   int64_t panel_floats() const { return padded_channels(s_.C) * 9 * kPanel; }
 
-  // Adds tiles [t0, t1) of panels [p0, p1) to sum.
-  void add(int64_t t0, int64_t t1, int64_t p0, int64_t p1, float* sum) const {
-    const TransformedTiles v(std::min(kBlockTiles, t1 - t0), s_.C);
+  // Adds tiles [t0, t1) of input channels [c0, c1) to sum; c0 is a multiple of kLanes.
+  void add(int64_t t0, int64_t t1, int64_t c0, int64_t c1, float* sum) const {
+    const int64_t channels = c1 - c0;
+    const TransformedTiles v(std::min(kBlockTiles, t1 - t0), channels);
+    ConvMap<const float> x = args_.x;
+    x.data += c0 * x.c;
     const int64_t grad_step = v.tiles * kPanel + kLanes;
     const Scratch memory(sizeof(float) * (v.floats() + kPoints * (grad_step + kRows * kPanel)));
     float* inputs = memory.as<float>();
@@ -36,29 +39,31 @@ class WeightGradient {
     const int64_t blocks = (t1 - t0 + kBlockTiles - 1) / kBlockTiles;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t from = t0 + i * (t1 - t0) / blocks, to = t0 + (i + 1) * (t1 - t0) / blocks;
-      const TransformedTiles now(to - from, s_.C);
-      transform_inputs(args_.x, s_.Y, s_.X, s_.top, s_.left, tiles_, from, now, inputs);
-      for (int64_t p = p0; p < p1; ++p) {
+      const TransformedTiles now(to - from, channels);
+      transform_inputs(x, s_.Y, s_.X, s_.top, s_.left, tiles_, from, now, inputs);
+      for (int64_t p = 0; p < panels_of(s_.K); ++p) {
         const int vectors = vectors_of(s_.K - p * kPanel);
         transform_gradients(from, to, p, vectors, grad_step, grads);
         const OuterMicroFn micro = outer_micro_for(kRows, vectors);
-        for (int64_t c = 0; c < s_.C; c += kRows) {
+        for (int64_t c = 0; c < channels; c += kRows) {
           const float* a = inputs + c / kLanes * now.tiles * kLanes + c % kLanes;
           for (int point = 0; point < kPoints; ++point)
             micro(1, now.tiles, a + point * now.point_step, kLanes, 0, grads + point * grad_step,
                   kPanel, 0, points + point * kRows * kPanel, false);
-          turn_back(points, vectors, sum + p * panel_floats() + c * 9 * kPanel);
+          turn_back(points, vectors, sum + p * panel_floats() + (c0 + c) * 9 * kPanel);
         }
       }
     }
   }
 
+  // Panel p of grad_weight; half of it at a time, so that its rows do not fall into one set of the
+  // cache.
   void unpack(const float* sum, int64_t p) const {
-    for (int64_t k = p * kPanel; k < std::min(s_.K, (p + 1) * kPanel); ++k)
-      for (int64_t c = 0; c < s_.C; ++c)
-        for (int i = 0; i < 9; ++i)
-          args_.grad_weight[(k * s_.C + c) * 9 + i] =
-              sum[p * panel_floats() + (c * 9 + i) * kPanel + k - p * kPanel];
+    const int64_t row = s_.C * 9;
+    for (int64_t k = p * kPanel; k < std::min(s_.K, (p + 1) * kPanel); k += kLanes)
+      transpose_rows({sum + p * panel_floats(), kPanel, nullptr}, 0, static_cast<int>(row),
+                     k - p * kPanel, std::min<int64_t>(kLanes, s_.K - k),
+                     args_.grad_weight + k * row, row);
   }
 
  private:
@@ -126,18 +131,22 @@ void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num
   const int64_t fitting = std::max<int64_t>(1, kPartBytes / 4 / floats);
   const int64_t parts =
       std::max<int64_t>(1, std::min({fitting, kTasks / 2, tiles / (2 * kBlockTiles)}));
-  // The rest of the threads' work is cut by panels, which changes no sum.
-  const int64_t cuts =
-      num_threads == 1 ? 1 : std::min(panels, std::max<int64_t>(1, kTasks / parts));
+  // The rest of the threads' work is cut by channels, which changes no sum.
+  const int64_t blocks = (args.sizes.C + kLanes - 1) / kLanes;
+  const int64_t cuts = std::min(blocks, (num_threads + parts - 1) / parts);
   const Scratch memory(sizeof(float) * floats * parts);
   float* sums = memory.as<float>();
   parallel_for(num_threads, parts * cuts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / cuts, cut = i % cuts;
-      const int64_t p0 = cut * panels / cuts, p1 = (cut + 1) * panels / cuts;
+      const int64_t c0 = cut * blocks / cuts * kLanes;
+      const int64_t c1 = std::min(args.sizes.C, (cut + 1) * blocks / cuts * kLanes);
       float* sum = sums + part * floats;
-      std::fill(sum + p0 * gradient.panel_floats(), sum + p1 * gradient.panel_floats(), 0.0f);
-      gradient.add(part * tiles / parts, (part + 1) * tiles / parts, p0, p1, sum);
+      for (int64_t p = 0; p < panels; ++p) {
+        float* from = sum + p * gradient.panel_floats();
+        std::fill(from + c0 * 9 * kPanel, from + c1 * 9 * kPanel, 0.0f);
+      }
+      gradient.add(part * tiles / parts, (part + 1) * tiles / parts, c0, c1, sum);
     }
   });
   parallel_for(num_threads, panels, 1, [&](int64_t p0, int64_t p1) {

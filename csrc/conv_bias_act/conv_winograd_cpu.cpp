@@ -45,13 +45,11 @@ constexpr int64_t kRun = 16;
 constexpr int64_t kBlockBytes = 640 << 10;
 constexpr int64_t kLeastTiles = 4 * kMaxRows;
 constexpr int64_t kSumBytes = 256 << 10;  // M of the panels between two inverse transforms
-constexpr int64_t kTasks = 16;            // wanted, so that threads end together
 
-int64_t tiles_of_block(const ConvSizes& s, int64_t count) {
+int64_t blocks_of(const ConvSizes& s, int64_t count) {
   const int64_t fitting = kBlockBytes / (kPoints * 4 * s.C) / kMaxRows * kMaxRows;
   const int64_t most = std::max(fitting, kLeastTiles);
-  const int64_t blocks = (count + most - 1) / most;
-  return (count + blocks - 1) / blocks;
+  return (count + most - 1) / most;
 }
 
 class Winograd {
@@ -67,13 +65,14 @@ class Winograd {
   // Tiles [t0, t1), panels [p0, p1).
   void block(int64_t t0, int64_t t1, int64_t p0, int64_t p1) const {
     const TransformedTiles v(t1 - t0, s_.C);
-    const int64_t sum_step = v.tiles * kPanel + kLanes;  // between two points of M
+    const int64_t sum_step = (t1 - t0) * kPanel + kLanes;  // between two points of M
     const int64_t group = std::max<int64_t>(1, kSumBytes / (kPoints * sum_step * 4));
-    const Scratch memory(sizeof(float) * (v.floats() + group * kPoints * sum_step +
-                                          16 * kRun * kLanes + staged_floats(kTile, kTile * kRun)));
+    const Scratch memory(sizeof(float) *
+                         (v.floats() + std::min(group, p1 - p0) * kPoints * sum_step +
+                          16 * kRun * kLanes + staged_floats(kTile, kTile * kRun)));
     float* inputs = memory.as<float>();
     float* sums = inputs + v.floats();
-    float* pixels = sums + group * kPoints * sum_step;
+    float* pixels = sums + std::min(group, p1 - p0) * kPoints * sum_step;
     float* staged = pixels + 16 * kRun * kLanes;
     transform_inputs(args_.x, s_.Y, s_.X, s_.top, s_.left, tiles_, t0, v, inputs);
     std::vector<Segment> segments;
@@ -151,14 +150,16 @@ void winograd_forward(const ConvForward& args, int num_threads) {
   const Winograd winograd(args);
   const int64_t count = winograd.tiles().count, panels = panels_of(args.sizes.K);
   if (count == 0) return;
-  const int64_t size = tiles_of_block(args.sizes, count), blocks = (count + size - 1) / size;
+  int64_t blocks = blocks_of(args.sizes, count);
+  // A block for each thread in turn, where that leaves whole register tiles.
+  const int64_t even = (blocks + num_threads - 1) / num_threads * num_threads;
+  if (count >= even * kMaxRows) blocks = even;
   // Inputs are transformed again for each cut of the panels.
-  const int64_t cuts =
-      num_threads == 1 ? 1 : std::min(panels, std::max<int64_t>(1, kTasks / blocks));
+  const int64_t cuts = std::min(panels, (num_threads + blocks - 1) / blocks);
   parallel_for(num_threads, blocks * cuts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / cuts, cut = i % cuts;
-      winograd.block(block * size, std::min(count, (block + 1) * size), cut * panels / cuts,
+      winograd.block(block * count / blocks, (block + 1) * count / blocks, cut * panels / cuts,
                      (cut + 1) * panels / cuts);
     }
   });
