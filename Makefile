@@ -17,8 +17,9 @@ help:
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
-	@echo "make gate       the kernels' instruction counts against benchmarks/instructions/"
-	@echo "make gate-update   records them anew and prints what moved"
+	@echo "make gate       CPU instruction counts and GPU registers, spills, ... against benchmarks/"
+	@echo "                (FULL=1: every dtype, configuration and target)"
+	@echo "make gate-update   records both anew and prints what moved (BECAUSE='why it is worse')"
 	@echo "make mutants    plants bugs in the kernels and shows that the tests catch them"
 
 build: native
@@ -61,9 +62,11 @@ sanitize: native
 
 gate: native
 	$(PY) -m tests.gates.instructions
+	env -u TRITON_INTERPRET $(PY) -m mbm_kernels gate static $(if $(FULL),--full)
 
 gate-update: native
 	$(PY) -m tests.gates.instructions --update
+	env -u TRITON_INTERPRET $(PY) -m mbm_kernels gate static --full --update $(if $(BECAUSE),--because '$(BECAUSE)')
 
 mutants: native
 	$(PY) -m tests.gates.mutants
