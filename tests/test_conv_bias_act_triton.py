@@ -110,8 +110,13 @@ def test_the_table_chooses(way, launched):
         launched
         == {
             "aten": ["epilogue", "grad_epilogue"],
-            "gemm": ["conv_pool", "grad_epilogue", "conv", "conv_grad_weight"],
-            "depthwise": ["depthwise", "grad_epilogue", "depthwise", "depthwise_grad_weight"],
+            "gemm": ["conv_pool", "grad_epilogue", "conv_grad_x", "conv_grad_weight"],
+            "depthwise": [
+                "depthwise",
+                "grad_epilogue",
+                "depthwise_grad_x",
+                "depthwise_grad_weight",
+            ],
         }[way]
     )
 

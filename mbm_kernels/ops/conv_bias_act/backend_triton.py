@@ -99,8 +99,9 @@ def _gemm(
     pixels = y.size(0) * y.size(2) * y.size(3)
     C, K = x.size(1), y.size(1)
     pool = 1 if turned else plan.pool[0]
+    name = "conv_grad_x" if turned else "conv_pool" if pool == 2 else "conv"
     plan.launch(
-        "conv_stem" if C <= STEM_CHANNELS else "conv_pool" if pool == 2 else "conv",
+        "conv_stem" if C <= STEM_CHANNELS else name,
         lambda c: (ceil_div(pixels, c["BLOCK_P"]) * ceil_div(K, c["BLOCK_K"]),),
         *(x, weight, bias, residual, y, places, z, plan.B, C, K, *x.shape[2:], *y.shape[2:]),
         *(top, left, *x.stride(), w_k, w_c, w_r, w_s, 0 if bias is None else bias.stride(0)),
@@ -132,7 +133,7 @@ def _depthwise(
         top, left = plan.weight.size(2) - 1 - top, plan.weight.size(3) - 1 - left
     pixels = y.size(0) * y.size(2) * y.size(3)
     plan.launch(
-        "depthwise",
+        "depthwise_grad_x" if turned else "depthwise",
         lambda c: (ceil_div(pixels, c["BLOCK_P"]) * ceil_div(plan.K, c["BLOCK_K"]),),
         *(x, plan.weight, bias, residual, y, places, z, plan.B, plan.K, *x.shape[2:]),
         *(*y.shape[2:], top, left, *x.stride(), w_k, w_r, w_s),

@@ -22,9 +22,11 @@ from mbm_kernels.ops.conv_bias_act.triton_epilogue import (
     pool_step,
 )
 
-# The same function under the names of its tables: four accumulators, few channels.
-conv_pool = conv
-conv_stem = conv
+# The same function under the names of its tables.
+conv_pool = conv  # four accumulators
+conv_stem = conv  # few channels
+conv_grad_x = conv  # without an epilogue
+depthwise_grad_x = depthwise
 
 
 @triton.jit
