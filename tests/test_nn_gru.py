@@ -141,7 +141,7 @@ def test_autocast(backend):
 
 
 def test_dropout_between_layers(backend):
-    size, p = 400, 0.25
+    size, p = 64, 0.25
     ours = nn.GRU(size, size, num_layers=2, bias=False, dropout=p, backend=backend)
     x = torch.randn(2, 20, size)
     torch.manual_seed(3)
