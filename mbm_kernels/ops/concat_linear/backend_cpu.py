@@ -36,15 +36,13 @@ class _Plan:
         members: dict[Shape, list[int]] = {}
         for i, shape in enumerate(shapes):
             members.setdefault(_stripped(shape[:-1]), []).append(i)
-        self.indices: list[Tensor] = []  # kept alive
-        self.groups: list[tuple[int, int, list[int]]] = []  # rows, address of the index, inputs
+        self.groups: list[tuple[int, Tensor | None, list[int]]] = []  # rows, index, inputs
         for shape, inputs in members.items():
-            rows, address = math.prod(shape), 0
+            rows, index = math.prod(shape), None
             if rows != self.rows:
                 index = torch.arange(rows, device="cpu").view(shape).expand(self.leading)
-                self.indices.append(index.reshape(-1).contiguous())
-                address = self.indices[-1].data_ptr()
-            self.groups.append((rows, address, inputs))
+                index = index.reshape(-1).contiguous()
+            self.groups.append((rows, index, inputs))
 
 
 def _stripped(shape: Shape) -> Shape:
@@ -132,7 +130,8 @@ def _groups(
         )
 
     return [
-        (rows, address, [described(i) for i in members]) for rows, address, members in plan.groups
+        (rows, 0 if index is None else index.data_ptr(), [described(i) for i in members])
+        for rows, index, members in plan.groups
     ]
 
 
