@@ -55,10 +55,11 @@ inline vf expm1(vf x) {
 
 // Cephes logf, 1 ulp, for normal numbers above 0; NaN for NaN and infinity.
 inline vf log(vf x) {
-  const vi bits = (vi)x;
-  const vi exponent = (bits - 0x3f3504f3) >> 23;  // the mantissa from sqrt(1/2) on
+  // Unsigned, since outside the domain the differences wrap.
+  const vu bits = (vu)x;
+  const vi exponent = (vi)(bits - 0x3f3504f3u) >> 23;  // the mantissa from sqrt(1/2) on
   const vf n = __builtin_convertvector(exponent, vf);
-  const vf f = (vf)(bits - (exponent << 23)) - set1(1.0f);
+  const vf f = (vf)(bits - ((vu)exponent << 23)) - set1(1.0f);
   vf p = set1(7.0376836292e-2f);
   p = fma(p, f, set1(-1.1514610310e-1f));
   p = fma(p, f, set1(1.1676998740e-1f));

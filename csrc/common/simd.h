@@ -20,6 +20,7 @@ constexpr int kLanes = MBM_LANES;
 
 typedef float vf __attribute__((vector_size(4 * MBM_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * MBM_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * MBM_LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * MBM_LANES), aligned(4), may_alias));
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
