@@ -37,7 +37,7 @@ inline int64_t key_count(const AdditiveAttentionInputs& in, int64_t b) {
 // pipes than the multipliers.
 inline vf product_of(vf a, vf b) {
   vf p = a * b;
-#if defined(__x86_64__)
+#if defined(__AVX512F__) || (defined(__x86_64__) && MBM_LANES < 16)  // one register holds it
   asm("" : "+v"(p));
 #endif
   return p;

@@ -47,7 +47,9 @@ class Recorder:
             self.storages[storage.data_ptr()] = storage
 
     def forget(self) -> None:
-        self.storages.clear()
+        """Drops what nobody else holds: a backend may keep a tensor and its address for later."""
+        held = {a: s for a, s in self.storages.items() if torch._C._storage_Use_Count(s._cdata) > 1}
+        self.storages = held
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.module, name)
