@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import mbm_kernels
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import BOTH, FORWARD, machine, memory, results, statistics, table, timing
 
@@ -174,6 +175,26 @@ class TestMemory:
         assert 100 * 2**20 < peak < 160 * 2**20
         assert memory.peak_extra_bytes(lambda: None) < 4 * 2**20
 
+    def test_counts_working_memory_that_kernels_keep(self):
+        hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (256, 4000))
+        target = torch.randint(4000, (256,))
+
+        def call():
+            loss = mbm_kernels.linear_cross_entropy(hidden, weight, target, backend="cpu")
+            return torch.autograd.grad(loss, (hidden, weight))
+
+        call()
+        call()  # its working memory is kept from here on
+        peak = memory.peak_extra_bytes(call)
+        if peak is None:
+            pytest.skip("the kernel or the C library does not tell")
+        assert peak - memory.result_bytes(call()) > 2 * 2**20  # of 3 MB of logits
+
+    def test_results_count_each_storage_once(self):
+        x = torch.zeros(1000)
+        assert memory.result_bytes((x, [x[10:], x.view(10, 100)], None, 3)) == 4000
+        assert memory.result_bytes([x, torch.zeros(3, dtype=torch.int64)]) == 4024
+
     def test_unknown_is_none(self, tmp_path, monkeypatch):
         monkeypatch.setattr(memory, "PROC", tmp_path / "absent")
         assert memory.peak_extra_bytes(lambda: None) is None
@@ -198,7 +219,8 @@ def row(**changes):
         "verdict": "faster",
         "ratios": {"eager": 4.0, "compile": 5.0},
         "unavailable": {},
-        "peak_extra_bytes": {"mbm": 2**20, "eager": None},
+        "peak_extra_bytes": {"mbm": 3 * 2**20, "eager": None},
+        "result_bytes": {"mbm": 2**20, "eager": 2**20},
         **changes,
     }
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  before _C_cpu: its libgomp must be the one that gets mapped
+import torch  # before _C_cpu: its libgomp must be the one that gets mapped
 
 from mbm_kernels._core import env
 
@@ -46,6 +46,13 @@ def cpu() -> ModuleType:
 def cpu_reason() -> str | None:
     """None when the CPU kernels can run in this process, else why not."""
     return _load_cpu()[1]
+
+
+def release_scratch() -> None:
+    """Frees the working memory that CPU kernels keep for their next call, up to 16 MiB a thread."""
+    module, _ = _load_cpu()
+    if module is not None:
+        module.release_scratch(torch.get_num_threads())
 
 
 def cuda_reason() -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels.bench import timing
+from mbm_kernels.bench import memory, timing
 from mbm_kernels.bench.benchmark import Benchmark, Case, Inputs, Prepared, prepare, watch_backends
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.harness import MBM, backend_name, compile_fails
@@ -99,12 +99,16 @@ def _rows(
         # A row that cannot run says why; the rows after it are measured all the same.
         yield head | {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         return
-    memory = {name: _peak_extra_bytes(call) for name, call in calls.items() if GRAPH not in name}
+    called = {name: call for name, call in calls.items() if GRAPH not in name}
+    peaks = {
+        "peak_extra_bytes": {name: _peak_extra_bytes(call) for name, call in called.items()},
+        "result_bytes": {name: memory.result_bytes(call()) for name, call in called.items()},
+    }
     for l2, sampler in (("hot", hot_sample), ("cold", cold_sample)):
         times = timing.interleave(
             calls, settings.seconds, min_rounds=settings.min_rounds, sampler=sampler
         )
-        row = head | _summary(times, unavailable) | {"l2": l2, "peak_extra_bytes": memory}
+        row = head | _summary(times, unavailable) | {"l2": l2} | peaks
         if benchmark.work is not None:
             row["limit"] = _share(benchmark.work(case, which), row["mbm_ms"], dtype)
         yield row

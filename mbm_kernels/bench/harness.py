@@ -124,6 +124,7 @@ def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -
         "ratios": {name: paired_ratio(times[name], times[MBM]).value for name in stock},
         # After the timing, since it trims the heap.
         "peak_extra_bytes": {name: memory.peak_extra_bytes(calls[name]) for name in (MBM, best)},
+        "result_bytes": {name: memory.result_bytes(calls[name]()) for name in (MBM, best)},
     }
     if benchmark.work is not None:
         work = benchmark.work(case, which)

@@ -4,6 +4,11 @@ import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mbm_kernels._core import native
 
 PROC = Path("/proc/self")
 
@@ -24,12 +29,28 @@ def _malloc_trim() -> bool:
     return True
 
 
+def result_bytes(results: Any) -> int:
+    """Of the tensors in a call's results, each storage once: what any form of it has to make."""
+    storages: dict[int, int] = {}
+    pending = [results]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, (tuple, list)):
+            pending.extend(item)
+    return sum(storages.values())
+
+
 def peak_extra_bytes(call: Callable[[], object]) -> int | None:
     """VmHWM of one call minus VmRSS before it, its outputs included; None where it is not known.
 
-    The kernel counts in pages per thread, so that less than about 1 MiB is noise. Call it once
-    before: caches filled by a first call would count too.
+    Working memory that our kernels keep from call to call is freed first, and so counts. The kernel
+    counts in pages per thread, so that less than about 1 MiB is noise. Call it once before: packed
+    weights would count too.
     """
+    native.release_scratch()
     try:
         if not _malloc_trim():
             return None
