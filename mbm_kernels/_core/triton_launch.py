@@ -165,6 +165,11 @@ def read_choices(op: str) -> dict[str, tuple[Choice, ...]]:
     }
 
 
+def choice(op: str, what: str, dtype: torch.dtype, sizes: dict[str, int]) -> str:
+    """How `what` is done: the first of the op's ways that holds."""
+    return next(c.use for c in read_choices(op)[what] if c.holds(dtype, sizes))
+
+
 @dataclass(frozen=True)
 class Launch:
     """One launch that was recorded instead of run."""
@@ -202,7 +207,8 @@ class Kernel:
     Args:
         op: the operation's name, whose launch.json holds the table.
         name: the key in that table.
-        function: the jitted function; arguments in capitals are its constexprs.
+        function: the jitted function; arguments in capitals are its constexprs. One called NVIDIA
+            is filled in here: whether it is compiled for such a GPU, and so may hold PTX.
     """
 
     def __init__(self, op: str, name: str, function: Any):
@@ -258,8 +264,13 @@ class Kernel:
         shape = grid(dict(config.constants))
         if 0 in shape:
             return
-        options = config.compile_options(nvidia=torch.version.hip is None)
-        self.function[shape](*args, **constexprs, **dict(config.constants), **options)
+        nvidia = torch.version.hip is None
+        options = config.compile_options(nvidia)
+        given = {**constexprs, **self.target_constants(nvidia and not interpreting())}
+        self.function[shape](*args, **given, **dict(config.constants), **options)
+
+    def target_constants(self, nvidia: bool) -> dict[str, bool]:
+        return {"NVIDIA": nvidia} if "NVIDIA" in self.function.arg_names else {}
 
     def _tuned(
         self,

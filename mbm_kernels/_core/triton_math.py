@@ -1,4 +1,4 @@
-"""Functions that Triton kernels share; portable Triton without libdevice or inline assembly.
+"""Functions that Triton kernels share; portable Triton, but for PTX behind a constexpr.
 
 Everything here computes in float32. The hardware's exponential takes x log2(e) rounded once, an
 error of |x| eps; where that matters `exp_exact` splits the exponent off first.
@@ -54,6 +54,18 @@ def tanh(x):
     magnitude = m / (m + 2.0)
     signed = tl.where(x < 0, -magnitude, magnitude)
     return tl.where(x == x, signed, x)
+
+
+@triton.jit
+def tanh_fast(x, NVIDIA: tl.constexpr):
+    """tanh to 2^-11, one special-function operation, on NVIDIA; `tanh` elsewhere."""
+    if NVIDIA:
+        y = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tanh(x)
+    return y
 
 
 @triton.jit

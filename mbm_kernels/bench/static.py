@@ -90,7 +90,7 @@ def _tool(name: str) -> str:
     return found
 
 
-def source_of(launch: Launch, config: Config) -> Any:
+def source_of(launch: Launch, config: Config, target: Target) -> Any:
     """The launch as triton's compiler takes it, with the specialisation that a call would get.
 
     Pointers count as aligned to 16 bytes, as torch allocates them; integers are specialised by
@@ -103,7 +103,11 @@ def source_of(launch: Launch, config: Config) -> Any:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     divisible = [["tt.divisibility", 16]]
-    named = {**launch.constexprs, **dict(config.constants)}
+    named = {
+        **launch.constexprs,
+        **launch.kernel.target_constants(target.nvidia),
+        **dict(config.constants),
+    }
     for i, name in enumerate(function.arg_names):
         value = launch.args[i] if i < len(launch.args) else named[name]
         if i >= len(launch.args) or value is None or (type(value) is int and value == 1):
@@ -141,7 +145,7 @@ def resources(launch: Launch, config: Config, target: Target, cache: Path) -> Re
     import triton
     from triton.backends.compiler import GPUTarget
 
-    source = source_of(launch, config)
+    source = source_of(launch, config, target)
     options = config.compile_options(target.nvidia)
     key = json.dumps([source.hash(), target.name, options, versions()], sort_keys=True)
     stored = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

@@ -9,16 +9,16 @@ from torch import Tensor
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div, power_of_two
 
-# Below this many queries the factors of the keys cost as much as the tanh that they replace.
-FEWEST_QUERIES = 2
-
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
+NAME = "additive_attention"
+
+
 def _kernel(name: str) -> triton_launch.Kernel:
-    return triton_launch.kernel("additive_attention", name)
+    return triton_launch.kernel(NAME, name)
 
 
 class _Call:
@@ -68,7 +68,8 @@ def fwd(
     context, weights = query.new_empty(B, T, E), query.new_empty(B, T, S)
     if 0 in (B, T):
         return context, weights
-    factored = T >= FEWEST_QUERIES
+    way = triton_launch.choice(NAME, "scores", query.dtype, call.sizes)
+    factored = way == "factors"
     factors = call.factors(False) if factored else (None, None, None)
     if mask is not None:
         mask = mask.expand(B, T, S)
@@ -83,6 +84,7 @@ def fwd(
         blocks,
         BLOCKS=power_of_two(blocks),
         FACTORS=factored,
+        FAST=way == "approximate",
     )
     return context, weights
 

@@ -141,7 +141,8 @@ def scores_from_factors(
 def scores_directly(
     query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d, key_b, key_s, key_d,
     v_d,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, FAST: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     for i in range(0, tl.minimum(BLOCK_T, T - t0)):
         for s0 in range(0, count, BLOCK_S):
@@ -154,7 +155,11 @@ def scores_directly(
                 k_at = key + b * key_b + s.to(tl.int64)[:, None] * key_s + d[None, :] * key_d
                 k = tl.load(k_at, (s < count)[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
                 w = tl.load(v + d * v_d, d < D, 0.0).to(tl.float32)
-                terms += triton_math.tanh(q[None, :] + k) * w[None, :]
+                if FAST:
+                    y = triton_math.tanh_fast(q[None, :] + k, NVIDIA)
+                else:
+                    y = triton_math.tanh(q[None, :] + k)
+                terms += y * w[None, :]
             tl.store(rows + (t0 + i) * S + s, tl.sum(terms, 1), s < count)
 
 
@@ -170,8 +175,9 @@ def attend(
     context,  # [B, T, E]
     T, S, D, E, query_b, query_t, query_d, key_b, key_s, key_d, value_b, value_s, value_e, v_d,
     mask_b, mask_t, mask_s, blocks,
-    BLOCKS: tl.constexpr, FACTORS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr, FACTORS: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """BLOCK_T queries of one batch element: scores, softmax, context.
 
@@ -189,7 +195,7 @@ def attend(
         if any_direct(direct, b, blocks, BLOCKS):
             scores_directly(
                 query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d,
-                key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D,
+                key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D, False, NVIDIA,
             )
         else:
             scores_from_factors(
@@ -198,7 +204,7 @@ def attend(
     else:
         scores_directly(
             query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d,
-            key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D,
+            key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D, FAST, NVIDIA,
         )
     tl.debug_barrier()
 
