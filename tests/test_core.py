@@ -97,6 +97,19 @@ class TestSelect:
         with raises(mbm_kernels.BackendUnavailableError, "cuda"):
             mbm_kernels.set_backend("cuda", OP)
 
+    @pytest.mark.usefixtures("_restored")
+    def test_preferring_takes_what_there_is_and_ends(self, table):
+        table()
+        mbm_kernels.set_backend("torch", "gru")
+        with pytest.raises(KeyError), dispatch.preferring("cpu"):
+            assert select() == "cpu"
+            assert dispatch.default("gru") == "cpu"
+            raise KeyError
+        with dispatch.preferring("cuda"):
+            assert select() == "torch"
+        assert select() == "torch"
+        assert dispatch.default("gru") == "torch"
+
     def test_disabled_nests_and_ends_with_an_error(self, table):
         table({"backend": "cpu"})
         with mbm_kernels.disabled():

@@ -229,6 +229,20 @@ def set_backend(name: str, op: str | None = None) -> None:
 
 
 @contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Within this context "auto" means `name` for each operation that has it here."""
+    before = dict(_defaults)
+    try:
+        for op in _tables:
+            if name in ("auto", "torch") or why_not(op, name) is None:
+                _defaults[op] = name
+        yield
+    finally:
+        _defaults.clear()
+        _defaults.update(before)
+
+
+@contextmanager
 def disabled() -> Iterator[None]:
     """Within this context every operation runs its torch backend, named backends included.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbm_kernels._core import dispatch
 from mbm_kernels.bench import memory, timing
 from mbm_kernels.bench.benchmark import Benchmark, Case, Inputs, Prepared, prepare, watch_backends
 from mbm_kernels.bench.correct import WrongResult, check
@@ -55,13 +56,18 @@ def run(
     settings: GpuSettings,
     started: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Row]:
-    """The rows as they come; a row with `wrong` or `failed` has no times."""
+    """The rows as they come; a row with `wrong` or `failed` has no times.
+
+    A model's operations take `settings.backend` too, since no table names it before a measurement.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     for case in cases:
         for which in case.passes:
             for dtype in settings.dtypes:
                 started(f"{benchmark.op} {case.label} {which} {dtype}")
-                yield from _rows(benchmark, case, which, dtype, device, settings)
+                with dispatch.preferring(settings.backend):
+                    rows = list(_rows(benchmark, case, which, dtype, device, settings))
+                yield from rows
                 gc.collect()
                 torch.cuda.empty_cache()
 
@@ -82,7 +88,7 @@ def _rows(
         "options": {name: str(value) for name, value in case.options.items()},
         "pass": which,
         "dtype": dtype,
-        "backend_asked": settings.backend if benchmark.function is None else "auto",
+        "backend_asked": settings.backend,
         "quick": False,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -119,10 +119,9 @@ def run_benchmarks(
 
 
 def gpu_backends(op: str) -> list[str]:
-    """Those that run here; a model has none of its own and takes what `auto` gives."""
-    if op not in OPS:
-        return ["auto"]
-    return [b for b in GPU_BACKENDS if dispatch.why_not(op, b) is None]
+    """Those that run here, of a model any that one of its operations may take."""
+    asked = [op] if op in OPS else list(OPS)
+    return [b for b in GPU_BACKENDS if any(dispatch.why_not(name, b) is None for name in asked)]
 
 
 HEADER = (
