@@ -170,7 +170,7 @@ class BuildNative(build_ext):
         objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", [*base, *calls]))
         # -O1: the binding only converts arguments, and compiles twice as fast.
         binding = [*base, *calls, "-O1", *python_includes()]
-        for name in ("bind_cpu.cpp", "bind_concat_linear.cpp", "bind_losses.cpp"):
+        for name in ("bind_cpu.cpp", "bind_concat_linear.cpp", "bind_gru.cpp", "bind_losses.cpp"):
             objects.append(ninja.compile(CSRC / name, "any", binding))
         ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *sanitizer], [])
 

@@ -1,4 +1,5 @@
-// With bind_concat_linear.cpp and bind_losses.cpp the only CPU files that include pybind11.
+// With bind_concat_linear.cpp, bind_gru.cpp and bind_losses.cpp the only CPU files that include
+// pybind11.
 #include "bind_cpu.h"
 
 #include <pybind11/stl.h>
@@ -15,8 +16,6 @@
 #include "common/vector_math.h"
 #include "conv_bias_act/conv_bias_act.h"
 #include "cross_attention/cross_attention.h"
-#include "gru/gru.h"
-#include "gru_cell/gru_cell.h"
 
 namespace {
 
@@ -52,141 +51,6 @@ void bind_common(py::module_& m) {
     py::gil_scoped_release release;
     MBM_CALL(vector_math, function, x_ptr, y_ptr, n);
   });
-}
-
-// Sizes come first, then the addresses in the order of csrc/gru/gru.h; 0 stands for null.
-void bind_gru(py::module_& m) {
-  m.def("gru_packed_sizes", [](int64_t C, int64_t H) {
-    const mbm::GruPackedSizes sizes = MBM_CALL(gru_packed_sizes, C, H);
-    return py::make_tuple(sizes.forward, sizes.recurrent, sizes.input);
-  });
-  m.def("gru_pack_forward", [](int64_t C, int64_t H, Address w_ih, Address w_hh, Address b_ih,
-                               Address b_hh, Address out, int num_threads) {
-    const auto* w_ih_ptr = checked_ptr<const float>(w_ih, 3 * H * C, "w_ih");
-    const auto* w_hh_ptr = checked_ptr<const float>(w_hh, 3 * H * H, "w_hh");
-    const auto* b_ih_ptr = optional_ptr<const float>(b_ih, 3 * H, "b_ih");
-    const auto* b_hh_ptr = optional_ptr<const float>(b_hh, 3 * H, "b_hh");
-    auto* out_ptr = checked_ptr<float>(out, MBM_CALL(gru_packed_sizes, C, H).forward, "out");
-    py::gil_scoped_release release;
-    MBM_CALL(gru_pack_forward, C, H, w_ih_ptr, w_hh_ptr, b_ih_ptr, b_hh_ptr, out_ptr, num_threads);
-  });
-  m.def("gru_pack_recurrent", [](int64_t H, Address w_hh, Address out, int num_threads) {
-    const auto* w_hh_ptr = checked_ptr<const float>(w_hh, 3 * H * H, "w_hh");
-    auto* out_ptr = checked_ptr<float>(out, MBM_CALL(gru_packed_sizes, 0, H).recurrent, "out");
-    py::gil_scoped_release release;
-    MBM_CALL(gru_pack_recurrent, H, w_hh_ptr, out_ptr, num_threads);
-  });
-  m.def("gru_pack_input", [](int64_t C, int64_t H, Address w_ih, Address out, int num_threads) {
-    const auto* w_ih_ptr = checked_ptr<const float>(w_ih, 3 * H * C, "w_ih");
-    auto* out_ptr = checked_ptr<float>(out, MBM_CALL(gru_packed_sizes, C, H).input, "out");
-    py::gil_scoped_release release;
-    MBM_CALL(gru_pack_input, C, H, w_ih_ptr, out_ptr, num_threads);
-  });
-  m.def("gru_forward", [](int64_t T, int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_t,
-                          int64_t x_stride_b, Address h0, Address packed, Address lengths,
-                          bool reverse, Address y, Address h_n, Address reserve, int num_threads) {
-    mbm::GruForward args{};
-    args.sequence = {T,
-                     B,
-                     C,
-                     H,
-                     checked_ptr<const float>(x, T * B * C, "x"),
-                     x_stride_t,
-                     x_stride_b,
-                     optional_ptr<const float>(h0, B * H, "h0"),
-                     optional_ptr<const int64_t>(lengths, B, "lengths"),
-                     reverse};
-    const int64_t packed_size = MBM_CALL(gru_packed_sizes, C, H).forward;
-    args.packed = checked_ptr<const float>(packed, packed_size, "packed");
-    args.y = optional_ptr<float>(y, T * B * H, "y");
-    args.h_n = checked_ptr<float>(h_n, B * H, "h_n");
-    args.reserve = optional_ptr<float>(reserve, T * B * 4 * H, "reserve");
-    py::gil_scoped_release release;
-    MBM_CALL(gru_forward, args, num_threads);
-  });
-  m.def("gru_backward",
-        [](int64_t T, int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_t,
-           int64_t x_stride_b, Address h0, Address packed_recurrent, Address packed_input,
-           Address lengths, bool reverse, Address y, Address reserve, Address grad_y,
-           int64_t grad_y_stride_t, int64_t grad_y_stride_b, Address grad_h_n, Address grad_x,
-           Address grad_h0, Address grad_w_ih, Address grad_w_hh, Address grad_b_ih,
-           Address grad_b_hh, int num_threads) {
-          const mbm::GruPackedSizes sizes = MBM_CALL(gru_packed_sizes, C, H);
-          mbm::GruBackward args{};
-          args.sequence = {T,
-                           B,
-                           C,
-                           H,
-                           checked_ptr<const float>(x, grad_w_ih ? T * B * C : 0, "x"),
-                           x_stride_t,
-                           x_stride_b,
-                           optional_ptr<const float>(h0, B * H, "h0"),
-                           optional_ptr<const int64_t>(lengths, B, "lengths"),
-                           reverse};
-          args.packed_recurrent =
-              checked_ptr<const float>(packed_recurrent, sizes.recurrent, "packed_recurrent");
-          args.packed_input =
-              checked_ptr<const float>(packed_input, grad_x ? sizes.input : 0, "packed_input");
-          args.y = checked_ptr<const float>(y, T > 1 ? T * B * H : 0, "y");
-          args.reserve = checked_ptr<const float>(reserve, T * B * 4 * H, "reserve");
-          args.grad_y = optional_ptr<const float>(grad_y, T * B * H, "grad_y");
-          args.grad_y_stride_t = grad_y_stride_t;
-          args.grad_y_stride_b = grad_y_stride_b;
-          args.grad_h_n = optional_ptr<const float>(grad_h_n, B * H, "grad_h_n");
-          args.grad_x = optional_ptr<float>(grad_x, T * B * C, "grad_x");
-          args.grad_h0 = optional_ptr<float>(grad_h0, B * H, "grad_h0");
-          args.grad_w_ih = optional_ptr<float>(grad_w_ih, 3 * H * C, "grad_w_ih");
-          args.grad_w_hh = optional_ptr<float>(grad_w_hh, 3 * H * H, "grad_w_hh");
-          args.grad_b_ih = optional_ptr<float>(grad_b_ih, 3 * H, "grad_b_ih");
-          args.grad_b_hh = optional_ptr<float>(grad_b_hh, 3 * H, "grad_b_hh");
-          py::gil_scoped_release release;
-          MBM_CALL(gru_backward, args, num_threads);
-        });
-}
-
-mbm::GruCellInputs gru_cell_inputs(int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_b,
-                                   Address h, Address w_ih, Address w_hh) {
-  return {B,
-          C,
-          H,
-          checked_ptr<const float>(x, B * C, "x"),
-          x_stride_b,
-          checked_ptr<const float>(h, B * H, "h"),
-          checked_ptr<const float>(w_ih, 3 * H * C, "w_ih"),
-          checked_ptr<const float>(w_hh, 3 * H * H, "w_hh")};
-}
-
-void bind_gru_cell(py::module_& m) {
-  m.def("gru_cell_forward", [](int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_b,
-                               Address h, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
-                               Address h_new, Address reserve, int num_threads) {
-    mbm::GruCellForward args{};
-    args.in = gru_cell_inputs(B, C, H, x, x_stride_b, h, w_ih, w_hh);
-    args.b_ih = optional_ptr<const float>(b_ih, 3 * H, "b_ih");
-    args.b_hh = optional_ptr<const float>(b_hh, 3 * H, "b_hh");
-    args.h_new = checked_ptr<float>(h_new, B * H, "h_new");
-    args.reserve = optional_ptr<float>(reserve, B * 4 * H, "reserve");
-    py::gil_scoped_release release;
-    MBM_CALL(gru_cell_forward, args, num_threads);
-  });
-  m.def("gru_cell_backward",
-        [](int64_t B, int64_t C, int64_t H, Address x, int64_t x_stride_b, Address h, Address w_ih,
-           Address w_hh, Address reserve, Address grad_h_new, Address grad_x, Address grad_h,
-           Address grad_w_ih, Address grad_w_hh, Address grad_b_ih, Address grad_b_hh,
-           int num_threads) {
-          mbm::GruCellBackward args{};
-          args.in = gru_cell_inputs(B, C, H, x, x_stride_b, h, w_ih, w_hh);
-          args.reserve = checked_ptr<const float>(reserve, B * 4 * H, "reserve");
-          args.grad_h_new = checked_ptr<const float>(grad_h_new, B * H, "grad_h_new");
-          args.grad_x = optional_ptr<float>(grad_x, B * C, "grad_x");
-          args.grad_h = optional_ptr<float>(grad_h, B * H, "grad_h");
-          args.grad_w_ih = optional_ptr<float>(grad_w_ih, 3 * H * C, "grad_w_ih");
-          args.grad_w_hh = optional_ptr<float>(grad_w_hh, 3 * H * H, "grad_w_hh");
-          args.grad_b_ih = optional_ptr<float>(grad_b_ih, 3 * H, "grad_b_ih");
-          args.grad_b_hh = optional_ptr<float>(grad_b_hh, 3 * H, "grad_b_hh");
-          py::gil_scoped_release release;
-          MBM_CALL(gru_cell_backward, args, num_threads);
-        });
 }
 
 // Sizes B, T, S, D, E; tensors as (address, stride of b, stride of the rows), the mask with a
@@ -421,11 +285,10 @@ void bind_conv_bias_act(py::module_& m) {
 PYBIND11_MODULE(_C_cpu, m) {
   m.doc() = "CPU kernels of mbm_kernels; call them through mbm_kernels.ops.";
   bind_common(m);
-  bind_gru(m);
-  bind_gru_cell(m);
   bind_additive_attention(m);
   bind_concat_linear(m);
   bind_conv_bias_act(m);
   bind_cross_attention(m);
+  bind_gru(m);
   bind_losses(m);
 }

@@ -16,4 +16,5 @@ T* optional_ptr(Address address, int64_t count, const char* name) {
 }
 
 void bind_concat_linear(py::module_& m);
+void bind_gru(py::module_& m);
 void bind_losses(py::module_& m);

@@ -8,7 +8,6 @@ import torch
 
 import mbm_kernels
 from mbm_kernels._core import env, native
-from mbm_kernels._core.op import OPS
 
 PACKAGES = ("torch", "triton", "numpy", "pybind11")
 
@@ -51,7 +50,7 @@ def collect() -> dict[str, Any]:
             "openmp_runtimes": native.openmp_runtimes(),
         },
         "gpu": gpu(),
-        "ops": {op: mbm_kernels.backends(op) for op in OPS},
+        "ops": {op: mbm_kernels.backends(op) for op in mbm_kernels.ops.__all__},
         "environment": env.in_force(),
         "unknown_environment": env.unknown(),
     }

@@ -51,28 +51,33 @@ struct GruForward {
   GruSequence sequence;
   const float* packed;  // gru_pack_forward
   float* y;             // [T, B, H], 0 past a row's length; null if not wanted
+  int64_t y_stride;     // row (t, b) of y at (t B + b) y_stride
   float* h_n;           // [B, H], the state after a row's last step; h0 for a row without steps
   float* reserve;       // the saved state, room for T * B rows of 4H; null if not wanted
 };
-MBM_PER_ISA(void, gru_forward, (const GruForward& args, int num_threads))
+// One direction, or two that write apart: an even number of threads then runs both at once.
+MBM_PER_ISA(void, gru_forward, (const GruForward* directions, int count, int num_threads))
 
 struct GruBackward {
   GruSequence sequence;           // as given to the forward; x is read for grad_w_ih only
   const float* packed_recurrent;  // gru_pack_recurrent
   const float* packed_input;      // gru_pack_input; null if grad_x is
-  const float* y;                 // [T, B, H] of the forward; may be null if T == 1
-  const float* reserve;           // of the forward
-  const float* grad_y;            // [T, B, H] with the strides below, or null for zeros
+  const float* y;                 // of the forward, rows y_stride apart; may be null if T == 1
+  int64_t y_stride;
+  const float* reserve;  // of the forward
+  const float* grad_y;   // [T, B, H] with the strides below, or null for zeros
   int64_t grad_y_stride_t, grad_y_stride_b;
   const float* grad_h_n;  // [B, H], or null for zeros
-  // Each may be null and is then not computed; all are overwritten.
+  // Each may be null and is then not computed; all are overwritten, but see add_grad_x.
   float* grad_x;     // [T, B, C], 0 past a row's length
   float* grad_h0;    // [B, H]
   float* grad_w_ih;  // [3H, C]
   float* grad_w_hh;  // [3H, H]
   float* grad_b_ih;  // [3H]
   float* grad_b_hh;  // [3H]
+  bool add_grad_x;   // to what grad_x holds
 };
-MBM_PER_ISA(void, gru_backward, (const GruBackward& args, int num_threads))
+// One direction, or two as above; grad_x of the first is complete before the second's.
+MBM_PER_ISA(void, gru_backward, (const GruBackward* directions, int count, int num_threads))
 
 }  // namespace mbm

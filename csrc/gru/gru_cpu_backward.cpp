@@ -8,14 +8,15 @@ namespace {
 
 class Backward {
  public:
-  Backward(const GruBackward& args, int num_threads)
+  // num_threads for the steps; products_threads for what follows them.
+  Backward(const GruBackward& args, int num_threads, int products_threads)
       : args_(args),
         seq_(args.sequence),
         padded_(panels_of(seq_.H) * kPanel),
         schedule_(seq_.T, seq_.B, seq_.lengths),
-        num_threads_(num_threads),
-        threads_(
-            threads_for(num_threads, 3 * seq_.H * schedule_.rows * seq_.H, seq_.T, seq_.B, seq_.H)),
+        work_(3 * seq_.H * schedule_.rows * seq_.H),
+        num_threads_(products_threads),
+        threads_(threads_for(num_threads, work_, seq_.T, seq_.B, seq_.H)),
         barriers_(threads_),
         grad_h_(floats(seq_.B * padded_)),
         grad_gates_(floats(schedule_.rows * 4 * seq_.H)),
@@ -24,15 +25,8 @@ class Backward {
     clear_row(zeros_.as<float>(), seq_.H);
   }
 
-  void run() {
-    parallel_region(threads_, [&](int thread, int team) { run_share(thread, team); });
-    grad_weights();
-    grad_input();
-    grad_biases();
-  }
-
- private:
-  static size_t floats(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
+  int threads() const { return threads_; }
+  int64_t work() const { return work_; }
 
   void run_share(int thread, int team) {
     const Grid grid = thread_grid(team, seq_.B, seq_.H);
@@ -50,6 +44,15 @@ class Backward {
     }
     if (args_.grad_h0) store_grad_h0(share);
   }
+
+  void finish() const {
+    grad_weights();
+    grad_input();
+    grad_biases();
+  }
+
+ private:
+  static size_t floats(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
 
   float* grad_h_row(const Share& share, int64_t row) const {
     return grad_h_.as<float>() + (share.rows_before + row) * padded_;
@@ -83,7 +86,7 @@ class Backward {
     const int64_t b = schedule_.order[rank], H = seq_.H;
     const bool from_h0 = seq_.reverse ? t + 1 == seq_.T || rank >= schedule_.active[t + 1] : t == 0;
     if (from_h0) return seq_.h0 ? seq_.h0 + b * H : zeros_.as<float>();
-    return args_.y + ((seq_.reverse ? t + 1 : t - 1) * seq_.B + b) * H;
+    return args_.y + ((seq_.reverse ? t + 1 : t - 1) * seq_.B + b) * args_.y_stride;
   }
 
   float* gates_row(int64_t t, int64_t rank) const {
@@ -196,11 +199,12 @@ class Backward {
     g.a = Rows{grad_gates_.as<float>(), 4 * H};
     g.b = args_.packed_input, g.b_step = g.K * kPanel;
     g.c = args_.grad_x, g.ldc = C;
+    g.accumulate = args_.add_grad_x;
     if (seq_.lengths) {
       g.c_rows = row_table(table, [&](int64_t t, int64_t, int64_t b) {
         return args_.grad_x + (t * seq_.B + b) * C;
       });
-      for (int64_t t = 0; t < seq_.T; ++t)
+      for (int64_t t = 0; t < (args_.add_grad_x ? 0 : seq_.T); ++t)
         for (int64_t rank = schedule_.active[t]; rank < seq_.B; ++rank)
           clear_row(args_.grad_x + (t * seq_.B + schedule_.order[rank]) * C, C);
     }
@@ -241,6 +245,7 @@ class Backward {
   const GruSequence& seq_;
   const int64_t padded_;
   const Schedule schedule_;
+  const int64_t work_;
   const int num_threads_, threads_;
   const Barriers barriers_;
   const Scratch grad_h_;      // [B, padded], rows of a group together
@@ -251,6 +256,8 @@ class Backward {
 
 }  // namespace
 
-void gru_backward(const GruBackward& args, int num_threads) { Backward(args, num_threads).run(); }
+void gru_backward(const GruBackward* directions, int count, int num_threads) {
+  run_directions<Backward>(directions, count, num_threads);
+}
 
 }  // namespace mbm::MBM_ISA

@@ -17,13 +17,13 @@ struct BiasEpilogue {
 
 class Forward {
  public:
-  Forward(const GruForward& args, int num_threads)
+  Forward(const GruForward& args, int num_threads, int)
       : args_(args),
         seq_(args.sequence),
         w_(args.packed, seq_.C, seq_.H),
         schedule_(seq_.T, seq_.B, seq_.lengths),
-        threads_(threads_for(num_threads, 3 * seq_.H * schedule_.rows * (seq_.C + seq_.H), seq_.T,
-                             seq_.B, seq_.H)),
+        work_(3 * seq_.H * schedule_.rows * (seq_.C + seq_.H)),
+        threads_(threads_for(num_threads, work_, seq_.T, seq_.B, seq_.H)),
         chunk_(chunk_steps()),
         barriers_(threads_),
         h_(floats(seq_.B * w_.padded)),
@@ -32,18 +32,8 @@ class Forward {
         x_rows_(sizeof(const float*) * static_cast<size_t>(chunk_ * seq_.B * threads_)),
         packed_x_(floats(kPackedA * threads_)) {}
 
-  void run() {
-    parallel_region(threads_, [&](int thread, int team) { run_share(thread, team); });
-  }
-
- private:
-  static size_t floats(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
-
-  int64_t chunk_steps() const {
-    const int64_t rows = seq_.B > 0 ? (seq_.B + threads_ - 1) / threads_ : 1;
-    const int64_t steps = (kProjectedRows + rows - 1) / rows;
-    return steps < seq_.T ? steps : seq_.T;
-  }
+  int threads() const { return threads_; }
+  int64_t work() const { return work_; }
 
   void run_share(int thread, int team) {
     const Grid grid = thread_grid(team, seq_.B, seq_.H);
@@ -65,9 +55,23 @@ class Forward {
     if (thread % grid.units == 0) clear_padding(share);
   }
 
+  void finish() const {}
+
+ private:
+  static size_t floats(int64_t n) { return sizeof(float) * static_cast<size_t>(n); }
+
+  int64_t chunk_steps() const {
+    const int64_t rows = seq_.B > 0 ? (seq_.B + threads_ - 1) / threads_ : 1;
+    const int64_t steps = (kProjectedRows + rows - 1) / rows;
+    return steps < seq_.T ? steps : seq_.T;
+  }
+
   int64_t time(int64_t s) const { return seq_.reverse ? seq_.T - 1 - s : s; }
   float* h_row(const Share& share, int64_t row) const {
     return h_.as<float>() + (share.rows_before + row) * w_.padded;
+  }
+  float* y_row(int64_t t, int64_t rank) const {
+    return args_.y + (t * seq_.B + schedule_.order[rank]) * args_.y_stride;
   }
   int64_t unit_end(const Share& share) const {
     const int64_t end = share.block_end * kPanel;
@@ -142,7 +146,7 @@ class Forward {
                    H * kPanel, tile_c, 3 * kPanel, false);
         for (int i = 0; i < rows; ++i) {
           const int64_t rank = share.rank(row0 + i);
-          float* y = args_.y ? args_.y + (t * seq_.B + schedule_.order[rank]) * H : nullptr;
+          float* y = args_.y ? y_row(t, rank) : nullptr;
           float* saved =
               args_.reserve ? args_.reserve + (schedule_.first[t] + rank) * 4 * H : nullptr;
           gates(gx + (row0 + i) * width, tile_c + i * 3 * kPanel, h_row(share, row0 + i), y, saved,
@@ -182,13 +186,14 @@ class Forward {
     if (!args_.y || !seq_.lengths) return;
     for (int64_t t = 0; t < seq_.T; ++t)
       for (int64_t row = share.rows_of(schedule_.active[t]); row < share.rows; ++row)
-        clear_row(args_.y + (t * seq_.B + schedule_.order[share.rank(row)]) * seq_.H, seq_.H);
+        clear_row(y_row(t, share.rank(row)), seq_.H);
   }
 
   const GruForward& args_;
   const GruSequence& seq_;
   const GruPackedParts<const float> w_;
   const Schedule schedule_;
+  const int64_t work_;
   const int threads_;
   const int64_t chunk_;
   const Barriers barriers_;
@@ -201,6 +206,8 @@ class Forward {
 
 }  // namespace
 
-void gru_forward(const GruForward& args, int num_threads) { Forward(args, num_threads).run(); }
+void gru_forward(const GruForward* directions, int count, int num_threads) {
+  run_directions<Forward>(directions, count, num_threads);
+}
 
 }  // namespace mbm::MBM_ISA

@@ -72,11 +72,13 @@ inline Grid thread_grid(int team, int64_t B, int64_t H) {
   return {groups > 0 ? static_cast<int>(groups) : 1, units};
 }
 
-// Threads for `work` multiply-adds over all T steps. Below 300,000 (5 us) waking one does not pay;
-// nor does a barrier a step (0.3 us) for less than 40,000 in the step's recurrent product, unless
-// there are rows enough to do without.
+// Multiply-adds (5 us) below which waking a thread does not pay.
+constexpr int64_t kSerialWork = 300000;
+
+// Threads for `work` multiply-adds over all T steps. A barrier a step (0.3 us) does not pay for
+// less than 40,000 in the step's recurrent product, unless there are rows enough to do without.
 inline int threads_for(int num_threads, int64_t work, int64_t T, int64_t B, int64_t H) {
-  if (num_threads <= 1 || work < 300000) return 1;
+  if (num_threads <= 1 || work < kSerialWork) return 1;
   return T > 1 && B / num_threads < 6 && 3 * B * H * H < 40000 ? 1 : num_threads;
 }
 
@@ -113,6 +115,33 @@ class Barriers {
  private:
   Scratch memory_;
 };
+
+// Direction(args, threads for its steps, threads): run_share(thread, team) by `threads()` threads,
+// then finish() by one. Two directions wait for one another only at the end, so that each half of
+// the threads takes one: fewer meet at a step's barrier, at two threads none.
+template <class Direction, class Args>
+void run_directions(const Args* args, int count, int num_threads) {
+  if (count == 2 && num_threads % 2 == 0) {
+    Direction first(args[0], num_threads / 2, num_threads);
+    Direction second(args[1], num_threads / 2, num_threads);
+    if (first.work() + second.work() >= kSerialWork) {
+      parallel_region(first.threads() + second.threads(), [&](int thread, int team) {
+        const int lower = team / 2;
+        if (thread < lower || team == 1) first.run_share(thread, team == 1 ? 1 : lower);
+        if (thread >= lower) second.run_share(thread - lower, team - lower);
+      });
+      first.finish();
+      second.finish();
+      return;
+    }
+  }
+  for (int i = 0; i < count; ++i) {
+    Direction direction(args[i], num_threads, num_threads);
+    parallel_region(direction.threads(),
+                    [&](int thread, int team) { direction.run_share(thread, team); });
+    direction.finish();
+  }
+}
 
 inline void clear_row(float* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = 0.0f;

@@ -237,6 +237,20 @@ def gru(given: Draws) -> Inputs:
 
 
 @draws
+def gru_bidirectional(given: Draws) -> Inputs:
+    steps = given.between(1, 6)
+    rows, inputs, units = _gru_sizes(given)
+    weights, others = _gru_weights(given, inputs, units), _gru_weights(given, inputs, units)
+    return {
+        "x": given.randn(steps, rows, inputs) * given.scale,
+        "h0": given.randn(2, rows, units) if given.flag() else None,
+        **weights,
+        **{f"{name}_reverse": value for name, value in others.items()},
+        "lengths": given.lengths(rows, steps),
+    }
+
+
+@draws
 def gru_cell(given: Draws) -> Inputs:
     rows, inputs, units = _gru_sizes(given)
     x, h = given.randn(rows, inputs) * given.scale, given.randn(rows, units)

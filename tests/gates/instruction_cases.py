@@ -58,6 +58,10 @@ def _recurrent() -> Iterator[tuple[str, str, Inputs]]:
     yield "gru", "16 rows of some length", _gru(numbers, 6, 16, 64, 48, lengths=lengths)
     cell = _gru(numbers, 1, 4, 96, 128)
     yield "gru_cell", "4 rows", {**cell, "x": cell["x"][0], "h": cell["h0"], "h0": None}
+    both, other = _gru(numbers, 6, 3, 64, 48), _gru(numbers, 6, 3, 64, 48)
+    states = torch.stack([both.pop("h0"), other.pop("h0")])
+    reverse = {f"{name}_reverse": value for name, value in other.items() if name != "x"}
+    yield "gru_bidirectional", "3 rows", {**both, "h0": states, **reverse}
 
 
 def _convolutions() -> Iterator[tuple[str, str, Inputs]]:

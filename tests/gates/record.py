@@ -122,7 +122,7 @@ def run(op: str, inputs: Inputs, wanted: Callable[[int], bool] = lambda i: True)
         return x
 
     inputs = map_tensors(inputs, leaf)
-    outputs = as_tuple(getattr(mbm_kernels, op)(**inputs, backend="cpu"))
+    outputs = as_tuple(getattr(mbm_kernels.ops, op)(**inputs, backend="cpu"))
     generator = torch.Generator().manual_seed(1)
     pairs = [(o, torch.randn(o.shape, generator=generator)) for o in outputs if o.requires_grad]
     if pairs:

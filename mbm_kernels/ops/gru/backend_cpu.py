@@ -16,10 +16,6 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return packed.why_not(device, dtype)
 
 
-def _on_cpu(lengths: Tensor | None) -> Tensor | None:
-    return None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
-
-
 def fwd(
     x: Tensor,
     h0: Tensor | None,
@@ -34,7 +30,7 @@ def fwd(
     steps, batch, features = x.shape
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
-    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), _on_cpu(lengths)
+    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, hidden))
     h_n = x.new_empty((batch, hidden))
     reserve = x.new_empty((steps, batch, 4 * hidden) if save else (0,))
@@ -85,7 +81,7 @@ def bwd(
         packed.optional_dense(h0),
         w_ih,
         w_hh,
-        _on_cpu(lengths),
+        packed.lengths_on_cpu(lengths),
         packed.dense(y),
         packed.dense(reserve),
         reverse,

@@ -11,6 +11,7 @@ from mbm_kernels._core import autocast, dispatch
 from mbm_kernels._core.op import in_functorch
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
+from mbm_kernels.ops.gru_bidirectional import gru_bidirectional
 
 NAME = "gru"
 
@@ -102,26 +103,25 @@ class GRU(torch.nn.GRU):
 
     def _run(self, x: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [T, B, C], hx [layers * directions, B, H] -> [T, B, directions * H] and h_n."""
-        directions = 2 if self.bidirectional else 1
         states: list[Tensor] = []
         for layer in range(self.num_layers):
-            outputs: list[Tensor] = []
-            for direction in range(directions):
-                index = layer * directions + direction
-                y, h_n = gru(
-                    x,
-                    None if hx is None else hx[index],
-                    *(getattr(self, name) for name in self._all_weights[index]),
-                    lengths=lengths,
-                    reverse=direction == 1,
-                    backend=self.backend,
-                )
-                outputs.append(y)
+            if self.bidirectional:
+                h0 = None if hx is None else hx[2 * layer : 2 * layer + 2]
+                both = *self._weights(2 * layer), *self._weights(2 * layer + 1)
+                x, h_n = gru_bidirectional(x, h0, *both, lengths=lengths, backend=self.backend)
                 states.append(h_n)
-            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+            else:
+                h0, weights = None if hx is None else hx[layer], self._weights(layer)
+                x, h_n = gru(x, h0, *weights, lengths=lengths, backend=self.backend)
+                states.append(h_n.unsqueeze(0))
             if self.dropout > 0 and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
-        return x, torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0)
+        return x, torch.cat(states) if len(states) > 1 else states[0]
+
+    def _weights(self, index: int) -> tuple[Any, ...]:
+        """w_ih, w_hh, b_ih and b_hh, or None for each bias, of one layer and direction."""
+        found = tuple(getattr(self, name) for name in self._all_weights[index])
+        return found if self.bias else (*found, None, None)
 
     def _is_stock(self, input: Tensor | PackedSequence, hx: Tensor | None) -> bool:
         """Whether torch.nn.GRU itself serves this call best: all layers run the torch backend."""

@@ -43,6 +43,10 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
 
 
+def lengths_on_cpu(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
+
+
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if dtype is torch.float32 else tensor.to(dtype)
 
@@ -109,6 +113,14 @@ def forward(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
     return packing.packed(_forward_size, _pack_forward, w_hh, w_ih, b_ih, b_hh)
 
 
+def recurrent(w_hh: Tensor) -> Tensor:
+    return packing.packed(_recurrent_size, _pack_recurrent, w_hh)
+
+
+def inputs(w_ih: Tensor) -> Tensor:
+    return packing.packed(_input_size, _pack_input, w_ih)
+
+
 def backward(
     sizes: tuple[int, int, int, int],
     x: Tensor,
@@ -139,8 +151,8 @@ def backward(
     )
     grads = [x.new_empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
     strides = (0, 0) if grad_y is None else (grad_y.stride(0), grad_y.stride(1))
-    packed_input = packing.packed(_input_size, _pack_input, w_ih) if wanted[0] else None
-    packed_recurrent = packing.packed(_recurrent_size, _pack_recurrent, w_hh)
+    packed_input = inputs(w_ih) if wanted[0] else None
+    packed_recurrent = recurrent(w_hh)
     native.cpu().gru_backward(
         *sizes,
         x.data_ptr(),
