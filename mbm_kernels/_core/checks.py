@@ -32,6 +32,8 @@ def describe(value: object) -> str:
 
 def tensor(op: str, name: str, value: object, rank: int | Sequence[int] | None = None) -> Tensor:
     """`value` if it is a Tensor of one of the ranks, else TypeError or ValueError."""
+    if isinstance(value, Tensor) and (rank is None or value.dim() == rank):
+        return value
     if not isinstance(value, Tensor):
         fail(op, name, describe(value), "a torch.Tensor", "convert it first", TypeError)
     if rank is not None:
@@ -44,30 +46,29 @@ def tensor(op: str, name: str, value: object, rank: int | Sequence[int] | None =
 
 def shape(op: str, name: str, value: Tensor, letters: str, sizes: Sequence[int]) -> None:
     """`letters` names the dimensions, as in "B, H"; `sizes` are what they must be."""
-    if tuple(value.shape) != tuple(sizes):
+    if value.shape != sizes and tuple(value.shape) != tuple(sizes):
         expected = f"[{letters}] = {list(sizes)}"
         fail(op, name, f"shape {list(value.shape)}", expected, "check which tensor belongs where")
 
 
 def same_floating(op: str, named: Iterable[tuple[str, Tensor | None]]) -> torch.dtype:
     """All given tensors have one floating dtype and one device; returns the dtype."""
-    first_name, first = "", None
+    first_name, first, dtype, device = "", None, None, None
     for name, value in named:
-        if value is None:
+        if value is None or (value.dtype == dtype and value.device == device):
             continue
         if value.dtype not in FLOATING:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             fail(op, name, value.dtype, allowed, "convert it with .to(...)", TypeError)
         if first is None:
-            first_name, first = name, value
+            first_name, first, dtype, device = name, value, value.dtype, value.device
             continue
-        if value.dtype != first.dtype:
+        if value.dtype != dtype:
             remedy = "convert one of them, or run under torch.autocast"
-            fail(op, name, value.dtype, f"{first.dtype} as {first_name}", remedy, TypeError)
-        if value.device != first.device:
-            fail(op, name, value.device, f"{first.device} as {first_name}", "move it with .to(...)")
-    assert first is not None
-    return first.dtype
+            fail(op, name, value.dtype, f"{dtype} as {first_name}", remedy, TypeError)
+        fail(op, name, value.device, f"{device} as {first_name}", "move it with .to(...)")
+    assert dtype is not None
+    return dtype
 
 
 def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:

@@ -63,7 +63,7 @@ class Rule:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: part of the key of what was chosen
 class Table:
     """What exists for one operation, in the order in which "auto" asks."""
 
@@ -164,12 +164,14 @@ def select(
         backend = default(op)
     if backend == "torch":
         return backend
-    values = tuple(sizes.values())
-    if torch.compiler.is_compiling() or any(type(v) is not int for v in values):
+    if torch.compiler.is_compiling():
         return _select(op, backend, device, dtype, sizes)
     # An op always names its sizes in one order, so their values are the key.
-    key = (id(_tables[op]), backend, device.type, dtype, values)
-    chosen = _chosen.get(key)
+    key = (_tables[op], backend, device, dtype, *sizes.values())
+    try:
+        chosen = _chosen.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        return _select(op, backend, device, dtype, sizes)
     if chosen is None:
         if len(_chosen) >= MOST_REMEMBERED:
             _chosen.clear()

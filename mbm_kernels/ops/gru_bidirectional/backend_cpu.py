@@ -29,7 +29,7 @@ def fwd(
     b_hh_reverse: Tensor | None,
     lengths: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     steps, batch, features = x.shape
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
@@ -37,7 +37,7 @@ def fwd(
     x, h0, lengths = packed.rows(x), packed.optional_dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, 2 * hidden))
     h_n = x.new_empty((2, batch, hidden))
-    reserve = x.new_empty((2, steps, batch, 4 * hidden) if save else (0,))
+    reserve = x.new_empty((2, steps, batch, 4 * hidden)) if save else None
     native.cpu().gru_bidirectional_forward(
         steps,
         batch,
@@ -52,14 +52,18 @@ def fwd(
         packed.address(lengths),
         y.data_ptr(),
         h_n.data_ptr(),
-        reserve.data_ptr(),
+        packed.address(reserve),
         torch.get_num_threads(),
     )
-    if save and lengths is not None:
+    if reserve is not None and lengths is not None:
         # Rows are saved one after another, valid ones only; the same call gives the same tensor.
         valid = int(lengths.clamp(0, steps).sum())
         reserve.view(2, -1, 4 * hidden)[:, valid:].zero_()
-    return packed.rounded(y, dtype), packed.rounded(h_n, dtype), packed.rounded(reserve, dtype)
+    return (
+        packed.rounded(y, dtype),
+        packed.rounded(h_n, dtype),
+        packed.optional_rounded(reserve, dtype),
+    )
 
 
 def bwd(

@@ -24,13 +24,13 @@ def fwd(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     batch, features = x.shape
     hidden, dtype = h.size(1), x.dtype
     x, h, w_ih, w_hh = packed.rows(x), packed.dense(h), packed.plain(w_ih), packed.plain(w_hh)
     b_ih, b_hh = packed.optional_dense(b_ih), packed.optional_dense(b_hh)
-    h_new = x.new_empty((batch, hidden))
-    reserve = x.new_empty((batch, 4 * hidden) if save else (0,))
+    h_new = torch.empty_like(h, memory_format=torch.contiguous_format)
+    reserve = x.new_empty((batch, 4 * hidden)) if save else None
     native.cpu().gru_cell_forward(
         batch,
         features,
@@ -43,10 +43,10 @@ def fwd(
         packed.address(b_ih),
         packed.address(b_hh),
         h_new.data_ptr(),
-        reserve.data_ptr(),
+        packed.address(reserve),
         torch.get_num_threads(),
     )
-    return packed.rounded(h_new, dtype), packed.rounded(reserve, dtype)
+    return packed.rounded(h_new, dtype), packed.optional_rounded(reserve, dtype)
 
 
 def bwd(

@@ -51,6 +51,10 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if dtype is torch.float32 else tensor.to(dtype)
 
 
+def optional_rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else rounded(tensor, dtype)
+
+
 def _elements(weight: Tensor) -> int:
     return weight.numel()
 
