@@ -71,7 +71,15 @@ BENCHMARK = Benchmark(
     cases=[
         Case(sizes(1024, 256), {"kind": "infonce"}, "infonce"),
         Case(sizes(1024, 256), {"kind": "siglip"}, "siglip"),
+        Case(sizes(1024, 512), {"kind": "infonce"}, "infonce"),
+        Case(sizes(4096, 512), {"kind": "infonce"}, "infonce large"),
+        Case(sizes(4096, 512), {"kind": "siglip"}, "siglip large"),
+        Case(sizes(256, 512), {"kind": "infonce"}, "infonce"),
+        Case(sizes(256, 256), {"kind": "siglip"}, "siglip"),
         Case(sizes(128, 256), {"kind": "infonce"}, "infonce small", quick=True),
+        Case(sizes(128, 256), {"kind": "siglip"}, "siglip small"),
+        Case(sizes(32, 512), {"kind": "infonce"}, "infonce tiny"),
+        Case(sizes(32, 512), {"kind": "siglip"}, "siglip tiny"),
     ],
     gpu_cases=[
         Case(sizes(4096, 512), {"kind": "infonce"}, "infonce", quick=True),

@@ -44,6 +44,8 @@ void bind_common(py::module_& m) {
       .value("expm1", mbm::VectorFunction::kExpm1)
       .value("log", mbm::VectorFunction::kLog)
       .value("sigmoid", mbm::VectorFunction::kSigmoid)
+      .value("slope", mbm::VectorFunction::kSlope)
+      .value("softplus", mbm::VectorFunction::kSoftplus)
       .value("tanh", mbm::VectorFunction::kTanh);
   m.def("vector_math", [](mbm::VectorFunction function, Address x, Address y, int64_t n) {
     const float* x_ptr = checked_ptr<float>(x, n, "x");

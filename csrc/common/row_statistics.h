@@ -11,12 +11,6 @@ namespace mbm::MBM_ISA {
 // A running maximum starts here rather than at -inf, so that -inf - max is -inf and not NaN.
 constexpr float kNoLogit = -3.40282347e38f;
 
-// Below this exp() saturates at the least normal float, where a probability has to be 0.
-constexpr float kLeastExponent = -87.33f;
-inline vf exp_or_zero(vf x) {
-  return (vf)((vi)exp(x) & ~(vi)(x < set1(kLeastExponent)));  // NaN stays
-}
-
 class BlockStatistics {
  public:
   BlockStatistics(int64_t blocks, int64_t panels, bool with_totals, float scale = 1.0f)

@@ -20,6 +20,8 @@ void vector_math(VectorFunction function, const float* x, float* y, int64_t n) {
     case VectorFunction::kExpm1: return apply(x, y, n, [](vf v) { return expm1(v); });
     case VectorFunction::kLog: return apply(x, y, n, [](vf v) { return log(v); });
     case VectorFunction::kSigmoid: return apply(x, y, n, [](vf v) { return sigmoid(v); });
+    case VectorFunction::kSlope: return apply(x, y, n, [](vf v) { return softplus(v).slope; });
+    case VectorFunction::kSoftplus: return apply(x, y, n, [](vf v) { return softplus(v).value; });
     case VectorFunction::kTanh: return apply(x, y, n, [](vf v) { return tanh(v); });
   }
 }

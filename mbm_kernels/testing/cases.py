@@ -18,7 +18,7 @@ from torch import Tensor
 from mbm_kernels.testing.layouts import LAYOUTS, relayout
 
 Inputs = dict[str, Any]
-ROWS, COLUMNS, DEPTH, POSITIONS = 14, 32, 256, 64
+ROWS, COLUMNS, DEPTH, POSITIONS, CLASSES = 14, 32, 256, 64, 112
 IGNORED = -100
 
 
@@ -385,7 +385,7 @@ def linear_distillation_loss(given: Draws) -> Inputs:
 
 @draws
 def contrastive_loss(given: Draws) -> Inputs:
-    batch, features = given.size(2 * COLUMNS), given.size(DEPTH)
+    batch, features = given.size(CLASSES), given.size(DEPTH)
     kind = given.of("infonce", "siglip")
     spread = given.scale * features**-0.25  # logits as large as the scale squared
     return {

@@ -173,6 +173,20 @@ MUTANTS = (
         "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V - 1));",
         "tests/test_drawn.py -k linear_cross_entropy",
     ),
+    Mutant(
+        "padding-counts-as-images",
+        "csrc/contrastive_loss/contrastive_loss_cpu.cpp",
+        "const vf e1 = keep_lanes(exp_or_zero((load(at + kLanes) - top) * s), live1);",
+        "const vf e1 = exp_or_zero((load(at + kLanes) - top) * s);",
+        "tests/test_drawn.py -k contrastive_loss",
+    ),
+    Mutant(
+        "largest-logit-of-a-later-chunk-forgotten",
+        "csrc/contrastive_loss/contrastive_loss_cpu.cpp",
+        "sum *= std::exp((top - here) * s_);",
+        "",
+        "tests/test_contrastive_loss_native.py",
+    ),
 )
 
 

@@ -1,0 +1,98 @@
+"""csrc/contrastive_loss: a chunk of images at a time against all texts; gradients in the forward.
+
+bfloat16 and float16 are computed in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native, targets
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KINDS = ("infonce", "siglip")
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in _DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    return native.cpu_reason()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _run(
+    grad_loss: Tensor | None,
+    loss: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+) -> None:
+    # Named, so that what was converted lives as long as the call.
+    image, text = image.float().contiguous(), text.float().contiguous()
+    scale, bias, grad_loss = scale.float(), _dense(bias), _dense(grad_loss)
+    native.cpu().contrastive_loss(
+        image.size(0),
+        image.size(1),
+        _KINDS.index(kind),
+        image.data_ptr(),
+        text.data_ptr(),
+        scale.data_ptr(),
+        _address(bias),
+        _address(grad_loss),
+        _address(loss),
+        tuple(map(_address, gradients)),
+        torch.get_num_threads(),
+    )
+
+
+def fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    save: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    loss = torch.empty((), dtype=torch.float32)
+    made = targets.gradients_to_make((image, text, scale, bias), save, "mean")
+    wanted = [
+        g if x is not None and s else None
+        for x, s, g in zip((image, text, scale, bias), save, made, strict=True)
+    ]
+    _run(None, loss, wanted, image, text, scale, bias, kind)
+    return loss, *made
+
+
+def bwd(
+    grad_loss: Tensor | None,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = (image, text, scale, bias)
+    wanted = [
+        torch.empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        for x, needed in zip(inputs, needs, strict=True)
+    ]
+    _run(grad_loss, None, wanted, *inputs, kind)
+    return tuple(
+        None if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(wanted, inputs, strict=True)
+    )
