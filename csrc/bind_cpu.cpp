@@ -222,33 +222,46 @@ mbm::ConvMap<T> conv_map(const ConvStrides& map, int64_t count, const char* name
   return {optional_ptr<T>(address, count, name), b, c, y, x};
 }
 
-mbm::ConvWeight conv_weight(const ConvInts& v, bool transposed, bool winograd) {
-  return {v.at(0), v.at(1) * v.at(4), v.at(2), v.at(3), v.at(4), transposed, winograd};
+// K, C / groups, R, S, groups; address and the steps of outputs, inputs and taps.
+using ConvTaps = std::tuple<Address, int64_t, int64_t, int64_t>;
+
+mbm::ConvWeight conv_weight(int64_t K, int64_t C, int64_t R, int64_t S, int64_t groups,
+                            const ConvTaps& taps) {
+  const auto [address, k_step, c_step, tap_step] = taps;
+  const auto* data = optional_ptr<const float>(address, K * C / groups * R * S, "weight");
+  return {K, C, R, S, groups, data, k_step, c_step, tap_step};
+}
+
+mbm::ConvWeight conv_weight(const ConvInts& v, const ConvTaps& taps) {
+  return conv_weight(v.at(0), v.at(1) * v.at(4), v.at(2), v.at(3), v.at(4), taps);
 }
 
 void bind_conv_bias_act(py::module_& m) {
   m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
-    return MBM_CALL(conv_packed_size, conv_weight(weight, transposed, winograd));
+    return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd});
   });
-  m.def("conv_pack", [](const ConvInts& weight, bool transposed, bool winograd, Address w,
+  m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd, const ConvTaps& taps,
                         Address packed, int num_threads) {
-    const mbm::ConvWeight sizes = conv_weight(weight, transposed, winograd);
-    const auto* w_ptr =
-        checked_ptr<const float>(w, sizes.K * sizes.C / sizes.groups * sizes.R * sizes.S, "weight");
-    auto* packed_ptr = checked_ptr<float>(packed, MBM_CALL(conv_packed_size, sizes), "packed");
+    const mbm::ConvWeight weight = conv_weight(sizes, taps);
+    const mbm::ConvPacking packing{transposed, winograd};
+    checked_ptr<const float>(std::get<0>(taps), weight.K, "weight");
+    auto* packed_ptr =
+        checked_ptr<float>(packed, MBM_CALL(conv_packed_size, weight, packing), "packed");
     py::gil_scoped_release release;
-    MBM_CALL(conv_pack, sizes, w_ptr, packed_ptr, num_threads);
+    MBM_CALL(conv_pack, weight, packing, packed_ptr, num_threads);
   });
-  m.def("conv_forward", [](const ConvInts& sizes, ConvStrides x, Address packed, Address bias,
-                           ConvStrides residual, ConvStrides y, Address places, Address z,
-                           bool winograd, int num_threads) {
+  m.def("conv_forward", [](const ConvInts& sizes, ConvStrides x, Address packed, ConvTaps weight,
+                           Address bias, ConvStrides residual, ConvStrides y, Address places,
+                           Address z, bool winograd, int num_threads) {
     mbm::ConvForward args{};
     const mbm::ConvSizes& s = args.sizes = conv_sizes(sizes);
     const int64_t in = s.B * s.C * s.Y * s.X, out = s.B * s.K * s.out_y * s.out_x;
     checked_ptr<const float>(std::get<0>(x), in, "x");
     checked_ptr<const float>(std::get<0>(y), out, "y");
     args.x = conv_map<const float>(x, in, "x");
-    args.packed = checked_ptr<const float>(packed, 1, "packed");
+    args.packed = optional_ptr<const float>(packed, 1, "packed");
+    args.weight = conv_weight(s.K, s.C, s.R, s.S, s.groups, weight);
+    checked_ptr<const float>(packed ? packed : std::get<0>(weight), 1, "weight");
     args.bias = optional_ptr<const float>(bias, s.K, "bias");
     args.residual = conv_map<const float>(residual, s.B * s.K * s.conv_y * s.conv_x, "residual");
     args.y = conv_map<float>(y, out, "y");
@@ -258,9 +271,10 @@ void bind_conv_bias_act(py::module_& m) {
     MBM_CALL(conv_forward, args, winograd, num_threads);
   });
   m.def("conv_backward",
-        [](const ConvInts& sizes, ConvStrides grad_y, ConvStrides x, Address packed, Address places,
-           Address z, ConvStrides grad_x, ConvStrides grad_residual, Address grad_weight,
-           Address grad_bias, bool winograd_x, bool winograd_weight, int num_threads) {
+        [](const ConvInts& sizes, ConvStrides grad_y, ConvStrides x, Address packed,
+           ConvTaps weight, Address places, Address z, ConvStrides grad_x,
+           ConvStrides grad_residual, Address grad_weight, Address grad_bias, bool winograd_x,
+           bool winograd_weight, int num_threads) {
           mbm::ConvBackward args{};
           const mbm::ConvSizes& s = args.sizes = conv_sizes(sizes);
           const int64_t in = s.B * s.C * s.Y * s.X, out = s.B * s.K * s.out_y * s.out_x;
@@ -269,7 +283,10 @@ void bind_conv_bias_act(py::module_& m) {
           checked_ptr<const float>(std::get<0>(x), grad_weight ? in : 0, "x");
           args.x = conv_map<const float>(x, in, "x");
           args.grad_x = conv_map<float>(grad_x, in, "grad_x");
-          args.packed = checked_ptr<const float>(packed, args.grad_x.data ? 1 : 0, "packed");
+          args.packed = optional_ptr<const float>(packed, 1, "packed");
+          args.weight = conv_weight(s.K, s.C, s.R, s.S, s.groups, weight);
+          checked_ptr<const float>(packed ? packed : std::get<0>(weight), args.grad_x.data ? 1 : 0,
+                                   "weight");
           args.places = optional_ptr<const uint8_t>(places, out, "places");
           args.z = optional_ptr<const float>(z, out, "z");
           args.grad_residual =

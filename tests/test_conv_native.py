@@ -118,6 +118,18 @@ def test_winograd_can_be_turned_off(monkeypatch):
     assert torch.equal(mbm_kernels.conv_bias_act(*inputs, padding=1, backend="cpu"), exact)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+def test_kernels_transformed_as_they_are_used_give_the_same_bits(isa, layout, monkeypatch):
+    *shape, options = SHAPES["winograd, few tiles"]
+    x, weight, bias = tensors(*shape, options)
+    weight = weight.detach().contiguous(memory_format=layout).requires_grad_()
+    assert backend_cpu._fresh(3, (7, 7), 80)
+    fresh = run((x, weight, bias), options)
+    monkeypatch.setattr(backend_cpu, "_fresh", lambda *sizes: False)
+    for expected, actual in zip(run((x, weight, bias), options), fresh, strict=True):
+        assert torch.equal(expected, actual)
+
+
 def test_a_changed_weight_is_packed_again():
     x, weight, bias = (t.detach() for t in tensors(1, 16, 16, 9, 9, 3, {}))
     first = mbm_kernels.conv_bias_act(x, weight, bias, padding=1, backend="cpu")

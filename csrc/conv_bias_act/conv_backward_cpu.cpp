@@ -40,6 +40,8 @@ ConvForward transposed(const ConvBackward& args, const ConvMap<const float>& gra
              Activation::kNone};
   f.x = grad_z;
   f.packed = args.packed;
+  f.weight = args.weight;
+  f.weight_transposed = true;
   f.y = args.grad_x;
   return f;
 }

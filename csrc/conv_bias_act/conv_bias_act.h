@@ -48,10 +48,26 @@ struct ConvSizes {
   Activation activation;
 };
 
+// A weight [K, C / groups, R, S]: tap i of output k and input c at data + k * k_step + c * c_step +
+// i * tap_step; one of c_step and tap_step is 1.
+struct ConvWeight {
+  int64_t K, C, R, S, groups;
+  const float* data;
+  int64_t k_step, c_step, tap_step;
+};
+
+// For which product a weight is packed, and by which algorithm.
+struct ConvPacking {
+  bool transposed;  // for grad_x: K and C change roles, the kernel is turned by 180 degrees
+  bool winograd;    // R = S = 3, groups = 1; the convolution has stride 1 and dilation 1
+};
+
 struct ConvForward {
   ConvSizes sizes;
   ConvMap<const float> x;         // [B, C, Y, X]
-  const float* packed;            // conv_pack of the weight
+  const float* packed;            // conv_pack of the weight; null: by Winograd, from `weight`
+  ConvWeight weight;              // read where packed is null
+  bool weight_transposed;         // see ConvPacking
   const float* bias;              // [K] or null
   ConvMap<const float> residual;  // [B, K, Y', X'] or null data
   ConvMap<float> y;               // [B, K, Y'', X''], written
@@ -63,27 +79,21 @@ struct ConvForward {
 
 struct ConvBackward {
   ConvSizes sizes;
-  ConvMap<const float> grad_y;  // [B, K, Y'', X'']
-  ConvMap<const float> x;       // [B, C, Y, X]; null unless grad_weight is wanted
-  const float* packed;          // conv_pack of the weight, transposed; null unless grad_x is wanted
-  const uint8_t* places;        // from the forward; null where f' = 1 and nothing is pooled
-  const float* z;               // from the forward, or null
-  ConvMap<float> grad_x;        // [B, C, Y, X], written; null: not needed
+  ConvMap<const float> grad_y;   // [B, K, Y'', X'']
+  ConvMap<const float> x;        // [B, C, Y, X]; null unless grad_weight is wanted
+  const float* packed;           // conv_pack of the weight, transposed; read for grad_x
+  ConvWeight weight;             // read for grad_x where packed is null, as in the forward
+  const uint8_t* places;         // from the forward; null where f' = 1 and nothing is pooled
+  const float* z;                // from the forward, or null
+  ConvMap<float> grad_x;         // [B, C, Y, X], written; null: not needed
   ConvMap<float> grad_residual;  // [B, K, Y', X'], written; null: not needed
   float* grad_weight;            // [K, C / groups, R, S], written; null: not needed
   float* grad_bias;              // [K], written; null: not needed
 };
 
-// How a weight [K, C / groups, R, S] is packed: for which product, and by which algorithm.
-struct ConvWeight {
-  int64_t K, C, R, S, groups;
-  bool transposed;  // for grad_x: K and C change roles, the kernel is turned by 180 degrees
-  bool winograd;    // R = S = 3, groups = 1; the convolution has stride 1 and dilation 1
-};
-
-MBM_PER_ISA(int64_t, conv_packed_size, (const ConvWeight& weight))
+MBM_PER_ISA(int64_t, conv_packed_size, (const ConvWeight& weight, const ConvPacking& packing))
 MBM_PER_ISA(void, conv_pack,
-            (const ConvWeight& weight, const float* w, float* packed, int num_threads))
+            (const ConvWeight& weight, const ConvPacking& packing, float* packed, int num_threads))
 MBM_PER_ISA(void, conv_forward, (const ConvForward& args, bool winograd, int num_threads))
 MBM_PER_ISA(void, conv_backward,
             (const ConvBackward& args, bool winograd_x, bool winograd_weight, int num_threads))

@@ -14,13 +14,13 @@ bool depthwise_fits(int64_t C, int64_t K, int64_t groups) {
 // [block][R S][kLanes]
 int64_t depthwise_packed_size(const ConvWeight& w) { return padded_channels(w.C) * w.R * w.S; }
 
-void depthwise_pack(const ConvWeight& weight, const float* w, float* packed) {
+void depthwise_pack(const ConvWeight& weight, bool transposed, float* packed) {
   const int64_t taps = weight.R * weight.S;
   std::fill_n(packed, depthwise_packed_size(weight), 0.0f);
   for (int64_t c = 0; c < weight.C; ++c)
     for (int64_t i = 0; i < taps; ++i)
       packed[(c / kLanes * taps + i) * kLanes + c % kLanes] =
-          w[c * taps + (weight.transposed ? taps - 1 - i : i)];
+          weight.data[c * weight.k_step + (transposed ? taps - 1 - i : i) * weight.tap_step];
 }
 
 namespace {

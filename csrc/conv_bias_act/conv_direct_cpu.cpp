@@ -7,15 +7,15 @@
 namespace mbm::MBM_ISA {
 
 // [group][panel][R][block][S][channel][kPanel], see StripPlan.
-int64_t direct_packed_size(const ConvWeight& w) {
-  const int64_t outputs = (w.transposed ? w.C : w.K) / w.groups;
-  const int64_t inputs = (w.transposed ? w.K : w.C) / w.groups;
+int64_t direct_packed_size(const ConvWeight& w, bool transposed) {
+  const int64_t outputs = (transposed ? w.C : w.K) / w.groups;
+  const int64_t inputs = (transposed ? w.K : w.C) / w.groups;
   return w.groups * panels_of(outputs) * inputs * w.R * w.S * kPanel;
 }
 
-void direct_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
-  const int64_t K = (weight.transposed ? weight.C : weight.K) / weight.groups;
-  const int64_t C = (weight.transposed ? weight.K : weight.C) / weight.groups;
+void direct_pack(const ConvWeight& weight, bool transposed, float* packed, int num_threads) {
+  const int64_t K = (transposed ? weight.C : weight.K) / weight.groups;
+  const int64_t C = (transposed ? weight.K : weight.C) / weight.groups;
   const int64_t taps = weight.R * weight.S, panels = panels_of(K);
   const int64_t width = C <= kFewChannels ? C : kLanes;
   const int threads = weight.K * C * taps < 32768 ? 1 : num_threads;
@@ -23,6 +23,7 @@ void direct_pack(const ConvWeight& weight, const float* w, float* packed, int nu
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / panels, k0 = i % panels * kPanel;
       float* to = packed + i * C * taps * kPanel;
+      const float* w = weight.data + g * (transposed ? C : K) * weight.k_step;
       for (int64_t r = 0; r < weight.R; ++r)
         for (int64_t c0 = 0; c0 < C; c0 += width)
           for (int64_t s = 0; s < weight.S; ++s)
@@ -31,10 +32,11 @@ void direct_pack(const ConvWeight& weight, const float* w, float* packed, int nu
                 const int64_t tap = r * weight.S + s;
                 if (k >= K)
                   *to = 0.0f;
-                else if (weight.transposed)  // [g][c][k]: K and C of the product
-                  *to = w[((g * C + c) * K + k) * taps + taps - 1 - tap];
+                else if (transposed)  // [g][c][k]: K and C of the product
+                  *to =
+                      w[c * weight.k_step + k * weight.c_step + (taps - 1 - tap) * weight.tap_step];
                 else
-                  *to = w[((g * K + k) * C + c) * taps + tap];
+                  *to = w[k * weight.k_step + c * weight.c_step + tap * weight.tap_step];
               }
     }
   });
@@ -163,19 +165,20 @@ void direct_forward(const ConvForward& args, int num_threads) {
   });
 }
 
-int64_t conv_packed_size(const ConvWeight& w) {
+int64_t conv_packed_size(const ConvWeight& w, const ConvPacking& packing) {
   if (depthwise_fits(w.C, w.K, w.groups)) return depthwise_packed_size(w);
-  if (!w.winograd) return direct_packed_size(w);
-  return w.transposed ? winograd_packed_size(w.K, w.C) : winograd_packed_size(w.C, w.K);
+  if (!packing.winograd) return direct_packed_size(w, packing.transposed);
+  return packing.transposed ? winograd_packed_size(w.K, w.C) : winograd_packed_size(w.C, w.K);
 }
 
-void conv_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads) {
+void conv_pack(const ConvWeight& weight, const ConvPacking& packing, float* packed,
+               int num_threads) {
   if (depthwise_fits(weight.C, weight.K, weight.groups))
-    depthwise_pack(weight, w, packed);
-  else if (weight.winograd)
-    winograd_pack(weight, w, packed, num_threads);
+    depthwise_pack(weight, packing.transposed, packed);
+  else if (packing.winograd)
+    winograd_pack(weight, packing.transposed, packed, num_threads);
   else
-    direct_pack(weight, w, packed, num_threads);
+    direct_pack(weight, packing.transposed, packed, num_threads);
 }
 
 void conv_forward(const ConvForward& args, bool winograd, int num_threads) {

@@ -7,10 +7,10 @@
 
 namespace mbm::MBM_ISA {
 
-int64_t direct_packed_size(const ConvWeight& weight);
-void direct_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads);
+int64_t direct_packed_size(const ConvWeight& weight, bool transposed);
+void direct_pack(const ConvWeight& weight, bool transposed, float* packed, int num_threads);
 int64_t winograd_packed_size(int64_t C, int64_t K);
-void winograd_pack(const ConvWeight& weight, const float* w, float* packed, int num_threads);
+void winograd_pack(const ConvWeight& weight, bool transposed, float* packed, int num_threads);
 
 void direct_forward(const ConvForward& args, int num_threads);
 // Up to four channels; pools of 2x2 side by side, or none; no activation but relu.
@@ -22,7 +22,7 @@ void winograd_forward(const ConvForward& args, int num_threads);
 // groups = C = K, more than a few channels.
 bool depthwise_fits(int64_t C, int64_t K, int64_t groups);
 int64_t depthwise_packed_size(const ConvWeight& weight);
-void depthwise_pack(const ConvWeight& weight, const float* w, float* packed);
+void depthwise_pack(const ConvWeight& weight, bool transposed, float* packed);
 void depthwise_forward(const ConvForward& args, int num_threads);
 void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 // x channels_last, the kernel 3, 5 or 7 wide, stride 1 or 2.

@@ -22,20 +22,25 @@ class WeightGradient {
         grad_z_{grad_z, s_.conv_y * s_.conv_x * padded_, 1, s_.conv_x * padded_, padded_} {}
 
   int64_t tiles() const { return tiles_.count; }
+  // All tiles at once: a register tile's sum is grad_weight's, and needs no memory of its own.
+  bool at_once() const { return tiles_.count <= kBlockTiles; }
   // [panel][channel][9][kPanel]
   int64_t panel_floats() const { return padded_channels(s_.C) * 9 * kPanel; }
 
-  // Adds tiles [t0, t1) of input channels [c0, c1) to sum; c0 is a multiple of kLanes.
+  // Adds tiles [t0, t1) of input channels [c0, c1) to sum, or writes grad_weight where these are
+  // all; c0 is a multiple of kLanes.
   void add(int64_t t0, int64_t t1, int64_t c0, int64_t c1, float* sum) const {
     const int64_t channels = c1 - c0;
     const TransformedTiles v(std::min(kBlockTiles, t1 - t0), channels);
     ConvMap<const float> x = args_.x;
     x.data += c0 * x.c;
     const int64_t grad_step = v.tiles * kPanel + kLanes;
-    const Scratch memory(sizeof(float) * (v.floats() + kPoints * (grad_step + kRows * kPanel)));
+    const Scratch memory(sizeof(float) *
+                         (v.floats() + kPoints * grad_step + (kPoints + 9) * kRows * kPanel));
     float* inputs = memory.as<float>();
     float* grads = inputs + v.floats();
     float* points = grads + kPoints * grad_step;
+    float* own = points + kPoints * kRows * kPanel;
     const int64_t blocks = (t1 - t0 + kBlockTiles - 1) / kBlockTiles;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t from = t0 + i * (t1 - t0) / blocks, to = t0 + (i + 1) * (t1 - t0) / blocks;
@@ -50,20 +55,25 @@ class WeightGradient {
           for (int point = 0; point < kPoints; ++point)
             micro(1, now.tiles, a + point * now.point_step, kLanes, 0, grads + point * grad_step,
                   kPanel, 0, points + point * kRows * kPanel, false);
-          turn_back(points, vectors, sum + p * panel_floats() + (c0 + c) * 9 * kPanel);
+          if (at_once()) {
+            std::fill_n(own, 9 * kRows * kPanel, 0.0f);
+            turn_back(points, vectors, own);
+            unpack(own, p, c0 + c, std::min<int64_t>(kRows, channels - c));
+          } else {
+            turn_back(points, vectors, sum + p * panel_floats() + (c0 + c) * 9 * kPanel);
+          }
         }
       }
     }
   }
 
-  // Panel p of grad_weight; half of it at a time, so that its rows do not fall into one set of the
-  // cache.
-  void unpack(const float* sum, int64_t p) const {
+  // Channels [c, c + n) of panel p of grad_weight from [n][9][kPanel]; half a panel at a time, so
+  // that its rows do not fall into one set of the cache.
+  void unpack(const float* sum, int64_t p, int64_t c, int64_t n) const {
     const int64_t row = s_.C * 9;
     for (int64_t k = p * kPanel; k < std::min(s_.K, (p + 1) * kPanel); k += kLanes)
-      transpose_rows({sum + p * panel_floats(), kPanel, nullptr}, 0, static_cast<int>(row),
-                     k - p * kPanel, std::min<int64_t>(kLanes, s_.K - k),
-                     args_.grad_weight + k * row, row);
+      transpose_rows({sum, kPanel, nullptr}, 0, static_cast<int>(n * 9), k - p * kPanel,
+                     std::min<int64_t>(kLanes, s_.K - k), args_.grad_weight + k * row + c * 9, row);
   }
 
  private:
@@ -134,7 +144,8 @@ void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num
   // The rest of the threads' work is cut by channels, which changes no sum.
   const int64_t blocks = (args.sizes.C + kLanes - 1) / kLanes;
   const int64_t cuts = std::min(blocks, (num_threads + parts - 1) / parts);
-  const Scratch memory(sizeof(float) * floats * parts);
+  const bool at_once = gradient.at_once();
+  const Scratch memory(at_once ? 0 : sizeof(float) * floats * parts);
   float* sums = memory.as<float>();
   parallel_for(num_threads, parts * cuts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -142,18 +153,20 @@ void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num
       const int64_t c0 = cut * blocks / cuts * kLanes;
       const int64_t c1 = std::min(args.sizes.C, (cut + 1) * blocks / cuts * kLanes);
       float* sum = sums + part * floats;
-      for (int64_t p = 0; p < panels; ++p) {
+      for (int64_t p = 0; p < panels && !at_once; ++p) {
         float* from = sum + p * gradient.panel_floats();
         std::fill(from + c0 * 9 * kPanel, from + c1 * 9 * kPanel, 0.0f);
       }
       gradient.add(part * tiles / parts, (part + 1) * tiles / parts, c0, c1, sum);
     }
   });
+  if (at_once) return;
   parallel_for(num_threads, panels, 1, [&](int64_t p0, int64_t p1) {
     const int64_t first = p0 * gradient.panel_floats(), last = p1 * gradient.panel_floats();
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t i = first; i < last; ++i) sums[i] += sums[part * floats + i];
-    for (int64_t p = p0; p < p1; ++p) gradient.unpack(sums, p);
+    for (int64_t p = p0; p < p1; ++p)
+      gradient.unpack(sums + p * gradient.panel_floats(), p, 0, args.sizes.C);
   });
 }
 
