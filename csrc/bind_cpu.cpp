@@ -40,6 +40,7 @@ void bind_common(py::module_& m) {
   });
 
   py::enum_<mbm::VectorFunction>(m, "VectorFunction")
+      .value("erf", mbm::VectorFunction::kErf)
       .value("exp", mbm::VectorFunction::kExp)
       .value("expm1", mbm::VectorFunction::kExpm1)
       .value("log", mbm::VectorFunction::kLog)

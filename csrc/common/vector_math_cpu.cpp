@@ -16,6 +16,7 @@ void apply(const float* x, float* y, int64_t n, F f) {
 
 void vector_math(VectorFunction function, const float* x, float* y, int64_t n) {
   switch (function) {
+    case VectorFunction::kErf: return apply(x, y, n, [](vf v) { return erf(v); });
     case VectorFunction::kExp: return apply(x, y, n, [](vf v) { return exp(v); });
     case VectorFunction::kExpm1: return apply(x, y, n, [](vf v) { return expm1(v); });
     case VectorFunction::kLog: return apply(x, y, n, [](vf v) { return log(v); });

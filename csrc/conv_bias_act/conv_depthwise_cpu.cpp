@@ -17,10 +17,13 @@ int64_t depthwise_packed_size(const ConvWeight& w) { return padded_channels(w.C)
 void depthwise_pack(const ConvWeight& weight, bool transposed, float* packed) {
   const int64_t taps = weight.R * weight.S;
   std::fill_n(packed, depthwise_packed_size(weight), 0.0f);
-  for (int64_t c = 0; c < weight.C; ++c)
-    for (int64_t i = 0; i < taps; ++i)
-      packed[(c / kLanes * taps + i) * kLanes + c % kLanes] =
-          weight.data[c * weight.k_step + (transposed ? taps - 1 - i : i) * weight.tap_step];
+  const int64_t first = transposed ? (taps - 1) * weight.tap_step : 0;
+  const int64_t step = transposed ? -weight.tap_step : weight.tap_step;
+  for (int64_t c = 0; c < weight.C; ++c) {
+    const float* from = weight.data + c * weight.k_step + first;
+    float* to = packed + c / kLanes * taps * kLanes + c % kLanes;
+    for (int64_t i = 0; i < taps; ++i) to[i * kLanes] = from[i * step];
+  }
 }
 
 namespace {

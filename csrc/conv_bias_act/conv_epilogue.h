@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "common/activations.h"
@@ -22,16 +21,6 @@ inline void store_channels(float* p, vf v, int n) {
     store(p, v);
   else
     store_n(p, v, n);
-}
-
-inline vf each_lane(vf v, float (*f)(float)) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  for (float& lane : lanes) lane = f(lane);
-  return load(lanes);
-}
-inline vf erf(vf v) {
-  return each_lane(v, [](float x) { return std::erf(x); });
 }
 
 // exp that reaches infinity, so that -infinity / (1 + exp(infinity)) is NaN as in torch.
