@@ -40,7 +40,7 @@ class Backward {
       const int64_t t = seq_.reverse ? s : seq_.T - 1 - s;
       pointwise(share, t, packed[s % 2]);
       if (grid.units > 1) barriers_[share.group].wait(grid.units);
-      if (s + 1 < seq_.T || args_.grad_h0) through_weights(share, t, packed[s % 2]);
+      if (s + 1 < seq_.T || args_.grad_h0) through_weights(share, s, t, packed[s % 2]);
     }
     if (args_.grad_h0) store_grad_h0(share);
   }
@@ -132,20 +132,35 @@ class Backward {
     }
   }
 
+  // A lone tile takes as many panels at once as its rows leave registers for, but no more than L2
+  // keeps for the next step.
+  int64_t panels_together(int rows, int64_t blocks) const {
+    constexpr int64_t kKept = 768 << 10;
+    const int64_t panel_bytes = 3 * seq_.H * kPanel * 4;
+    if (blocks == 0 || panel_bytes > kKept) return 1;
+    const int64_t most = kKept / panel_bytes, fit = panels_at_once(rows, blocks);
+    return most < fit ? most : fit;
+  }
+
   // grad_h += [grad_r, grad_z, grad_hn] W_hh for the rows of step t.
-  void through_weights(const Share& share, int64_t t, const float* packed) const {
+  void through_weights(const Share& share, int64_t s, int64_t t, const float* packed) const {
     const int64_t n = share.rows_of(schedule_.active[t]), K = 3 * seq_.H;
     const RowTiles tiles(share.rows);
-    const int64_t together = tiles.tiles == 1 ? share.block_end - share.block_begin : 1;
-    for (int64_t block = share.block_begin; block < share.block_end; block += together)
+    const int64_t blocks = share.block_end - share.block_begin;
+    const int64_t together = tiles.tiles == 1 ? panels_together(tiles.size(0), blocks) : 1;
+    const Zigzag groups{0, (blocks + together - 1) / together, s};
+    for (int64_t i = 0; i < groups.count(); ++i) {
+      const int64_t block = share.block_begin + groups[i] * together;
+      const int64_t left = share.block_end - block, panels = left < together ? left : together;
       for (int64_t tile = 0; tile < tiles.tiles && tiles.begin(tile) < n; ++tile) {
         const int64_t row0 = tiles.begin(tile);
         const int size = tiles.size(tile);
         const int rows = n - row0 < size ? static_cast<int>(n - row0) : size;
-        micro_rows(rows, together, K, packed + row0 * K, size,
+        micro_rows(rows, panels, K, packed + row0 * K, size,
                    args_.packed_recurrent + block * K * kPanel, K * kPanel,
                    grad_h_row(share, row0) + block * kPanel, padded_, true);
       }
+    }
   }
 
   template <class RowOf>  // RowOf(t, rank, b) -> T*

@@ -135,8 +135,9 @@ class Forward {
     const int64_t H = seq_.H, width = projected_width(share);
     const RowTiles tiles(share.rows);
     alignas(64) float tile_c[kMaxRows * 3 * kPanel];
-    for (int64_t block = share.block_begin; block < share.block_end; ++block) {
-      const int64_t u0 = block * kPanel, u1 = u0 + kPanel < H ? u0 + kPanel : H;
+    const Zigzag blocks{share.block_begin, share.block_end, s};
+    for (int64_t i = 0; i < blocks.count(); ++i) {
+      const int64_t block = blocks[i], u0 = block * kPanel, u1 = u0 + kPanel < H ? u0 + kPanel : H;
       const float* gx = projected + 3 * (block - share.block_begin) * kPanel;
       for (int64_t tile = 0; tile < tiles.tiles && tiles.begin(tile) < n; ++tile) {
         const int64_t row0 = tiles.begin(tile);

@@ -105,6 +105,14 @@ struct Share {
   }
 };
 
+// begin .. end, forwards in even steps and backwards in odd ones: what a cache smaller than the
+// weights still holds of them is where the last step ended.
+struct Zigzag {
+  int64_t begin, end, step;
+  int64_t count() const { return end - begin; }
+  int64_t operator[](int64_t i) const { return step % 2 ? end - 1 - i : begin + i; }
+};
+
 class Barriers {
  public:
   explicit Barriers(int count) : memory_(sizeof(Barrier) * static_cast<size_t>(count)) {
