@@ -135,10 +135,9 @@ class Backward {
   // A lone tile takes as many panels at once as its rows leave registers for, but no more than L2
   // keeps for the next step.
   int64_t panels_together(int rows, int64_t blocks) const {
-    constexpr int64_t kKept = 768 << 10;
     const int64_t panel_bytes = 3 * seq_.H * kPanel * 4;
-    if (blocks == 0 || panel_bytes > kKept) return 1;
-    const int64_t most = kKept / panel_bytes, fit = panels_at_once(rows, blocks);
+    if (blocks == 0 || panel_bytes > kKeptWeights) return 1;
+    const int64_t most = kKeptWeights / panel_bytes, fit = panels_at_once(rows, blocks);
     return most < fit ? most : fit;
   }
 
