@@ -71,6 +71,8 @@ BENCHMARK = Benchmark(
     cases=[
         Case(sizes(1024, 256), {"kind": "infonce"}, "infonce"),
         Case(sizes(1024, 256), {"kind": "siglip"}, "siglip"),
+        Case(sizes(1024, 64), {"kind": "infonce"}, "infonce narrow"),
+        Case(sizes(1024, 64), {"kind": "siglip"}, "siglip narrow"),
         Case(sizes(4096, 512), {"kind": "infonce"}, "infonce large"),
         Case(sizes(4096, 512), {"kind": "siglip"}, "siglip large"),
         Case(sizes(256, 512), {"kind": "infonce"}, "infonce medium"),

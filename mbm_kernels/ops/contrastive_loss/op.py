@@ -88,7 +88,7 @@ def contrastive_loss(
     result_dtype = single if in_autocast else image.dtype
     image, text = autocast.cast(image, text)
     checks.same_floating(NAME, (("image", image), ("text", text)))
-    sizes = {"B": image.size(0), "D": image.size(1)}
+    sizes = {"B": image.size(0), "D": image.size(1), "siglip": int(kind == "siglip")}
     loss: Tensor = OP(backend, image, text, scale, bias, kind, sizes=sizes)
     return loss.to(result_dtype)
 
