@@ -92,11 +92,31 @@ mbm::AdditiveAttentionInputs additive_attention_inputs(const AttentionSizes& siz
 }
 
 void bind_additive_attention(py::module_& m) {
+  m.def("additive_attention_packed_key_size", [](int64_t B, int64_t S, int64_t D) {
+    return MBM_CALL(additive_attention_packed_key_size, B, S, D);
+  });
+  m.def("additive_attention_pack_key",
+        [](int64_t B, int64_t S, int64_t D, Rows key, Address out, int num_threads) {
+          mbm::AdditiveAttentionInputs in{};
+          in.B = B;
+          in.S = S;
+          in.D = D;
+          in.key = checked_ptr<const float>(std::get<0>(key), B * S * D, "key");
+          in.key_stride_b = std::get<1>(key);
+          in.key_stride_s = std::get<2>(key);
+          const int64_t size = MBM_CALL(additive_attention_packed_key_size, B, S, D);
+          float* out_ptr = checked_ptr<float>(out, size, "out");
+          py::gil_scoped_release release;
+          MBM_CALL(additive_attention_pack_key, in, out_ptr, num_threads);
+        });
   m.def("additive_attention_fwd",
         [](AttentionSizes sizes, Rows query, Rows key, Rows value, Address v, Address key_lengths,
-           Mask mask, Address context, Address weights, int num_threads) {
+           Mask mask, Address packed_key, Address context, Address weights, int num_threads) {
           mbm::AdditiveAttentionForward args{};
           args.in = additive_attention_inputs(sizes, query, key, value, v, key_lengths, mask);
+          const int64_t packed_size =
+              MBM_CALL(additive_attention_packed_key_size, args.in.B, args.in.S, args.in.D);
+          args.packed_key = optional_ptr<const float>(packed_key, packed_size, "packed_key");
           args.context = checked_ptr<float>(context, args.in.B * args.in.T * args.in.E, "context");
           args.weights = checked_ptr<float>(weights, args.in.B * args.in.T * args.in.S, "weights");
           py::gil_scoped_release release;

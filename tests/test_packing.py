@@ -55,6 +55,22 @@ def test_redone_when_another_tensor_changes_or_comes(weight):
     assert packed(weight, bias).tolist() == [6] * 6
 
 
+def test_one_use_packs_nothing(weight):
+    def used():
+        return packing.packed_if_used_again(size, pack, weight)
+
+    assert used() is None
+    assert not calls
+    second = used()
+    assert second.tolist() == [1] * 6
+    assert used() is second
+    weight.add_(1)
+    assert used() is None  # what was packed is of no use now, and is freed
+    assert packing._entries[id(weight), pack].buffer is None
+    assert used().tolist() == [2] * 6
+    assert len(calls) == 2
+
+
 def test_freed_with_the_weight():
     weight = torch.ones(6)
     key = (id(weight), pack)

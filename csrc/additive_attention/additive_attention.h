@@ -34,8 +34,9 @@ struct AdditiveAttentionInputs {
 
 struct AdditiveAttentionForward {
   AdditiveAttentionInputs in;
-  float* context;  // [B, T, E] contiguous, written
-  float* weights;  // [B, T, S] contiguous, written; holds the scores on the way
+  const float* packed_key;  // what additive_attention_pack_key() made of in.key, or null
+  float* context;           // [B, T, E] contiguous, written
+  float* weights;           // [B, T, S] contiguous, written; holds the scores on the way
 };
 
 struct AdditiveAttentionBackward {
@@ -51,6 +52,12 @@ struct AdditiveAttentionBackward {
   float* grad_v;      // [D], written; null: not needed
 };
 
+// The keys' exponentials for several forwards with one key: S rounded up to tiles, D to two
+// vectors.
+MBM_PER_ISA(int64_t, additive_attention_packed_key_size, (int64_t B, int64_t S, int64_t D))
+// Reads B, S, D and the key of `in`; out has additive_attention_packed_key_size(B, S, D) floats.
+MBM_PER_ISA(void, additive_attention_pack_key,
+            (const AdditiveAttentionInputs& in, float* out, int num_threads))
 MBM_PER_ISA(void, additive_attention_fwd, (const AdditiveAttentionForward& args, int num_threads))
 MBM_PER_ISA(void, additive_attention_bwd, (const AdditiveAttentionBackward& args, int num_threads))
 

@@ -227,21 +227,23 @@ class Backward {
     std::fill_n(block.grad_query, kBlock * T, 0.0f);
     for (int64_t s = 0; s < S; s += kKeys, grad_score += T * kKeys) {
       const bool skip = in_.mask != nullptr && !any_gradient(grad_score);
+      // Keys are taken and their gradients written tile by tile: rows a power of two apart share a
+      // few sets of L1, and a pass over them alone waits for every line. All vectors of a tile's
+      // keys come first, so that their misses and their exponentials overlap.
+      vf y[kVectors][kKeys], b[kVectors][kKeys];
+      if (!skip)
+        for (int j = 0; j < kKeys; ++j)
+          for (int i = 0; i < vectors; ++i) key_vector<form>(block, s + j, i, &y[i][j], &b[i][j]);
       for (int i = 0; i < vectors; ++i) {
-        // Keys are taken and their gradients written tile by tile: rows a power of two apart share
-        // a few sets of L1, and a pass over them alone waits for every line.
         vf sum_key[kKeys] = {};
-        if (!skip) {
-          vf y[kKeys], b[kKeys];
-          for (int j = 0; j < kKeys; ++j) key_vector<form>(block, s + j, i, &y[j], &b[j]);
-          grad_v[i] =
-              grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * T * kLanes,
-                                              block.grad_query + i * T * kLanes, y, b, sum_key);
-        }
+        if (!skip)
+          grad_v[i] = grad_v[i] + gradient_tile<form>(T, grad_score, block.query + i * T * kLanes,
+                                                      block.grad_query + i * T * kLanes, y[i], b[i],
+                                                      sum_key);
         if (args_.grad_key != nullptr)
           for (int64_t j = 0; j < std::min<int64_t>(kKeys, S - s); ++j)
-            store_n(grad_key_row(block, s + j) + i * kLanes, sum_key[j] * scale[i],
-                    lanes_of(block, i));
+            store_part(grad_key_row(block, s + j) + i * kLanes, sum_key[j] * scale[i],
+                       block.width - i * kLanes);
       }
     }
     if (args_.grad_key != nullptr)

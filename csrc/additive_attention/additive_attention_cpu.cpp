@@ -12,34 +12,67 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int64_t kQueryChunk = 64;  // queries packed at a time; 64 x 512 are 128 KiB, for L2
+constexpr int64_t kQueryChunk = 64;  // queries packed at a time; 64 x 512 are 256 KiB, for L2
+constexpr int64_t kGroup = 16;       // keys packed at a time
 constexpr int64_t kRowBlock = kLanes == 16 ? 8 : 4;  // queries whose context is one piece of work
 constexpr int64_t kKeyPiece = 64;       // keys of a piece of work where batch elements are few
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
+
+// Keys for several forwards: [B][tiles][pairs][kKeys][2][kLanes], then max |k| of each tile,
+// [B][tiles].
+struct PackedKeys {
+  int64_t tiles, tile_size, count;
+
+  PackedKeys(int64_t B, int64_t S, int64_t D)
+      : tiles((S + kKeys - 1) / kKeys), tile_size(kKeys * round_up(D, kPair)), count(B * tiles) {}
+  int64_t size() const { return count * (tile_size + 1); }
+  int64_t at(int64_t tile) const { return tile * tile_size; }
+  int64_t magnitude_at(int64_t tile) const { return count * tile_size + tile; }
+};
+
+inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+// Up to kKeys keys of batch element b from s on; those from `end` on count as 0. Returns max |k|.
+template <ScoreForm form>
+float pack_keys(const AdditiveAttentionInputs& in, int64_t b, int64_t s, int64_t end, float* out) {
+  float magnitude = 0.0f;
+  for (int j = 0; j < kKeys; ++j) {
+    const bool inside = s + j < end;
+    const float* row = in.key + b * in.key_stride_b + (inside ? s + j : s) * in.key_stride_s;
+    magnitude = larger_or_nan(
+        magnitude, pack_key<form>(row, inside ? in.D : 0, round_up(in.D, kPair), out, j));
+  }
+  return magnitude;
+}
 
 // What one piece of work owns.
 struct Workspace {
   Scratch memory;
   float* query;  // up to kQueryChunk queries, in blocks of kQueries, 2 and 1: see score_tile
-  float* key;    // kKeys keys: 4 x 512 are 8 KiB, for L1
+  float* key;    // kGroup keys: 16 x 512 are 32 KiB, which the queries of a block meet in L1
   float* row;    // [round_up(S, kLanes)], in the memory of the panels
-  float magnitude[kQueryChunk];  // max |q|, for each query
+  float magnitude[kQueryChunk];         // max |q|, for each query
+  float key_magnitude[kGroup / kKeys];  // max |k|, for each tile
 
   Workspace(const AdditiveAttentionInputs& in, int64_t padded_D)
       : Workspace(std::min<int64_t>(in.T, kQueryChunk), padded_D, round_up(in.S, kLanes)) {}
 
  private:
   Workspace(int64_t query_rows, int64_t padded_D, int64_t padded_S)
-      : memory(sizeof(float) * std::max((query_rows + 2 * kKeys) * padded_D, padded_S)),
+      : memory(sizeof(float) * std::max(2 * (query_rows + kGroup) * padded_D, padded_S)),
         query(memory.as<float>()),
-        key(query + query_rows * padded_D),
+        key(query + 2 * query_rows * padded_D),
         row(query) {}
 };
 
 class Forward {
  public:
   Forward(const AdditiveAttentionForward& args, const PackedV& v)
-      : args_(args), in_(args.in), v_(v), padded_D_(v.pairs * kPair) {}
+      : args_(args),
+        in_(args.in),
+        v_(v),
+        padded_D_(v.pairs * kPair),
+        packed_(in_.B, in_.S, in_.D) {}
 
   // Scores of keys [s0, s1) of batch element b for every query, into `weights`.
   void scores(Workspace& work, int64_t b, int64_t s0, int64_t s1) const {
@@ -70,22 +103,20 @@ class Forward {
   }
 
  private:
-  // Queries [t0, t1) against `keys` keys from s on.
-  struct Tiles {
-    int64_t b, t0, t1, s;
-    int keys;
+  // Queries [t0, t1) against the keys [s0, s1), packed tile after tile.
+  struct Group {
+    int64_t b, t0, t1, s0, s1;
+    const float *packed, *magnitudes;  // the latter one for each tile
   };
 
   float* score_row(int64_t b, int64_t t) const { return args_.weights + (b * in_.T + t) * in_.S; }
 
-  static float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
-
-  bool attends(const Tiles& tiles, int64_t t, int queries) const {
+  bool attends(int64_t b, int64_t t, int queries, int64_t s, int keys) const {
     if (in_.mask == nullptr) return true;
-    const uint8_t* m = in_.mask + tiles.b * in_.mask_stride_b + t * in_.mask_stride_t +
-                       tiles.s * in_.mask_stride_s;
+    const uint8_t* m =
+        in_.mask + b * in_.mask_stride_b + t * in_.mask_stride_t + s * in_.mask_stride_s;
     for (int i = 0; i < queries; ++i)
-      for (int j = 0; j < tiles.keys; ++j)
+      for (int j = 0; j < keys; ++j)
         if (m[i * in_.mask_stride_t + j * in_.mask_stride_s]) return true;
     return false;
   }
@@ -109,84 +140,101 @@ class Forward {
   void score_keys(Workspace& work, int64_t b, int64_t t0, int64_t t1, int64_t s0,
                   int64_t s1) const {
     pack_queries<form>(work, b, t0, t1);
-    for (int64_t s = s0; s < s1; s += kKeys) {
-      const Tiles tiles{b, t0, t1, s, static_cast<int>(std::min<int64_t>(kKeys, s1 - s))};
-      Ahead ahead = fetch_ahead(tiles, s1);
-      const float magnitude = pack_keys<form>(work, tiles);
-      int64_t t = score_tiles<form, kQueries>(work, tiles, magnitude, t0, &ahead);
-      if constexpr (kQueries > 2) t = score_tiles<form, 2>(work, tiles, magnitude, t, &ahead);
-      if constexpr (kQueries > 1) t = score_tiles<form, 1>(work, tiles, magnitude, t, &ahead);
+    // A block of queries that is alone meets each key but once.
+    const int64_t keys = t1 - t0 <= kQueries ? kKeys : kGroup;
+    for (int64_t s = s0; s < s1; s += keys) {
+      Group group{b, t0, t1, s, std::min(s1, s + keys), work.key, work.key_magnitude};
+      Ahead ahead = fetch_ahead(group, s1);
+      if (form == ScoreForm::kRatio && args_.packed_key != nullptr) {
+        const int64_t tile = b * packed_.tiles + s / kKeys;
+        group.packed = args_.packed_key + packed_.at(tile);
+        group.magnitudes = args_.packed_key + packed_.magnitude_at(tile);
+      } else {
+        for (int64_t i = 0; s + i * kKeys < group.s1; ++i)
+          work.key_magnitude[i] =
+              pack_keys<form>(in_, b, s + i * kKeys, group.s1, work.key + i * key_size<form>());
+      }
+      int64_t t = score_queries<form, kQueries>(work, group, t0, &ahead);
+      if constexpr (kQueries > 2) t = score_queries<form, 2>(work, group, t, &ahead);
+      if constexpr (kQueries > 1) t = score_queries<form, 1>(work, group, t, &ahead);
     }
   }
 
-  // The keys of the next tile, and the values of this one, which finish() will read: where rows lie
-  // one after another, and are asked for once.
-  Ahead fetch_ahead(const Tiles& tiles, int64_t s1) const {
+  // The keys of the next group, and the values of this one, which finish() will read: where rows
+  // lie one after another, and are asked for once.
+  Ahead fetch_ahead(const Group& group, int64_t s1) const {
     Ahead ahead{in_.v, in_.v, 0, 0};
-    const int64_t next = tiles.s + kKeys;
-    if (in_.key_stride_s == in_.D && next < s1) {
-      ahead.key = key_row(tiles.b, next);
+    if (args_.packed_key == nullptr && in_.key_stride_s == in_.D && group.s1 < s1) {
+      ahead.key = key_row(group.b, group.s1);
       ahead.key_step = 32;
     }
-    if (in_.value_stride_s == in_.E && tiles.t0 == 0) {
-      ahead.value = in_.value + tiles.b * in_.value_stride_b + tiles.s * in_.value_stride_s;
+    if (in_.value_stride_s == in_.E && group.t0 == 0) {
+      ahead.value = in_.value + group.b * in_.value_stride_b + group.s0 * in_.value_stride_s;
       ahead.value_step = 32;
     }
     return ahead;
   }
 
   template <ScoreForm form>
-  float pack_keys(Workspace& work, const Tiles& tiles) const {
-    constexpr int64_t kStep = (form == ScoreForm::kRatio ? 1 : 2) * kPair;
-    constexpr Panel kPanel = form == ScoreForm::kRatio ? Panel::kRatio : Panel::kSmallKey;
-    float magnitude = 0.0f;
-    for (int s = 0; s < kKeys; ++s) {
-      const float row = pack_row<kPanel>(key_row(tiles.b, tiles.s + (s < tiles.keys ? s : 0)),
-                                         s < tiles.keys ? in_.D : 0, padded_D_,
-                                         work.key + s * kStep, {kStep / 2, kKeys * kStep});
-      magnitude = larger_or_nan(magnitude, row);
-    }
-    return magnitude;
-  }
-
-  template <ScoreForm form>
   void pack_queries(Workspace& work, int64_t b, int64_t t0, int64_t t1) const {
-    constexpr Panel kPanel = form == ScoreForm::kRatio ? Panel::kRatio : Panel::kSmallQuery;
+    constexpr int64_t kStep = query_vectors(form) * kLanes;
     int block = kQueries;
     for (int64_t t = t0; t < t1; t += block) {
       while (block > t1 - t) block /= 2;
-      for (int i = 0; i < block; ++i)
-        work.magnitude[t - t0 + i] = pack_row<kPanel>(query_row(b, t + i), in_.D, padded_D_,
-                                                      work.query + (t - t0) * padded_D_ + i * kPair,
-                                                      {kLanes, block * kPair});
+      for (int i = 0; i < block; ++i) {
+        float* out = work.query + (t - t0) * query_size<form>() + i * kStep;
+        const auto put = [&](int64_t pair, int half, vf x) {
+          float* to = out + pair * block * kStep + half * kLanes;
+          if constexpr (form == ScoreForm::kRatio) {
+            const vf e = exp_in_range(set1(-2.0f) * x);
+            store(to, e);
+            store(to + 2 * kLanes, set1(-2.0f) * v_.vector(pair, half) * e);
+          } else {
+            store(to, expm1(x + x));
+          }
+        };
+        work.magnitude[t - t0 + i] = pack_row(query_row(b, t + i), in_.D, padded_D_, put);
+      }
     }
   }
 
-  // As many tiles of `queries` rows as fit from t on; returns the first row left over.
+  template <ScoreForm form>
+  int64_t query_size() const {
+    return padded_D_ * query_vectors(form) / 2;
+  }
+
+  template <ScoreForm form>
+  int64_t key_size() const {
+    return padded_D_ * kKeys * key_vectors(form) / 2;
+  }
+
+  // As many blocks of `queries` rows as fit from t on; returns the first row left over.
   template <ScoreForm form, int queries>
-  int64_t score_tiles(Workspace& work, const Tiles& tiles, float key_magnitude, int64_t t,
-                      Ahead* ahead) const {
-    for (; t + queries <= tiles.t1; t += queries) {
-      if (!attends(tiles, t, queries)) continue;
-      float magnitude = work.magnitude[t - tiles.t0];
-      for (int i = 1; i < queries; ++i)
-        magnitude = larger_or_nan(magnitude, work.magnitude[t - tiles.t0 + i]);
-      const bool in_range = magnitude + key_magnitude <= kRatioLimit;
-      if (!v_.factorable || !in_range) {
-        for (int i = 0; i < queries; ++i)
-          for (int j = 0; j < tiles.keys; ++j)
-            score_row(tiles.b, t + i)[tiles.s + j] = score_direct(
-                query_row(tiles.b, t + i), key_row(tiles.b, tiles.s + j), in_.v, in_.D);
-        continue;
-      }
-      const float* q = work.query + (t - tiles.t0) * padded_D_;
-      vf lanes[queries * kKeys];
-      float score[queries * kKeys];
-      score_tile<form, queries>(q, work.key, v_.data(), v_.pairs, lanes, ahead);
-      sum_wide<queries * kKeys>(lanes, score);
+  int64_t score_queries(Workspace& work, const Group& group, int64_t t, Ahead* ahead) const {
+    for (; t + queries <= group.t1; t += queries) {
+      const float* q = work.query + (t - group.t0) * query_size<form>();
+      float query_magnitude = 0.0f;
       for (int i = 0; i < queries; ++i)
-        for (int j = 0; j < tiles.keys; ++j)
-          score_row(tiles.b, t + i)[tiles.s + j] = score[i * kKeys + j];
+        query_magnitude = larger_or_nan(query_magnitude, work.magnitude[t - group.t0 + i]);
+      for (int64_t i = 0; group.s0 + i * kKeys < group.s1; ++i) {
+        const int64_t s = group.s0 + i * kKeys;
+        const int keys = static_cast<int>(std::min<int64_t>(kKeys, group.s1 - s));
+        if (!attends(group.b, t, queries, s, keys)) continue;
+        float score[queries * kKeys];
+        if (v_.factorable && query_magnitude + group.magnitudes[i] <= kRatioLimit) {
+          vf lanes[queries * kKeys];
+          score_tile<form, queries>(q, group.packed + i * key_size<form>(), v_.data(), v_.pairs,
+                                    lanes, ahead);
+          sum_wide<queries * kKeys>(lanes, score);
+        } else {
+          for (int j = 0; j < queries; ++j)
+            for (int l = 0; l < keys; ++l)
+              score[j * kKeys + l] =
+                  score_direct(query_row(group.b, t + j), key_row(group.b, s + l), in_.v, in_.D);
+        }
+        for (int j = 0; j < queries; ++j)
+          std::copy_n(score + j * kKeys, keys, score_row(group.b, t + j) + s);
+      }
     }
     return t;
   }
@@ -238,9 +286,24 @@ class Forward {
   const AdditiveAttentionInputs& in_;
   const PackedV& v_;
   int64_t padded_D_;
+  PackedKeys packed_;
 };
 
 }  // namespace
+
+int64_t additive_attention_packed_key_size(int64_t B, int64_t S, int64_t D) {
+  return PackedKeys(B, S, D).size();
+}
+
+void additive_attention_pack_key(const AdditiveAttentionInputs& in, float* out, int num_threads) {
+  const PackedKeys packed(in.B, in.S, in.D);
+  if (in.B * in.S * in.D < kSerialWork) num_threads = 1;
+  parallel_for(num_threads, packed.count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile)
+      out[packed.magnitude_at(tile)] = pack_keys<ScoreForm::kRatio>(
+          in, tile / packed.tiles, tile % packed.tiles * kKeys, in.S, out + packed.at(tile));
+  });
+}
 
 void additive_attention_fwd(const AdditiveAttentionForward& args, int num_threads) {
   const AdditiveAttentionInputs& in = args.in;

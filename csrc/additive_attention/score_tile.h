@@ -16,20 +16,26 @@ namespace {
 constexpr int kKeys = 4;               // keys of a tile
 constexpr int kQueries = kLanes / 4;   // queries of a tile: kLanes sums in registers
 constexpr int64_t kPair = 2 * kLanes;  // d of one turn of the loop
-constexpr int kPackedV = 5;            // vectors of PackedV for each pair
+constexpr int kPackedV = 3;            // vectors of PackedV for each pair
 
 enum class ScoreForm {
-  kRatio,  // tanh = 1 - 2 / (x y + 1), absolute accuracy: |q| + |k| <= kRatioLimit
+  kRatio,  // tanh = 1 - 2 x / (x + y), absolute accuracy: |q| + |k| <= kRatioLimit
   kSmall   // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallScore
 };
+// Vectors of a query and of a key for each pair: x x and w x w x, or a a; y y, or y b y b.
+constexpr int query_vectors(ScoreForm form) { return form == ScoreForm::kRatio ? 4 : 2; }
+constexpr int key_vectors(ScoreForm form) { return form == ScoreForm::kRatio ? 2 : 4; }
 
 // Scores of queries x 4 keys, with one division for two d:
 //
-//   w1 / d1 + w2 / d2 = (w1 d2 + w2 d1) / (d1 d2)                      d = x y + 1, w = -2 v
+//   w1 x1 / d1 + w2 x2 / d2 = (w1 x1 d2 + w2 x2 d1) / (d1 d2)            d = x + y, w = -2 v
 //   v1 m1 / (m1 + 1) + v2 m2 / (m2 + 1) = (both m1 m2 + v1 m1 + v2 m2) / ((m1 + 1) (m2 + 1))
 //
-// q [pairs][queries][2][kLanes], k [pairs][kKeys][2][y or y, b][kLanes],
-// v [pairs][w1, w2, both, v1, v2][kLanes] with both = v1 + v2.
+// The first leaves 3 products and the division to the multipliers and 4 additions to the adders,
+// which are other pipes: by d = x y + 1 it would be 5 and 2, 3.5 cycles where this takes 2.5.
+//
+// q [pairs][queries][query_vectors][kLanes], k [pairs][kKeys][key_vectors][kLanes],
+// v [pairs][both, v1, v2][kLanes] with both = v1 + v2.
 //
 // On the way it asks for the lines that `ahead` points to, a few at each turn: as many at once
 // would fill the core's miss buffers and stop its loads.
@@ -40,12 +46,12 @@ struct Ahead {
 template <ScoreForm form, int queries>
 inline void score_tile(const float* q, const float* k, const float* v, int64_t pairs, vf* score,
                        Ahead* ahead) {
-  constexpr int64_t kKeyStep = (form == ScoreForm::kRatio ? 1 : 2) * kPair;
+  constexpr int64_t kQueryStep = query_vectors(form) * kLanes;
+  constexpr int64_t kKeyStep = key_vectors(form) * kLanes;
   const vf one = set1(1.0f);
   vf sums[queries * kKeys] = {};
   for (int64_t g = 0; g < pairs; ++g) {
-    const vf w1 = load(v), w2 = load(v + kLanes), both = load(v + 2 * kLanes);
-    const vf v1 = load(v + 3 * kLanes), v2 = load(v + 4 * kLanes);
+    const vf both = load(v), v1 = load(v + kLanes), v2 = load(v + 2 * kLanes);
     if constexpr (queries == kQueries) {
       for (int i = 0; i < 2; ++i) {
         __builtin_prefetch(ahead->key + i * 16);
@@ -55,17 +61,17 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t p
       ahead->value += ahead->value_step;
     }
 #pragma GCC unroll 4
-    for (int s = 0; s < kKeys; ++s) {
-      const float* y = k + s * kKeyStep;
+    for (int t = 0; t < queries; ++t) {
+      const float* a = q + t * kQueryStep;
 #pragma GCC unroll 4
-      for (int t = 0; t < queries; ++t) {
-        const float* a = q + t * kPair;
+      for (int s = 0; s < kKeys; ++s) {
+        const float* y = k + s * kKeyStep;
         vf term;
         if constexpr (form == ScoreForm::kRatio) {
-          const vf d1 = fma(load(a), load(y), one);
-          const vf d2 = fma(load(a + kLanes), load(y + kLanes), one);
+          const vf d1 = load(a) + load(y), d2 = load(a + kLanes) + load(y + kLanes);
+          const vf numerator = fma(load(a + 2 * kLanes), d2, load(a + 3 * kLanes) * d1);
           // `both` here rather than once at the end keeps the sums as small as the scores.
-          term = fma(w1, d2, w2 * d1) / (d1 * d2) + both;
+          term = numerator / (d1 * d2) + both;
         } else {
           const vf m1 = fma(load(a), load(y), load(y + kLanes));
           const vf m2 = fma(load(a + kLanes), load(y + 2 * kLanes), load(y + 3 * kLanes));
@@ -75,7 +81,7 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t p
         sums[t * kKeys + s] = sums[t * kKeys + s] + term;
       }
     }
-    q += queries * kPair;
+    q += queries * kQueryStep;
     k += kKeys * kKeyStep;
     v += kPackedV * kLanes;
   }
@@ -132,6 +138,24 @@ inline float score_direct(const float* q, const float* k, const float* v, int64_
   return sums[0];
 }
 
+// Key s of a tile as score_tile takes it. Returns max |k|; where that is above kRatioLimit, what is
+// packed means nothing. Past D k counts as 0, and meets a v of 0.
+template <ScoreForm form>
+inline float pack_key(const float* row, int64_t D, int64_t padded_D, float* tile, int s) {
+  constexpr int64_t kStep = key_vectors(form) * kLanes;
+  return pack_row(row, D, padded_D, [&](int64_t pair, int i, vf x) {
+    float* to = tile + (pair * kKeys + s) * kStep + i * (kStep / 2);
+    if constexpr (form == ScoreForm::kRatio) {
+      store(to, exp_in_range(x + x));
+    } else {
+      vf y, b;
+      key_factors(x, &y, &b);
+      store(to, y);
+      store(to + kLanes, b);
+    }
+  });
+}
+
 // v in pairs of vectors as score_tile takes it.
 class PackedV {
  public:
@@ -140,11 +164,9 @@ class PackedV {
     float* out = memory_.as<float>();
     for (int64_t d = 0; d < pairs * kPair; d += kPair, out += kPackedV * kLanes) {
       const vf v1 = load_from(v, d, D), v2 = load_from(v, d + kLanes, D);
-      store(out, set1(-2.0f) * v1);
-      store(out + kLanes, set1(-2.0f) * v2);
-      store(out + 2 * kLanes, v1 + v2);
-      store(out + 3 * kLanes, v1);
-      store(out + 4 * kLanes, v2);
+      store(out, v1 + v2);
+      store(out + kLanes, v1);
+      store(out + 2 * kLanes, v2);
     }
     double squares = 0.0;
     for (int64_t d = 0; d < D; ++d) squares += static_cast<double>(v[d]) * v[d];
@@ -153,6 +175,7 @@ class PackedV {
     precise = squares > kPreciseV * kPreciseV;
   }
   const float* data() const { return memory_.as<float>(); }
+  vf vector(int64_t pair, int i) const { return load(data() + (pair * kPackedV + 1 + i) * kLanes); }
 
   int64_t pairs;
   bool factorable;  // at most kLargestV in length

@@ -1,6 +1,7 @@
 // tanh(q + k) without a transcendental function for each pair:
 //
-//   x = e^2q, y = e^2k:                                      tanh = 1 - 2 / (x y + 1)
+//   x = e^2q, y = e^2k, or x = e^-2q:                        tanh = 1 - 2 / (x y + 1)
+//                                                            tanh = 1 - 2 x / (x + y)
 //   a = expm1(2q), y = e^2k / 2, b = expm1(2k) / 2:          m = a y + b = expm1(2 (q + k)) / 2 and
 //                                                            tanh = m / (m + 1)
 //
@@ -74,47 +75,24 @@ inline void key_factors(vf k, vf* y, vf* b) {
   *b = fma(e.poly, e.scale, e.scale - set1(0.5f));
 }
 
-// Where the two vectors of a pair go in a panel of rows: the second `vector` after the first, the
-// next pair `pair` further on.
-struct PanelStep {
-  int64_t vector, pair;
-};
-
-// What of a row score_tile() takes: e^2x, or with relative accuracy expm1(2x) of a query, and of a
-// key y and, a vector further on, b.
-enum class Panel { kRatio, kSmallQuery, kSmallKey };
-template <Panel panel>
-inline void pack_vector(vf x, float* to) {
-  if constexpr (panel == Panel::kRatio) {
-    store(to, exp_in_range(x + x));
-  } else if constexpr (panel == Panel::kSmallQuery) {
-    store(to, expm1(x + x));
-  } else {
-    vf y, b;
-    key_factors(x, &y, &b);
-    store(to, y);
-    store(to + kLanes, b);
-  }
-}
-
-// Returns max |x|; where that is above kRatioLimit, what is packed means nothing. Past D x counts
-// as 0, and meets a v of 0.
-template <Panel panel>
-inline float pack_row(const float* row, int64_t D, int64_t padded_D, float* out, PanelStep step) {
+// put(pair, 0 or 1, x) for each vector of a row up to padded_D, a multiple of two vectors; past D x
+// counts as 0. Returns max |x|.
+template <class Put>
+inline float pack_row(const float* row, int64_t D, int64_t padded_D, const Put& put) {
   vi magnitude = {};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes, out += step.pair) {
+  int64_t pair = 0, d = 0;
+  for (; d + 2 * kLanes <= D; d += 2 * kLanes, ++pair) {
     const vf x1 = load(row + d), x2 = load(row + d + kLanes);
     magnitude = larger(magnitude, larger(magnitude_bits(x1), magnitude_bits(x2)));
-    pack_vector<panel>(x1, out);
-    pack_vector<panel>(x2, out + step.vector);
+    put(pair, 0, x1);
+    put(pair, 1, x2);
   }
-  for (; d < padded_D; d += 2 * kLanes, out += step.pair)
-    for (int64_t i = 0; i < 2; ++i) {
+  for (; d < padded_D; d += 2 * kLanes, ++pair)
+    for (int i = 0; i < 2; ++i) {
       const int64_t left = D - d - i * kLanes;
       const vf x = left > 0 ? load_part(row + d + i * kLanes, left) : zero();
       magnitude = larger(magnitude, magnitude_bits(x));
-      pack_vector<panel>(x, out + i * step.vector);
+      put(pair, i, x);
     }
   return largest_of(magnitude);
 }

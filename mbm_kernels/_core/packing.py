@@ -18,11 +18,12 @@ _entries: dict[tuple[int, Callable[..., None]], "_Entry"] = {}
 
 
 class _Entry:
-    __slots__ = ("buffer", "owner", "state")
+    __slots__ = ("buffer", "owner", "seen", "state")
 
     def __init__(self, owner: "weakref.ref[Tensor]"):
         self.owner = owner
-        self.state: list[Any] | None = None
+        self.state: list[Any] | None = None  # of what was packed
+        self.seen: list[Any] | None = None  # of what was asked for once
         self.buffer: Tensor | None = None
 
 
@@ -45,22 +46,62 @@ def packed(
         others: further tensors packed with it; an entry made with others is redone.
     """
     sources = (owner, *others)
+    state = _state_of(sources)
+    if state is None:
+        unkept = _empty(size(*sources))
+        pack(unkept, *sources)
+        return unkept
+    entry = _entry_of(owner, pack)
+    if entry.buffer is not None and entry.state == state:
+        return entry.buffer
+    return _fill(entry, state, size, pack, sources)
+
+
+def packed_if_used_again(
+    size: Callable[..., int], pack: Callable[..., None], owner: Tensor
+) -> Tensor | None:
+    """As `packed`, but None at the first call with `owner` as it is now: packing costs about what
+    one use of it saves. None also for an inference tensor, whose changes nothing counts."""
+    state = _state_of((owner,))
+    if state is None:
+        return None
+    entry = _entry_of(owner, pack)
+    if entry.buffer is not None and entry.state == state:
+        return entry.buffer
+    if entry.seen != state:
+        entry.seen, entry.state, entry.buffer = state, None, None
+        return None
+    return _fill(entry, state, size, pack, (owner,))
+
+
+def _state_of(sources: tuple[Tensor | None, ...]) -> list[Any] | None:
+    """Changes whenever what would be packed may; None where that cannot be told."""
     state: list[Any] = [native.cpu().isa()]
     for tensor in sources:
         if tensor is None:
             state.append(None)
         elif tensor.is_inference():  # counts no versions
-            unkept = _empty(size(*sources))
-            pack(unkept, *sources)
-            return unkept
+            return None
         else:
             state += (tensor.data_ptr(), tensor._version)
+    return state
+
+
+def _entry_of(owner: Tensor, pack: Callable[..., None]) -> _Entry:
     key = (id(owner), pack)
     entry = _entries.get(key)
     if entry is None or entry.owner() is not owner:  # an id may be used again
         entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: _entries.pop(key, None)))
-    if entry.buffer is not None and entry.state == state:
-        return entry.buffer
+    return entry
+
+
+def _fill(
+    entry: _Entry,
+    state: list[Any],
+    size: Callable[..., int],
+    pack: Callable[..., None],
+    sources: tuple[Tensor | None, ...],
+) -> Tensor:
     elements = size(*sources)
     kept = entry.buffer
     fresh = kept if kept is not None and kept.numel() == elements else _empty(elements)
