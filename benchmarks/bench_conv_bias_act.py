@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, with_channels_last
+from mbm_kernels.bench import (
+    FORWARD,
+    Benchmark,
+    Case,
+    Form,
+    Work,
+    as_called,
+    eager_and_compiled,
+    with_channels_last,
+)
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner import SIZES
 from mbm_kernels.ops.conv_bias_act.backend_cpu import WINOGRAD_ERROR
@@ -24,6 +33,10 @@ def make(case, generator):
     }
     if options.pop("residual", False):
         inputs["residual"] = torch.randn(b, k, y, y, generator=generator)
+    # The layout in which stock is fastest, and the captioner's, unless the case says otherwise.
+    if not options.pop("nchw", False):
+        for name in inputs.keys() - {"bias"}:
+            inputs[name] = inputs[name].contiguous(memory_format=torch.channels_last)
     return {**inputs, "padding": kernel // 2, **options}
 
 
@@ -40,8 +53,24 @@ def layers(
     return F.relu(y, inplace=True) if activation == "relu" else y
 
 
+def through_channels_last(x, weight, **rest):
+    last = torch.channels_last
+    y = layers(x.contiguous(memory_format=last), weight.contiguous(memory_format=last), **rest)
+    return y.contiguous()
+
+
 def build(inputs):
     return layers, inputs
+
+
+def stock(case):
+    """Of NCHW cases, forms that take NCHW and return it."""
+    if not case.options.get("nchw"):
+        return with_channels_last(build)
+    return {
+        **eager_and_compiled(build),
+        "eager through channels_last": Form(as_called(through_channels_last)),
+    }
 
 
 def work(case, which):
@@ -100,6 +129,16 @@ BENCHMARK = Benchmark(
         *body(512, 7),
         Case(sizes(16, 128, 128, 56, 3), {"groups": 128}, "depthwise", check={"B": 1}),
         Case(sizes(16, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
+        Case(sizes(16, 384, 384, 14, 7), {"groups": 384}, "depthwise", check={"B": 1}),
+        Case(
+            sizes(16, 64, 64, 56, 3), {**POOLED, "nchw": True}, "relu pool2 NCHW", **checked(56, 2)
+        ),
+        Case(
+            sizes(16, 128, 128, 56, 7),
+            {"groups": 128, "nchw": True},
+            "depthwise NCHW",
+            check={"B": 1},
+        ),
         *(case for size in SIZES for case in captioner(size)),
     ],
     gpu_cases=[
@@ -110,10 +149,8 @@ BENCHMARK = Benchmark(
         Case(sizes(32, 128, 128, 56, 7), {"groups": 128}, "depthwise", check={"B": 1}),
     ],
     make=make,
-    stock=lambda case: with_channels_last(build),
+    stock=stock,
     work=work,
-    # The layout in which stock is fastest, and the captioner's.
-    layout=torch.channels_last,
     kinks=True,
 )
 

@@ -86,9 +86,9 @@ def with_channels_last(build: Callable[[Inputs], tuple[Function, Inputs]]) -> di
     """NCHW and channels_last, each eager and compiled."""
     last = torch.channels_last
     return {
-        "eager": Form(build),
+        "eager": Form(build, layout=torch.contiguous_format),
         "eager channels_last": Form(build, layout=last),
-        "compile": Form(build, compile=True),
+        "compile": Form(build, layout=torch.contiguous_format, compile=True),
         "compile channels_last": Form(build, layout=last, compile=True),
     }
 

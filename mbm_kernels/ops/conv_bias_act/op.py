@@ -156,11 +156,15 @@ def conv_bias_act(
         "stride": max(steps),
         "dilation": max(spread),
         "groups": groups,
+        "depthwise": int(groups == group_channels * groups == out_channels),
+        "layout": int(geometry.is_channels_last(x)),
+        "activation": ACTIVATIONS.index(activation),
         "pool": 0 if window is None else window[0],
         "pool_area": 0 if window is None else window[0] * window[1],
     }
-    # 4x4 tiles of the batch, by which dispatch tables tell work enough for a kernel.
+    # By which dispatch tables tell work enough for a kernel: 4x4 tiles of the batch, and elements.
     sizes["tiles"] = sizes["B"] * -(-sizes["Y"] // 4) * -(-sizes["X"] // 4)
+    sizes["elements"] = x.numel()
     y: Tensor = OP(
         backend,
         x,
