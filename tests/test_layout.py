@@ -28,6 +28,9 @@ LAYERS = (
     ("_core",),
 )
 
+# Called by the models; not part of the public interface.
+INTERNAL = ("linear_topk",)
+
 
 def imports(path: Path) -> list[str]:
     found = []

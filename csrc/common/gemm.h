@@ -135,7 +135,10 @@ void for_gemm_blocks(int num_threads, int64_t M, int64_t N, int64_t K, const Bod
   const int64_t block_rows = kTilesPerBlock * kMaxRows;
   int64_t row_blocks = (M + block_rows - 1) / block_rows, column_blocks = 1;
   if (threads > 1) {
+    // Each block packs its rows of A anew: a fifth of the time of a product with 4 panels.
+    const int64_t most = panels / 4 > threads ? panels / 4 : threads;
     column_blocks = (4 * threads + row_blocks - 1) / row_blocks;
+    if (column_blocks > most) column_blocks = most;
     if (column_blocks > panels) column_blocks = panels;
   }
   const Scratch packed_a(sizeof(float) * kPackedA * static_cast<size_t>(threads));

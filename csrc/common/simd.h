@@ -110,6 +110,24 @@ inline bool any_nan(vf v) {
   return any != 0;
 }
 #endif
+// Bit i is set where lane i of a is not below that of b: equal, above, or one of them NaN.
+#if MBM_LANES == 16 && defined(__AVX512F__)
+inline uint32_t not_below(vf a, vf b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+}
+#elif MBM_LANES == 8 && defined(__AVX__)
+inline uint32_t not_below(vf a, vf b) {
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+}
+#else
+inline uint32_t not_below(vf a, vf b) {
+  const vi below = a < b;
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(below[i] == 0) << i;
+  return bits;
+}
+#endif
 inline vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 inline vf copysign(vf magnitude, vf sign) {
   return (vf)(((vi)magnitude & 0x7fffffff) | ((vi)sign & static_cast<int32_t>(0x80000000)));

@@ -260,6 +260,11 @@ def disabled() -> Iterator[None]:
             _disabled_depth -= 1
 
 
+def state() -> tuple[Any, ...]:
+    """Changes where set_backend, `disabled` or the environment make "auto" mean something else."""
+    return (_disabled_depth > 0, *_defaults.items(), env.backend())
+
+
 def backends(op: str) -> dict[str, str | None]:
     """The four backends of `op`: None where it can run on this machine, else the reason why not.
 

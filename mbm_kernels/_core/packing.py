@@ -111,6 +111,22 @@ def _fill(
     return fresh
 
 
+def _panels_size(weight: Tensor) -> int:
+    return int(native.cpu().concat_linear_packed_size(*weight.shape))
+
+
+def _pack_panels(out: Tensor, weight: Tensor) -> None:
+    dense = weight.to(torch.float32).contiguous()
+    native.cpu().concat_linear_pack(
+        *weight.shape, dense.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
+
+
+def panels(weight: Tensor) -> Tensor:
+    """A linear layer's weight [K, C] as the second operand of csrc/common/gemm.h."""
+    return packed(_panels_size, _pack_panels, weight)
+
+
 def forget(weight: Tensor) -> None:
     """Drops what was packed from `weight`: for writes that its version counter does not see."""
     for key in [k for k in _entries if k[0] == id(weight)]:

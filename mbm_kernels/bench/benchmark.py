@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mbm_kernels
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench.limits import Work
@@ -132,7 +131,7 @@ class Benchmark:
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:
             return Form(self.function, layout=self.layout)
-        public = getattr(mbm_kernels, self.op)
+        public = getattr(importlib.import_module(f"mbm_kernels.ops.{self.op}"), self.op)
         return Form(
             lambda inputs: (public, {**inputs, "backend": backend}),
             layout=self.layout,
@@ -208,7 +207,9 @@ def _is_floating(value: Any) -> bool:
 
 
 def flat_outputs(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    """Indices beside results are left out: right ones select the right results."""
+    every = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return tuple(o for o in every if o.is_floating_point())
 
 
 def prepare(form: Form, inputs: Inputs, diff: Sequence[str]) -> Prepared:

@@ -74,6 +74,18 @@ def _linear_cross_entropy(
     return inputs
 
 
+def _linear_topk(R: int, k: int) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "hidden": empty(R, 512, dtype=dtype),
+            "weight": empty(10000, 512, dtype=dtype),
+            "bias": empty(10000, dtype=dtype),
+            "k": k,
+        }
+
+    return inputs
+
+
 def _cross_attention(
     T: int = 20,
     S: int = 196,
@@ -234,6 +246,9 @@ CASES = (
         "linear_distillation_loss", "JSD, T 3", _linear_distillation_loss("logits", "jsd", 3.0)
     ),
     StaticCase("linear_distillation_loss", "top 64", _linear_distillation_loss("topk")),
+    StaticCase("linear_topk", "64 greedy", _linear_topk(64, 1), backward=False),
+    StaticCase("linear_topk", "64 beam 5", _linear_topk(320, 5), backward=False),
+    StaticCase("linear_topk", "64 beam 8", _linear_topk(512, 8), backward=False),
     StaticCase("concat_linear", "B64 T20, shared", _concat_linear((64, 20), (64, 1))),
     StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
     StaticCase("contrastive_loss", "infonce", _contrastive_loss("infonce")),

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels.models.generation import beam_search, greedy_search
+from mbm_kernels.models.generation import search
 from mbm_kernels.models.layers import Layers, layers_named
 
 
@@ -192,7 +192,7 @@ class Captioner(nn.Module):
         self.encoder = ImageEncoder(widths, image_size, table)
         self.embedding = nn.Embedding(vocab_size, e, padding_idx=pad_id)
         self.first_state = nn.Linear(d, h)
-        self.join_input = table.concat_linear((d, e), h)
+        self.join_input: Any = table.concat_linear((d, e), h)
         self.gru = table.gru(h, h, batch_first=True)
         if attention == "additive":
             self.attention: Any = table.additive_attention(h, d, widths.attention)
@@ -277,15 +277,19 @@ class Captioner(nn.Module):
             gru.bias_hh_l0,
         )
         state = cell.unflatten(0, tokens.shape)
-        if isinstance(self.attention, DotAttention):
-            context, weights = self.attention.attend(state, encoded.key, encoded.value)
-        else:
-            query = self.attention.query_proj(state)
-            context, weights = self.table.attend_additive(
-                query, encoded.key, encoded.value, self.attention.v
-            )
+        context, weights = self.attend(state, encoded.key, encoded.value)
         hidden = torch.tanh(self.join_output(state, context))
         return self.head(hidden), state, weights
+
+    def attend(self, state: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Context [B, K, D] and weights [B, K, S] of states [B, K, H] over what `encode` gives."""
+        if isinstance(self.attention, DotAttention):
+            return self.attention.attend(state, key, value)
+        query = self.attention.query_proj(state)
+        found: tuple[Tensor, Tensor] = self.table.attend_additive(
+            query, key, value, self.attention.v
+        )
+        return found
 
     @overload
     def generate(
@@ -324,10 +328,7 @@ class Captioner(nn.Module):
         self.eval()
         try:
             encoded = self.encode(images)
-            if beam == 1:
-                tokens, weights = greedy_search(self, encoded, max_length)
-            else:
-                tokens, weights = beam_search(self, encoded, max_length, beam)
+            tokens, weights = search(self, encoded, max_length, beam, return_weights)
         finally:
             self.train(was_training)
         return (tokens, weights) if return_weights else tokens

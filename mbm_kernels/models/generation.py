@@ -1,91 +1,153 @@
-"""Greedy and beam search over a captioner's step.
+"""Greedy and beam search over a decoder's words (decoding.py).
 
-K hypotheses of one picture are K queries over the same keys, so nothing of the picture is copied.
+A step of search is a function of tensors alone: what it carries to the next step and what it leaves
+behind. Nothing is read on the host, so that a loop of steps can be recorded once and run again
+(decode_graph.py). Hypotheses are not copied as they grow: each step leaves its words and their
+parents, and the best hypothesis is read backwards at the end.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from mbm_kernels.models import decode_graph
+from mbm_kernels.models.decode_graph import Trace, stacked
+from mbm_kernels.models.decoding import Decoder, decoder_for
+
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner, EncodedImages
 
-Captions = tuple[list[list[int]], list[Tensor]]
+
+class Carry(NamedTuple):
+    """From one step to the next: last and length int64 [B, K], done bool, score, state [B, K, H]."""
+
+    last: Tensor
+    done: Tensor
+    length: Tensor
+    score: Tensor
+    state: Tensor
 
 
-def _trim(tokens: Tensor, weights: Tensor, eos_id: int) -> Captions:
-    """Rows of tokens [B, L] and weights [B, L, S] up to, and without, the first ``eos_id``."""
-    captions, kept = [], []
-    for row, attention in zip(tokens.tolist(), weights, strict=True):
-        length = row.index(eos_id) if eos_id in row else len(row)
-        captions.append(row[:length])
-        kept.append(attention[:length])
-    return captions, kept
+class Search(Protocol):
+    beam: int
+
+    def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]: ...
 
 
-def greedy_search(model: Captioner, encoded: EncodedImages, max_length: int) -> Captions:
-    """The likeliest word at each step; torch.argmax gives the lowest id of a tie."""
-    batch, places = encoded.features.shape[:2]
-    state = encoded.state.unsqueeze(1)
-    last = torch.full((batch, 1), model.bos_id, device=state.device)
-    done = torch.zeros_like(last, dtype=torch.bool)
-    words, maps = [], []
-    for _ in range(max_length):
-        logits, state, weights = model.step(encoded, last, state)
-        last = logits.argmax(dim=-1).masked_fill(done, model.eos_id)
-        words.append(last)
-        maps.append(weights)
-        done = done | (last == model.eos_id)
-        if bool(done.all()):
-            break
-    if not batch:
-        return [], []
-    tokens, attention = torch.cat(words, dim=1), torch.cat(maps, dim=1)
-    return _trim(tokens, attention.reshape(batch, -1, places), model.eos_id)
+class Greedy:
+    """The likeliest word at each step, the lowest id of a tie; NaN counts as the largest."""
+
+    beam = 1
+
+    def __init__(self, model: Captioner) -> None:
+        self.eos_id = model.eos_id
+
+    def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]:
+        found = decoder(carry.last, carry.state, 1)
+        last = found.ids[..., 0].masked_fill(carry.done, self.eos_id)
+        carry = carry._replace(last=last, done=last == self.eos_id, state=found.state)
+        # One hypothesis is its own parent; `length` is 0 from the first step to the last.
+        return carry, Trace(last, carry.length, found.weights)
 
 
-def beam_search(model: Captioner, encoded: EncodedImages, max_length: int, beam: int) -> Captions:
-    """The hypothesis of highest log-probability per token, its ``eos_id`` included."""
-    batch, places = encoded.features.shape[:2]
-    if not batch:
-        return [], []
-    device, vocab = encoded.state.device, model.vocab_size
-    state = encoded.state.unsqueeze(1).expand(-1, beam, -1)
-    last = torch.full((batch, beam), model.bos_id, device=device)
-    done = torch.zeros_like(last, dtype=torch.bool)
-    length = torch.zeros_like(last)
-    # All hypotheses begin equal: only the first may be extended at the first step.
-    score = encoded.state.new_full((batch, beam), -torch.inf)
-    score[:, 0] = 0.0
-    tokens = torch.empty(batch, beam, 0, dtype=torch.int64, device=device)
-    attention = encoded.state.new_empty(batch, beam, 0, places)
-    ended = encoded.state.new_full((vocab,), -torch.inf)
-    ended[model.eos_id] = 0.0  # a finished hypothesis has one continuation, itself
+class Beam:
+    """The hypotheses of highest log-probability per token, their ``eos_id`` included.
 
-    for _ in range(max_length):
-        logits, state, weights = model.step(encoded, last, state)
-        gain = torch.where(done[..., None], ended, logits.log_softmax(dim=-1))
-        total = score[..., None] + gain  # [B, K, V]
-        lengths = length + (~done).to(length.dtype)
+    The best `beam` continuations of all hypotheses of a picture are among the best `beam` of each.
+    """
+
+    def __init__(self, model: Captioner, beam: int) -> None:
+        self.beam, self.eos_id = beam, model.eos_id
+        self.continuations = min(beam, model.vocab_size)
+
+    def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]:
+        k, done = self.continuations, carry.done
+        found = decoder(carry.last, carry.state, k)
+        over = done[..., None]
+        # A finished hypothesis has one continuation, itself.
+        ended = found.values.new_full((k,), -torch.inf)
+        ended[:1] = 0.0
+        total = carry.score[..., None] + torch.where(over, ended, found.values)  # [B, K, k]
+        ids = found.ids.masked_fill(over, self.eos_id)
+        lengths = carry.length + ~done
         ranked = (total / lengths[..., None]).flatten(1)
-        order = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :beam]
-        parent, last = order // vocab, order % vocab
-
-        score = total.flatten(1).gather(1, order)
-        length = lengths.gather(1, parent)
-        state = _pick(state, parent)
-        tokens = torch.cat([_pick(tokens, parent), last[..., None]], dim=2)
-        attention = torch.cat(
-            [_pick(attention, parent), _pick(weights, parent).unsqueeze(2)], dim=2
+        order = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : self.beam]
+        parent = order // k
+        last = ids.flatten(1).gather(1, order)
+        carry = Carry(
+            last,
+            done.gather(1, parent) | (last == self.eos_id),
+            lengths.gather(1, parent),
+            total.flatten(1).gather(1, order),
+            _pick(found.state, parent),
         )
-        done = done.gather(1, parent) | (last == model.eos_id)
-        if bool(done.all()):
+        return carry, Trace(last, parent, found.weights)
+
+
+def start(model: Captioner, encoded: EncodedImages, beam: int) -> Carry:
+    state = encoded.state
+    shape = (state.shape[0], beam)
+    # All hypotheses begin equal: only the first may be extended at the first step.
+    dtype = torch.promote_types(state.dtype, torch.float32)
+    score = state.new_full(shape, -torch.inf, dtype=dtype)
+    score[:, 0] = 0.0
+    return Carry(
+        state.new_full(shape, model.bos_id, dtype=torch.int64),
+        state.new_zeros(shape, dtype=torch.bool),
+        state.new_zeros(shape, dtype=torch.int64),
+        score,
+        state.unsqueeze(1).expand(-1, beam, -1),
+    )
+
+
+def search(
+    model: Captioner, encoded: EncodedImages, max_length: int, beam: int, want_weights: bool
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Captions of at most `max_length` words, and their weights if wanted."""
+    if not encoded.state.shape[0]:
+        return [], []
+    how: Search = Greedy(model) if beam == 1 else Beam(model, beam)
+    decoder, carry = decoder_for(model, encoded), start(model, encoded, beam)
+    if decode_graph.why_not(model, encoded.state.device) is None:
+        carry, trace = decode_graph.run(model, how, decoder, carry, max_length)
+    else:
+        carry, trace = loop(how, decoder, carry, max_length)
+    words, weights = _best(carry, trace, want_weights)
+    ends = [row.index(model.eos_id) if model.eos_id in row else len(row) for row in words]
+    captions = [row[:end] for row, end in zip(words, ends, strict=True)]
+    return captions, [row[:end] for row, end in zip(weights, ends, strict=False)]
+
+
+def loop(how: Search, decoder: Decoder, carry: Carry, max_length: int) -> tuple[Carry, Trace]:
+    """Step by step; stops where every hypothesis of every picture has ended."""
+    traces = []
+    for _ in range(max_length):
+        carry, trace = how.step(decoder, carry)
+        traces.append(trace)
+        if bool(carry.done.all()):
             break
-    best = (score / length).argmax(dim=1, keepdim=True)
-    return _trim(_pick(tokens, best)[:, 0], _pick(attention, best)[:, 0], model.eos_id)
+    return carry, stacked(traces)
+
+
+def _best(carry: Carry, trace: Trace, want_weights: bool) -> tuple[list[list[int]], list[Tensor]]:
+    """Words of each picture's best hypothesis and, if wanted, its weights [T, S] by picture."""
+    words, parents = trace.words.cpu(), trace.parents.cpu()  # [T, B, K]
+    # Greedy's lengths are 0, and its one hypothesis the best.
+    at = (carry.score / carry.length).argmax(dim=1, keepdim=True).cpu()  # [B, 1]
+    path = [at]  # backwards, and from the parent of the first word
+    for step in range(len(words) - 1, -1, -1):
+        path.append(parents[step].gather(1, path[-1]))
+    path = path[::-1]
+    rows = words.gather(2, torch.stack(path[1:]))[..., 0].t().tolist()
+    if not want_weights:
+        return rows, []
+    # A parent's attention chose the word.
+    index = torch.stack(path[:-1]).to(trace.weights.device)[..., None]
+    index = index.expand(-1, -1, -1, trace.weights.shape[-1])  # [T, B, 1, S]
+    return rows, list(trace.weights.gather(2, index)[:, :, 0].unbind(1))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

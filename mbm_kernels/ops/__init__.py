@@ -1,5 +1,6 @@
 """The operations; one folder each. This list is also the library's public functions."""
 
+import mbm_kernels.ops.linear_topk  # internal: registered, not exported
 from mbm_kernels.ops.additive_attention import additive_attention
 from mbm_kernels.ops.concat_linear import concat_linear
 from mbm_kernels.ops.contrastive_loss import contrastive_loss

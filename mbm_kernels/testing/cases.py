@@ -353,6 +353,17 @@ def linear_cross_entropy(given: Draws) -> Inputs:
 
 
 @draws
+def linear_topk(given: Draws) -> Inputs:
+    features, classes = given.size(DEPTH), given.size(8 * COLUMNS, 40)
+    return {
+        "hidden": given.randn(*given.lead(given.size(ROWS)), features) * given.scale,
+        "weight": given.randn(classes, features) * features**-0.5,
+        "bias": given.randn(classes) if given.flag() else None,
+        "k": given.between(1, min(classes, 8)),
+    }
+
+
+@draws
 def linear_distillation_loss(given: Draws) -> Inputs:
     features, classes = given.size(DEPTH), given.size(4 * COLUMNS, 40)
     lead = given.lead(given.size(COLUMNS))

@@ -123,6 +123,9 @@ def _linear() -> Iterator[tuple[str, str, Inputs]]:
         "a third ignored",
         {"hidden": hidden, "weight": weight, "target": target, "bias": numbers(500)},
     )
+    head = {"hidden": hidden, "weight": weight, "bias": numbers(500)}
+    for k in (1, 5):
+        yield "linear_topk", f"{k} of 500", {**head, "k": k}
     student = {"student_hidden": hidden, "student_weight": weight, "target": target}
     teacher = {"teacher_hidden": numbers(48, 96), "teacher_weight": numbers(500, 96, scale=0.1)}
     for divergence in ("forward_kl", "reverse_kl", "jsd"):

@@ -80,17 +80,6 @@ def _repeats_dropped(x: Tensor) -> Tensor:
     return x
 
 
-def _packed_size(weight: Tensor) -> int:
-    return int(native.cpu().concat_linear_packed_size(*weight.shape))
-
-
-def _pack(out: Tensor, weight: Tensor) -> None:
-    dense = _dense(weight)
-    native.cpu().concat_linear_pack(
-        *weight.shape, dense.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
-
-
 @functools.lru_cache(maxsize=256)
 def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[..., None]]:
     """What `packing` needs for the columns [column, column + features) of a weight."""
@@ -147,7 +136,7 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
     y = torch.empty((*leading, outputs), device="cpu", dtype=torch.float32)
     if plan.rows > 0 and outputs > 0:
         rows = [_rows(x) for x in inputs]
-        packed = packing.packed(_packed_size, _pack, weight)
+        packed = packing.panels(weight)
         dense_bias = None if bias is None else _dense(bias)
         native.cpu().concat_linear_fwd(
             plan.rows,

@@ -1,0 +1,63 @@
+"""Two Triton kernels: a product whose tiles keep k candidates of each row, and their merging."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import triton_launch
+from mbm_kernels._core.triton_launch import ceil_div
+from mbm_kernels.ops.linear_topk import gradient
+
+MOST = 8  # each one more is a pass over a tile's keys
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    if sizes.get("k", 1) > MOST:
+        return f"it finds up to {MOST} classes, not {sizes['k']}"
+    return triton_launch.why_not(device, dtype)
+
+
+def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    (R, H), V = hidden.shape, weight.size(0)
+    values = hidden.new_empty(R, k)
+    ids = hidden.new_empty(R, k, dtype=torch.int64)
+    if R == 0:
+        return values, ids
+    sizes = {"R": R, "H": H, "V": V, "k": k}
+    product = triton_launch.kernel("linear_topk", "tiles")
+    width = dict(product.config(hidden.dtype, sizes).constants)["BLOCK_V"]
+    count = ceil_div(V, width)
+    keys = hidden.new_empty(R, count, k, dtype=torch.int64)
+    maxima, sums = hidden.new_empty(2, R, count, dtype=torch.float32)
+    product(
+        lambda c: (ceil_div(R, c["BLOCK_R"]), count),
+        *(hidden, weight, bias, keys, maxima, sums, R, H, V, count),
+        *(*hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
+        dtype=hidden.dtype,
+        sizes=sizes,
+        K=k,
+        TF32=hidden.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",  # type: ignore[attr-defined]
+    )
+    triton_launch.kernel("linear_topk", "merge")(
+        lambda _: (R,),
+        *(keys, maxima, sums, values, ids, count),
+        dtype=hidden.dtype,
+        sizes=sizes,
+        K=k,
+    )
+    return values, ids
+
+
+def bwd(
+    grad_values: Tensor | None,
+    grad_ids: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    ids: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    return gradient.bwd(grad_values, hidden, weight, bias, ids, needs)
