@@ -231,8 +231,8 @@ def record(body):
     def replay():
         for function, args, kwargs, outputs in recording.calls:
             new = function(*args, **kwargs)
-            pairs = zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (outputs, new)))
-            for old, fresh in pairs:
+            both = (x if isinstance(x, (tuple, list)) else (x,) for x in (outputs, new))
+            for old, fresh in zip(*both, strict=True):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != fresh.data_ptr():
                     old.copy_(fresh)
 

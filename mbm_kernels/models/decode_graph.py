@@ -34,7 +34,7 @@ Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 class Trace(NamedTuple):
-    """What steps leave: words and the hypotheses they extend [..., B, K], weights [..., B, K, S]."""
+    """What steps leave: words, the hypotheses they extend [..., B, K], weights [..., B, K, S]."""
 
     words: Tensor
     parents: Tensor
@@ -70,7 +70,7 @@ def why_not(model: Captioner, device: torch.device) -> str | None:
 
 
 def capture(body: Callable[[], None]) -> Replay:
-    """`body` recorded by torch.cuda.graph, after a run that warms up what allocates at first use."""
+    """`body` recorded by torch.cuda.graph, after a run for what is set up at first use."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

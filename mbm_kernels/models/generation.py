@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Carry(NamedTuple):
-    """From one step to the next: last and length int64 [B, K], done bool, score, state [B, K, H]."""
+    """From one step to the next: last, done, length and score [B, K], state [B, K, H]."""
 
     last: Tensor
     done: Tensor

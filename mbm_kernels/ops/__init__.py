@@ -1,6 +1,5 @@
 """The operations; one folder each. This list is also the library's public functions."""
 
-import mbm_kernels.ops.linear_topk  # internal: registered, not exported
 from mbm_kernels.ops.additive_attention import additive_attention
 from mbm_kernels.ops.concat_linear import concat_linear
 from mbm_kernels.ops.contrastive_loss import contrastive_loss
@@ -11,6 +10,7 @@ from mbm_kernels.ops.gru_bidirectional import gru_bidirectional as gru_bidirecti
 from mbm_kernels.ops.gru_cell import gru_cell
 from mbm_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from mbm_kernels.ops.linear_distillation_loss import linear_distillation_loss
+from mbm_kernels.ops.linear_topk import linear_topk as linear_topk  # internal: not in the list
 
 __all__ = [
     "additive_attention",
