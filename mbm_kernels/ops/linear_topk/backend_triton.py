@@ -10,6 +10,7 @@ from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
 from mbm_kernels.ops.linear_topk import gradient
 
+TILE = 128  # classes; what is kept has this shape whatever the configuration
 MOST = 8  # each one more is a pass over a tile's keys
 
 
@@ -26,18 +27,17 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Te
     if R == 0:
         return values, ids
     sizes = {"R": R, "H": H, "V": V, "k": k}
-    product = triton_launch.kernel("linear_topk", "tiles")
-    width = dict(product.config(hidden.dtype, sizes).constants)["BLOCK_V"]
-    count = ceil_div(V, width)
+    count = ceil_div(V, TILE)
     keys = hidden.new_empty(R, count, k, dtype=torch.int64)
     maxima, sums = hidden.new_empty(2, R, count, dtype=torch.float32)
-    product(
+    triton_launch.kernel("linear_topk", "tiles")(
         lambda c: (ceil_div(R, c["BLOCK_R"]), count),
         *(hidden, weight, bias, keys, maxima, sums, R, H, V, count),
         *(*hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0)),
         dtype=hidden.dtype,
         sizes=sizes,
         K=k,
+        BLOCK_V=TILE,
         TF32=hidden.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32",  # type: ignore[attr-defined]
     )
     triton_launch.kernel("linear_topk", "merge")(

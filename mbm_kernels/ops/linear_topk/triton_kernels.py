@@ -106,7 +106,7 @@ def merge(
     count = tile_count * K
     # What is left is below what was found last: each pass reads the candidates again.
     bound = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for j in tl.static_range(K):
+    for j in range(K):
         best = tl.full((BLOCK_KEYS,), NO_CANDIDATE, tl.int64)
         for c0 in range(0, count, BLOCK_KEYS):
             inside = c0 + lane < count
