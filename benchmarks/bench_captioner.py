@@ -12,12 +12,15 @@ from mbm_kernels.bench import BOTH, FORWARD, Benchmark, Case, Form
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.models import Captioner
+from mbm_kernels.models.generation import search
 
 IMAGE, PREFIX = 64, "model."
+OURS = ("beam", "clear")  # options of the search, not of the model
 
 
 def model_of(case, layers):
-    return Captioner(case.sizes["V"], layers=layers, image_size=IMAGE, **case.options)
+    options = {name: value for name, value in case.options.items() if name not in OURS}
+    return Captioner(case.sizes["V"], layers=layers, **{"image_size": IMAGE, **options})
 
 
 def make(case, generator):
@@ -25,18 +28,22 @@ def make(case, generator):
     with torch.random.fork_rng():
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         model = model_of(case, "stock")
-    images = torch.rand(b, 3, IMAGE, IMAGE, generator=generator) * 2 - 1
+    side = model.image_size
+    images = torch.rand(b, 3, side, side, generator=generator) * 2 - 1
     inputs = {PREFIX + name: p.detach() for name, p in model.named_parameters()}
     if case.passes == (BOTH,):
         inputs["tokens"] = torch.randint(3, v, (b, t + 1), generator=generator)
     else:
         # Never the end: each caption is decoded to T words.
         inputs[f"{PREFIX}head.bias"][model.eos_id] = -1e4
+        if case.options.get("clear"):  # a best word that 16-bit floats do not change
+            inputs[f"{PREFIX}head.bias"][7] = 100.0
     return {**inputs, "images": images, "case": case}
 
 
 def with_parameters(inputs, layers):
-    model = model_of(inputs["case"], layers).to(inputs["images"].dtype)
+    images = inputs["images"]
+    model = model_of(inputs["case"], layers).to(device=images.device, dtype=images.dtype)
     for name, parameter in inputs.items():
         if name.startswith(PREFIX):
             path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
@@ -55,12 +62,14 @@ class TrainingStep(torch.nn.Module):
 
 
 class Captioning:
-    def __init__(self, model, length):
-        self.model, self.length = model.eval(), length
+    def __init__(self, model, length, beam):
+        self.model, self.length, self.beam = model.eval(), length, beam
+
+    def words(self, images):
+        return self.model.generate(images, max_length=self.length, beam=self.beam)
 
     def __call__(self, images):
-        words = self.model.generate(images, max_length=self.length)
-        return torch.tensor(words, dtype=images.dtype)
+        return torch.tensor(self.words(images), dtype=images.dtype)
 
     def compiled(self):
         """The search itself is Python; the encoder and the step are compiled."""
@@ -69,7 +78,15 @@ class Captioning:
         return self
 
 
-def build_from(layers, channels_last=False):
+class Recorded(Captioning):
+    """The stock model's loop as a CUDA graph too."""
+
+    def words(self, images):
+        encoded = self.model.encode(images)
+        return search(self.model, encoded, self.length, self.beam, False, recorded=True)[0]
+
+
+def build_from(layers, channels_last=False, captioning=Captioning):
     def build(inputs):
         model = with_parameters(inputs, layers)
         if channels_last:
@@ -77,7 +94,9 @@ def build_from(layers, channels_last=False):
         if "tokens" in inputs:
             named = {"images": inputs["images"], "tokens": inputs["tokens"]}
             return TrainingStep(model, layers), named
-        return Captioning(model, inputs["case"].sizes["T"]), {"images": inputs["images"]}
+        case = inputs["case"]
+        search_of = captioning(model, case.sizes["T"], case.options.get("beam", 1))
+        return search_of, {"images": inputs["images"]}
 
     return build
 
@@ -93,6 +112,8 @@ def stock(case):
     forms = {"eager": Form(build), "eager channels_last": Form(build_from("stock", True))}
     if case.passes == (BOTH,):
         return forms | {"compile": Form(build, compile=True)}
+    if case.options.get("clear"):  # only on a GPU
+        forms["graph"] = Form(build_from("stock", captioning=Recorded))
     return forms | {"compile": Form(build, compile=True, compiler=Captioning.compiled)}
 
 
@@ -100,8 +121,8 @@ def parameters(inputs):
     return [name for name in inputs if name.startswith(PREFIX)]
 
 
-def sizes(b):
-    return {"B": b, "T": 16, "V": 2000}
+def sizes(b, v=2000):
+    return {"B": b, "T": 16, "V": v}
 
 
 def cases(size, quick):
@@ -122,6 +143,24 @@ def cases(size, quick):
 BENCHMARK = Benchmark(
     op="captioner",
     cases=[*cases("teacher", False), *cases("student", True)],
+    gpu_cases=[
+        Case(
+            sizes(64, 10000),
+            {"size": "teacher", "beam": 5, "clear": True},
+            "decode, beam 5",
+            passes=(FORWARD,),
+            quick=True,
+            check={"B": 2},
+        ),
+        Case(
+            sizes(256),
+            {"size": "teacher", "image_size": 128},
+            "training at 128x128",
+            passes=(BOTH,),
+            quick=True,
+            check={"B": 2},
+        ),
+    ],
     make=make,
     stock=stock,
     function=build_from("mbm"),

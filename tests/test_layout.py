@@ -46,7 +46,7 @@ def layer(module: str) -> int | None:
     return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
 
 
-# Operations that layers and models call and users do not, and the one in whose csrc folder their kernels are.
+# Operations that layers and models call, not users, and whose csrc folder has their kernels.
 INTERNAL = {"gru_bidirectional": "gru", "linear_topk": "linear_topk"}
 
 

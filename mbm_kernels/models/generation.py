@@ -104,14 +104,24 @@ def start(model: Captioner, encoded: EncodedImages, beam: int) -> Carry:
 
 
 def search(
-    model: Captioner, encoded: EncodedImages, max_length: int, beam: int, want_weights: bool
+    model: Captioner,
+    encoded: EncodedImages,
+    max_length: int,
+    beam: int,
+    want_weights: bool,
+    recorded: bool | None = None,
 ) -> tuple[list[list[int]], list[Tensor]]:
-    """Captions of at most `max_length` words, and their weights if wanted."""
+    """Captions of at most `max_length` words, and their weights if wanted.
+
+    `recorded`: whether the loop is a CUDA graph; None where `decode_graph.why_not` has no reason.
+    """
     if not encoded.state.shape[0]:
         return [], []
     how: Search = Greedy(model) if beam == 1 else Beam(model, beam)
     decoder, carry = decoder_for(model, encoded), start(model, encoded, beam)
-    if decode_graph.why_not(model, encoded.state.device) is None:
+    if recorded is None:
+        recorded = decode_graph.why_not(model, encoded.state.device) is None
+    if recorded:
         carry, trace = decode_graph.run(model, how, decoder, carry, max_length)
     else:
         carry, trace = loop(how, decoder, carry, max_length)
