@@ -85,6 +85,10 @@ BENCHMARK = Benchmark(
         Case(sizes(16, 32, 256, 512)),
         Case(sizes(32, 64, 512, 512), {"lengths": "half"}, "lengths T/2"),
     ],
+    gpu_cases=[
+        Case(sizes(32, 32, 512, 512), quick=True, check={"B": 4}),
+        Case(sizes(1, 32, 512, 512)),
+    ],
     make=make,
     stock=stock,
     function=build_from(mbm_kernels.nn.GRU),

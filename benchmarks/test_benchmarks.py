@@ -23,7 +23,7 @@ def cases():
                     yield pytest.param(benchmark, case, which, form, id=name)
 
 
-@pytest.mark.parametrize(("bench", "case", "which", "form"), cases())
+@pytest.mark.parametrize(("bench", "case", "which", "form"), list(cases()))
 def test_speed(benchmark, bench, case, which, form):
     if form == harness.MBM:
         check(bench, case, which)

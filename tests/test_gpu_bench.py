@@ -11,6 +11,7 @@ import torch
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import cli, dispatch_tables, gpu, gpu_check, results
+from mbm_kernels.bench.benchmark import FORWARD, prepare, watch_backends
 from mbm_kernels.bench.dispatch_tables import Point, boxes, inside, points
 from mbm_kernels.bench.gpu import in_dtype
 from mbm_kernels.bench.limits import Work
@@ -76,7 +77,7 @@ def test_gpu_check_says_that_there_is_no_gpu():
 
 def row(sizes, low, **rest):
     base = {"op": "gru", "backend": "triton", "dtype": "bfloat16", "pass": "forward"}
-    return {**base, "sizes": sizes, "ratio_lo": low, **rest}
+    return {**base, "dispatch_sizes": sizes, "ratio_lo": low, **rest}
 
 
 def test_a_shape_wins_only_if_all_its_rows_do():
@@ -129,6 +130,29 @@ def test_a_file_without_gpu_rows_makes_no_table(tmp_path):
     )
     with pytest.raises(ValueError, match="without a row of triton or cuda"):
         dispatch_tables.main(path)
+
+
+def test_models_make_no_rules(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    rows = [row({"B": 1}, 2), row({}, 2, op="captioner")]
+    path.write_text(json.dumps({"schema": results.SCHEMA, "rows": rows}))
+    updated = []
+    monkeypatch.setattr(dispatch_tables, "update", lambda op, *rest: updated.append(op))
+    assert dispatch_tables.main(path) == 0
+    assert updated == ["gru"]
+
+
+def test_rules_name_the_sizes_that_dispatch_judges_by():
+    """Not the letters of a benchmark's case: a rule of another name could not be read."""
+    (benchmark,) = cli.load(BENCHMARKS, ["conv_bias_act"])
+    case = next(c for c in benchmark.cases if c.quick)
+    prepared = prepare(benchmark.mbm("cpu"), benchmark.inputs(case), [])
+    with watch_backends() as watched:
+        prepared.call(FORWARD)()
+    assert watched.backends == {"conv_bias_act": "cpu"}
+    sizes = watched.sizes["conv_bias_act"]
+    for rule in dispatch._tables["conv_bias_act"].rules:
+        rule.holds("cpu", "float32", "avx2", {**sizes, "training": 0})
 
 
 def test_inputs_keep_their_strides_when_they_move():

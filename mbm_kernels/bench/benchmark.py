@@ -180,10 +180,7 @@ class Prepared:
         outputs = flat_outputs(self.function(**self.arguments))
         if not self.grads:
             generator = torch.Generator().manual_seed(1)
-            self.grads = [
-                torch.randn(o.shape, generator=generator).to(o) if o.dim() else torch.ones_like(o)
-                for o in outputs
-            ]
+            self.grads = [_gradient_like(o, generator) for o in outputs]
         pairs = list(zip(outputs, self.grads, strict=True))[: self.backward_from]
         pairs = [(o, g) for o, g in pairs if o.requires_grad]
         found = torch.autograd.grad(
@@ -239,15 +236,33 @@ def prepare(form: Form, inputs: Inputs, diff: Sequence[str]) -> Prepared:
     return Prepared(function, arguments, leaves, backward_from=form.backward_from)
 
 
+def _gradient_like(output: Tensor, generator: torch.Generator) -> Tensor:
+    """As the layer above would give it: in the output's own layout. 1 for a loss."""
+    if not output.dim():
+        return torch.ones_like(output)
+    return torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator))
+
+
+@dataclass
+class Watched:
+    """Of each operation called: the backend that answered, and the sizes it was chosen by."""
+
+    backends: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
 @contextmanager
-def watch_backends() -> Iterator[dict[str, str]]:
+def watch_backends() -> Iterator[Watched]:
     """Notes which backend answers each operation called within."""
-    noted: dict[str, str] = {}
+    noted = Watched()
     select = dispatch.select
 
-    def watching(op: str, *args: Any) -> str:
-        noted[op] = select(op, *args)
-        return noted[op]
+    def watching(
+        op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+    ) -> str:
+        noted.backends[op] = select(op, backend, device, dtype, sizes)
+        noted.sizes[op] = {name: n for name, n in sizes.items() if name != "training"}
+        return noted.backends[op]
 
     dispatch.select = watching  # type: ignore[assignment]
     try:

@@ -24,7 +24,7 @@ GPU_BACKENDS = ("triton", "cuda")
 
 @dataclass(frozen=True)
 class Point:
-    """One measured shape: sizes by name, and whether the backend won there in every row."""
+    """One measured shape: the sizes that dispatch judges it by, and whether every row of it won."""
 
     sizes: tuple[tuple[str, int], ...]
     wins: bool
@@ -37,7 +37,7 @@ def points(rows: Iterable[Row]) -> list[Point]:
     """One for each shape; it wins if all its rows do: hot and cold, every time it was measured."""
     found: dict[tuple[tuple[str, int], ...], bool] = {}
     for row in rows:
-        key = tuple(sorted(row["sizes"].items()))
+        key = tuple(sorted(row["dispatch_sizes"].items()))
         wins = row.get("ratio_lo", 0.0) > WINS
         found[key] = found.get(key, True) and wins
     return [Point(key, wins) for key, wins in found.items()]
@@ -97,11 +97,11 @@ def update(op: str, rows: Sequence[Row], source: str, folder: Path = dispatch.OP
 
 
 def main(path: Path) -> int:
-    """Every operation of the file that has rows of a GPU backend."""
+    """Every operation of the file that has rows of a GPU backend and chooses by its own sizes."""
     rows = results.read(path)["rows"]
     by_op: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("backend") in GPU_BACKENDS:
+        if row.get("backend") in GPU_BACKENDS and row.get("dispatch_sizes"):
             by_op.setdefault(row["op"], []).append(row)
     if not by_op:
         raise ValueError(

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from mbm_kernels._core import dispatch
 from mbm_kernels.bench import memory, timing
-from mbm_kernels.bench.benchmark import Benchmark, Case, Inputs, Prepared, prepare, watch_backends
+from mbm_kernels.bench.benchmark import (
+    Benchmark,
+    Case,
+    Inputs,
+    Prepared,
+    Watched,
+    prepare,
+    watch_backends,
+)
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.harness import MBM, backend_name, compile_fails
 from mbm_kernels.bench.limits import Limits, Work
@@ -93,8 +101,13 @@ def _rows(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
-        backends = _backends_that_run(benchmark, case, which, place, settings)
-        head |= {"backend": backend_name(benchmark.op, backends), "backends": backends}
+        watched = _watch(benchmark, case, which, place, settings)
+        backends = watched.backends
+        head |= {
+            "backend": backend_name(benchmark.op, backends),
+            "backends": backends,
+            "dispatch_sizes": watched.sizes.get(benchmark.op, {}),
+        }
         shares = check(benchmark, case, which, backends.get(benchmark.op, settings.backend), place)
         head["error_of_budget"] = max(shares.values(), default=0.0)
         calls, unavailable = _calls(benchmark, case, which, place, settings)
@@ -151,18 +164,18 @@ def _summary(times: Mapping[str, Any], unavailable: dict[str, str]) -> Row:
     }
 
 
-def _backends_that_run(
+def _watch(
     benchmark: Benchmark,
     case: Case,
     which: str,
     place: Callable[[Inputs], Inputs],
     settings: GpuSettings,
-) -> dict[str, str]:
+) -> Watched:
     inputs = place(benchmark.inputs(case))
     prepared = prepare(benchmark.mbm(settings.backend), inputs, benchmark.differentiable(inputs))
-    with watch_backends() as backends:
+    with watch_backends() as watched:
         prepared.call(which)()
-    return backends
+    return watched
 
 
 def _calls(

@@ -147,9 +147,9 @@ def _backends_that_run(
 ) -> dict[str, str]:
     inputs = benchmark.inputs(case)
     prepared = prepare(benchmark.mbm(settings.backend), inputs, benchmark.differentiable(inputs))
-    with watch_backends() as backends:
+    with watch_backends() as watched:
         prepared.call(which)()
-    return backends
+    return watched.backends
 
 
 def backend_name(op: str, backends: dict[str, str]) -> str:
