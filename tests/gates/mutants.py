@@ -99,8 +99,8 @@ MUTANTS = (
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
-        "if (!v_.factorable || !in_range) {",
-        "if (false) {",
+        "if (v_.factorable && query_magnitude + group.magnitudes[i] <= kRatioLimit) {",
+        "if (true) {",
         "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
@@ -109,6 +109,20 @@ MUTANTS = (
         "for (int64_t b = 0; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
         "for (int64_t b = 1; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
         "tests/test_drawn.py -k additive_attention",
+    ),
+    Mutant(
+        "second-direction-runs-forwards",
+        "csrc/bind_gru.cpp",
+        "given.reverse = !given.reverse;",
+        "",
+        "tests/test_gru_bidirectional.py -k forward",
+    ),
+    Mutant(
+        "higher-class-first-of-a-tie",
+        "csrc/linear_topk/linear_topk_cpu.cpp",
+        "return a > b || (a != a && b == b);",
+        "return a >= b || (a != a && b == b);",
+        "tests/test_linear_topk.py",
     ),
     Mutant(
         "lengths-ignored",
