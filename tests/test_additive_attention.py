@@ -140,15 +140,14 @@ class TestAdditiveAttention(OpSuite):
         before = torch.get_num_threads()
         results = []
         try:
-            for threads in (1, 2, 3, 1):
+            # ATen, whose products triton takes, promises nothing across thread counts.
+            for threads in (1, 2, 3, 1) if backend == "cpu" else (1, 1):
                 torch.set_num_threads(threads)
                 grads = [torch.ones_like(o) for o in self.run(inputs, backend)]
                 found = self.gradients(lambda i: self.run(i, backend), inputs, grads)
                 results.append((*self.run(inputs, backend), *found.values()))
         finally:
             torch.set_num_threads(before)
-        if backend == "torch":
-            results = results[::3]  # ATen promises nothing across thread counts
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

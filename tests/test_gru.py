@@ -226,7 +226,8 @@ class TestGru(OpSuite):
         before = torch.get_num_threads()
         results = []
         try:
-            for threads in (1, 2, 3, 1):
+            # ATen, whose products triton takes, promises nothing across thread counts.
+            for threads in (1, 2, 3, 1) if backend == "cpu" else (1, 1):
                 torch.set_num_threads(threads)
                 outputs = self.run(inputs, backend)
                 grads = [torch.ones_like(o) for o in outputs]
@@ -234,8 +235,6 @@ class TestGru(OpSuite):
                 results.append((*outputs, *found.values()))
         finally:
             torch.set_num_threads(before)
-        if backend != "cpu":
-            results = results[::3]  # ATen, whose products triton takes, promises nothing here
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
