@@ -24,6 +24,11 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
   const int64_t padded = grad.padded(), height = rows_of_task(s, padded);
   const int64_t cuts = (s.conv_y + height - 1) / height, tasks = s.B * cuts;
   const StripPlan plan(s, height);
+  // A 1x1 kernel without padding reads its pixels where they lie.
+  const bool in_place = s.R == 1 && s.S == 1 && s.top == 0 && s.left == 0 && args.x.c == 1 &&
+                        (s.conv_y - 1) * s.stride_y < s.Y && (s.conv_x - 1) * s.stride_x < s.X;
+  const int64_t step = in_place ? s.stride_x * args.x.x : plan.step;
+  const int64_t row = s.stride_y * (in_place ? args.x.y : plan.row);
   const int64_t outputs = s.K / s.groups, panels = panels_of(outputs);
   const int64_t sequence = plan.channels * s.R * s.S;  // packed rows of a panel
   const int64_t weights = args.grad_weight ? s.groups * panels * sequence * kPanel : 0;
@@ -51,18 +56,21 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
                     args.grad_bias ? sum + weights : nullptr, stage);
         if (!args.grad_weight) continue;
         for (int64_t g = 0; g < s.groups; ++g) {
-          pack_strip(s, args.x, plan, b, g, y0, strip);
+          if (!in_place) pack_strip(s, args.x, plan, b, g, y0, strip);
+          const float* x = in_place ? args.x.at(b, g * plan.channels, y0 * s.stride_y, 0) : strip;
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int vectors = vectors_of(outputs - panel * kPanel);
             const float* columns = grad_z + g * outputs + panel * kPanel;
             float* to = sum + (g * panels + panel) * sequence * kPanel;
-            for (const Segment& segment : plan.segments) {
+            for (size_t j = 0; j < plan.segments.size(); ++j) {
+              const Segment& segment = plan.segments[j];
               const RowTiles tiles(segment.depth);
+              const float* from =
+                  x + (in_place ? static_cast<int64_t>(j) * kLanes : segment.offset);
               for (int64_t i = 0; i < tiles.tiles; ++i)
                 outer_micro_for(tiles.size(i), vectors)(
-                    y1 - y0, s.conv_x, strip + segment.offset + tiles.begin(i), plan.step,
-                    s.stride_y * plan.row, columns, padded, s.conv_x * padded,
-                    to + tiles.begin(i) * kPanel, true);
+                    y1 - y0, s.conv_x, from + tiles.begin(i), step, row, columns, padded,
+                    s.conv_x * padded, to + tiles.begin(i) * kPanel, true);
               to += segment.depth * kPanel;
             }
           }

@@ -188,6 +188,8 @@ void conv_forward(const ConvForward& args, bool winograd, int num_threads) {
     few_forward(args, num_threads);
   else if (winograd)
     winograd_forward(args, num_threads);
+  else if (pointwise_fits(args))
+    pointwise_forward(args, num_threads);
   else
     direct_forward(args, num_threads);
 }

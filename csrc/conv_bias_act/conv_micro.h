@@ -16,10 +16,12 @@ using ConvMicroFn = void (*)(const Segment* segments, int64_t count, const float
                              const float* b, float* c);
 
 // step: floats between the rows of A where STEP is 0. c: row i at c + i * kPanel. NV vectors of
-// each row are computed.
-template <int MR, int NV, int STEP>
-void conv_micro(const Segment* segments, int64_t count, const float* a_base, int64_t step,
-                const float* __restrict b, float* __restrict c) {
+// each row are computed. beside() runs once for each k.
+template <int MR, int NV, int STEP, class Beside>
+inline __attribute__((always_inline)) void conv_sums(const Segment* segments, int64_t count,
+                                                     const float* a_base, int64_t step,
+                                                     const float* __restrict b, float* __restrict c,
+                                                     const Beside& beside) {
   if constexpr (STEP > 0) step = STEP;
   vf acc[MR][NV];
 #pragma GCC unroll 16
@@ -33,6 +35,7 @@ void conv_micro(const Segment* segments, int64_t count, const float* a_base, int
       // Rows of A overlap where a pixel has few channels; kept in registers over the turns of the
       // loop they would spill the sums.
       asm("" : "+r"(a));
+      beside();
       vf v[NV];
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) v[j] = load(b + j * kLanes);
@@ -48,6 +51,12 @@ void conv_micro(const Segment* segments, int64_t count, const float* a_base, int
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
     for (int j = 0; j < NV; ++j) store(c + i * kPanel + j * kLanes, acc[i][j]);
+}
+
+template <int MR, int NV, int STEP>
+void conv_micro(const Segment* segments, int64_t count, const float* a, int64_t step,
+                const float* __restrict b, float* __restrict c) {
+  conv_sums<MR, NV, STEP>(segments, count, a, step, b, c, [] {});
 }
 
 // Vectors of a panel of `columns` columns that need computing.

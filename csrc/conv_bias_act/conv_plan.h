@@ -13,6 +13,9 @@ int64_t winograd_packed_size(int64_t C, int64_t K);
 void winograd_pack(const ConvWeight& weight, bool transposed, float* packed, int num_threads);
 
 void direct_forward(const ConvForward& args, int num_threads);
+// 1x1, stride 1, no padding, no pool; x, residual and y channels_last without gaps between rows.
+bool pointwise_fits(const ConvForward& args);
+void pointwise_forward(const ConvForward& args, int num_threads);
 // Up to four channels; pools of 2x2 side by side, or none; no activation but relu.
 bool few_forward_fits(const ConvForward& args);
 void few_forward(const ConvForward& args, int num_threads);
