@@ -30,6 +30,9 @@ SHAPES = {
     "depthwise rows, pool": (2, 33, 33, 13, 8, 5, {"padding": 4, "groups": 33, "max_pool": 2}),
     "depthwise, dilated": (1, 18, 18, 9, 11, 3, {"dilation": 3, "padding": 2, "groups": 18}),
     "depthwise": (2, 37, 37, 19, 35, 5, {"padding": 2, "groups": 37, "activation": "relu6"}),
+    # Read in place where channels_last: several blocks of pixels, a rest, part of a panel.
+    "one by one, in place": (2, 64, 40, 15, 17, 1, {"activation": "silu"}),
+    "one by one, groups": (2, 36, 50, 9, 11, 1, {"groups": 2}),
 }
 
 
