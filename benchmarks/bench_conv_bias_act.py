@@ -102,6 +102,15 @@ def body(channels, side):
     ]
 
 
+def others():
+    """Bottleneck's 1x1 layers, a strided 3x3 and a 5x5."""
+    for c, k in ((64, 64), (256, 64), (64, 256)):
+        yield Case(sizes(16, c, k, 56, 1), {"activation": "relu"}, "relu", **checked(56, 2))
+    strided = {"activation": "relu", "stride": 2}
+    yield Case(sizes(16, 128, 256, 28, 3), strided, "stride2 relu", **checked(28, 2))
+    yield Case(sizes(16, 32, 64, 28, 5), {"activation": "relu"}, "relu", **checked(28, 2))
+
+
 def captioner(size):
     """The encoder's three pooled layers on 64x64 pictures, then its residual one."""
     widths = (3, *SIZES[size].channels)
@@ -139,6 +148,7 @@ BENCHMARK = Benchmark(
             "depthwise NCHW",
             check={"B": 1},
         ),
+        *others(),
         *(case for size in SIZES for case in captioner(size)),
     ],
     gpu_cases=[
