@@ -37,6 +37,7 @@ class TestAdditiveAttention(OpSuite):
         Case("largest magnitudes need tanh itself", sizes(2, 3, 9, 33, 5), scale=10.0),
         Case("every tanh near -1", sizes(2, 12, 49, 64, 5), {"shift": -2.5}),
         Case("every tanh near 1", sizes(2, 12, 49, 64, 5), {"shift": 2.5}),
+        Case("tanh about -0.96, little spread", sizes(2, 9, 50, 64, 5), {"narrow": -1.0}),
         Case("opposite large terms", sizes(2, 4, 6, 20, 5), {"opposite": True}),
     ]
     edge_cases = [
@@ -65,6 +66,9 @@ class TestAdditiveAttention(OpSuite):
         if (shift := case.options.get("shift")) is not None:
             inputs["query"] = inputs["query"] * 0.3 + shift
             inputs["key"] = inputs["key"] * 0.3 + shift
+        if (narrow := case.options.get("narrow")) is not None:
+            inputs["query"] = inputs["query"] * 0.1 + narrow
+            inputs["key"] = inputs["key"] * 0.1 + narrow
         if case.options.get("opposite"):
             inputs["query"] = inputs["query"] * 0.3 + 20
             inputs["key"] = inputs["key"] * 0.3 - torch.tensor([15.0, 20.0]).repeat(s)[:s, None]

@@ -15,20 +15,22 @@ namespace {
 constexpr int kKeys = 4;         // keys of a tile
 constexpr int64_t kBlock = 128;  // d of a piece: long enough runs of each row for the prefetcher
 constexpr int kVectors = kBlock / kLanes;
+constexpr int64_t kSampleKeys = 8;      // keys whose mean decides a sign
 constexpr int64_t kValueRows = 64;      // rows of grad_value in a piece
 constexpr int64_t kSerialWork = 15000;  // tanh below which a second thread costs more than it saves
 
 enum class Form {
-  kSmall,  // |q| + |k| <= 0.5: 1 - tanh^2 as it stands, exact to half an eps
+  kSmall,  // |q| + |k| <= 1: 1 - tanh^2 as it stands, which costs 1.3 bits at most
   kRatio,  // |q| + |k| <= kRatioLimit
   kDirect  // anything
 };
-constexpr float kSmallLimit = 0.5f;
+constexpr float kSmallLimit = 1.0f;
 
 // One vector of d, every query, 4 keys. grad_score [T][kKeys]; query [T][kLanes] and y hold e^2x in
-// kRatio, a with y and b in kSmall, the inputs themselves in kDirect. Adds sum over s of
-// g (1 - tanh^2) to grad_query [T][kLanes], that over t to sum_key, both quartered in kRatio, and
-// returns the sum of g tanh; in kRatio that of g / (x y + 1), which is half of (sum of g) less it.
+// kRatio, of inputs times their sign (`choose_signs`), a with y and b in kSmall, the inputs
+// themselves in kDirect. Adds sum over s of g (1 - tanh^2) to grad_query [T][kLanes], that over t
+// to sum_key, both quartered in kRatio, and returns the sum of g tanh; in kRatio that of g / (x y +
+// 1), which is half of (sum of g) less it.
 template <Form form>
 inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, float* grad_query,
                         const vf* y, const vf* b, vf* sum_key) {
@@ -134,12 +136,13 @@ class Backward {
     const float* q = in_.query + b * in_.query_stride_b + d0;
     const float* k = in_.key + b * in_.key_stride_b + d0;
     const Form form = choose_form(q, k, S, block.width);
+    if (form == Form::kRatio) choose_signs(q, k, &block);
     for (int64_t t = 0; t < T; ++t)
       for (int64_t i = 0; i < kVectors; ++i) {
         const int64_t d = i * kLanes, left = block.width - d;
         vf x = left > 0 ? load_part(q + t * in_.query_stride_t + d, left) : zero();
         if (form == Form::kSmall) x = expm1(x + x);
-        if (form == Form::kRatio) x = exp_in_range(x + x);
+        if (form == Form::kRatio) x = exp_in_range((x + x) * block.sign[i]);
         store(block.query + (i * T + t) * kLanes, x);
       }
     switch (form) {
@@ -168,7 +171,28 @@ class Backward {
   struct Block {
     int64_t b, d0, width, S;
     float *query, *grad_query;
+    vf sign[kVectors];
   };
+
+  // 1 or -1 for each d, so that sign (q + k) is mostly above 0. The sum of g (1 - 2 / (x y + 1))
+  // has the rounding of 2 / (x y + 1), which is below 1 there, and up to 2 where tanh is below 0;
+  // tanh is odd, and its slope even.
+  void choose_signs(const float* q, const float* k, Block* block) const {
+    const int64_t keys = std::min(block->S, kSampleKeys);
+    const vf share =
+        set1(static_cast<float>(in_.T) / static_cast<float>(std::max<int64_t>(keys, 1)));
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t d = i * kLanes, left = block->width - d;
+      vf queries = zero(), sampled = zero();
+      if (left > 0) {
+        for (int64_t t = 0; t < in_.T; ++t)
+          queries = queries + load_part(q + t * in_.query_stride_t + d, left);
+        for (int64_t s = 0; s < keys; ++s)
+          sampled = sampled + load_part(k + s * in_.key_stride_s + d, left);
+      }
+      block->sign[i] = fma(share, sampled, queries) < zero() ? set1(-1.0f) : set1(1.0f);
+    }
+  }
 
   Form choose_form(const float* q, const float* k, int64_t S, int64_t width) const {
     const float bound = max_magnitude(q, in_.query_stride_t, in_.T, width) +
@@ -254,7 +278,7 @@ class Backward {
         for (int64_t t = 0; t < T; ++t)
           store_n(args_.grad_query + (block.b * T + t) * in_.D + d,
                   load(block.grad_query + (i * T + t) * kLanes) * scale[i], lanes_of(block, i));
-      if (form == Form::kRatio) grad_v[i] = total - set1(2.0f) * grad_v[i];
+      if (form == Form::kRatio) grad_v[i] = block.sign[i] * (total - set1(2.0f) * grad_v[i]);
       store_n(grad_v_parts_ + block.b * in_.D + d, grad_v[i], lanes_of(block, i));
     }
   }
@@ -277,7 +301,7 @@ class Backward {
     *y = k;
     *b = set1(-1.0f);
     if constexpr (form == Form::kSmall) key_factors(k, y, b);
-    if constexpr (form == Form::kRatio) *y = exp_in_range(k + k);
+    if constexpr (form == Form::kRatio) *y = exp_in_range((k + k) * block.sign[i]);
   }
 
   const AdditiveAttentionBackward& args_;
