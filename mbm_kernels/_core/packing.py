@@ -74,6 +74,12 @@ def packed_if_used_again(
     return _fill(entry, state, size, pack, (owner,))
 
 
+def awaits_second_use(owner: Tensor) -> bool:
+    """Whether something was asked for once by `packed_if_used_again`, and would be packed next."""
+    mine = [e for (key, _), e in _entries.items() if key == id(owner) and e.owner() is owner]
+    return any(e.seen is not None and e.buffer is None for e in mine)
+
+
 def _state_of(sources: tuple[Tensor | None, ...]) -> list[Any] | None:
     """Changes whenever what would be packed may; None where that cannot be told."""
     state: list[Any] = [native.cpu().isa()]

@@ -90,6 +90,13 @@ def _attention() -> Iterator[tuple[str, str, Inputs]]:
         }
         yield "additive_attention", what, inputs
         yield "additive_attention", f"{what}, lengths", {**inputs, "key_lengths": lengths}
+    step = {
+        "query": numbers(2, 1, 128),
+        "key": numbers(2, 130, 128),  # large enough to be kept: the case is made again
+        "value": numbers(2, 130, 64),
+        "v": numbers(128, scale=0.1),
+    }
+    yield "additive_attention", "one query, kept key", step
     inputs = {
         "query": numbers(2, 4, 20, 32),
         "key": numbers(2, 4, 98, 32),

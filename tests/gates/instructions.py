@@ -99,7 +99,7 @@ def write_records(path: Path) -> None:
             for op, what, inputs in cases():
                 if op in kernels:
                     recorder.label = f"{op}, {what}"
-                    record.run(op, {n: v for n, v in inputs.items() if v is not None})
+                    record.run(recorder, op, {n: v for n, v in inputs.items() if v is not None})
                     recorder.forget()
     finally:
         native.cpu().set_isa(before)

@@ -132,6 +132,20 @@ MUTANTS = (
         "tests/test_drawn.py -k additive_attention",
     ),
     Mutant(
+        "magnitude-of-a-kept-key-forgotten",
+        ATTENTION,
+        "out[packed.magnitude_at(tile)] = pack_keys<ScoreForm::kRatio>(",
+        "out[packed.magnitude_at(tile)] = 0.0f * pack_keys<ScoreForm::kRatio>(",
+        "tests/test_additive_attention.py -k kept_keys",
+    ),
+    Mutant(
+        "sign-left-out-of-the-gradient-of-v",
+        ATTENTION_BACKWARD,
+        "grad_v[i] = block.sign[i] * (total",
+        "grad_v[i] = (total",
+        "tests/test_additive_attention.py -k gradients",
+    ),
+    Mutant(
         "second-block-of-queries-overwrites-grad-key",
         CROSS_BACKWARD,
         "args_.grad_key.stride_r, t0 > 0);",

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import mbm_kernels
-from mbm_kernels._core import native
+from mbm_kernels._core import native, packing
 from mbm_kernels._core.op import OPS, as_tuple
+from mbm_kernels.ops.additive_attention import backend_cpu as additive_attention
 from mbm_kernels.testing import cases
 from mbm_kernels.testing.suite import Inputs, flat_tensors, map_tensors
 
@@ -110,8 +111,24 @@ def recording(path: Path, threads: int = 1) -> Iterator[Recorder]:
             torch.get_num_threads = real_threads
 
 
-def run(op: str, inputs: Inputs, wanted: Callable[[int], bool] = lambda i: True) -> None:
-    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`."""
+@contextmanager
+def keys_of_any_size_kept() -> Iterator[None]:
+    """Drawn keys are small, and of those the ones with tails are worth recording."""
+    least, additive_attention.LEAST_KEPT = additive_attention.LEAST_KEPT, 1
+    try:
+        yield
+    finally:
+        additive_attention.LEAST_KEPT = least
+
+
+def run(
+    recorder: Recorder,
+    op: str,
+    inputs: Inputs,
+    wanted: Callable[[int], bool] = lambda i: True,
+) -> None:
+    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`. A
+    second forward, labelled so, where one of the inputs is packed if it is used again."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -132,6 +149,9 @@ def run(op: str, inputs: Inputs, wanted: Callable[[int], bool] = lambda i: True)
             [g for _, g in pairs],
             allow_unused=True,
         )
+    if any(packing.awaits_second_use(x) for x in leaves):
+        recorder.label += ", again"
+        getattr(mbm_kernels.ops, op)(**inputs, backend="cpu")
 
 
 def kernels() -> list[str]:
@@ -163,11 +183,17 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
         nonlocal count
         recorder.label = f"{op}: {drawn}"
         # Every third time only some gradients: the pointers to the others are null.
-        run(op, drawn.inputs, (lambda i: i % 2 == 0) if count % 3 == 2 else (lambda i: True))
+        run(
+            recorder,
+            op,
+            drawn.inputs,
+            (lambda i: i % 2 == 0) if count % 3 == 2 else (lambda i: True),
+        )
         recorder.forget()
         count += 1
 
-    each()
+    with keys_of_any_size_kept():
+        each()
 
 
 def main() -> None:
