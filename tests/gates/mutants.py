@@ -143,7 +143,7 @@ MUTANTS = (
         ATTENTION_BACKWARD,
         "grad_v[i] = block.sign[i] * (total",
         "grad_v[i] = (total",
-        "tests/test_additive_attention.py -k gradients",
+        "tests/test_additive_attention.py -k backward",
     ),
     Mutant(
         "second-block-of-queries-overwrites-grad-key",
