@@ -215,10 +215,10 @@ class TestKeptKey:
             assert_matches(x, *others)
 
     @pytest.mark.parametrize("queries", [1, 3, 5])
-    @pytest.mark.parametrize("scale", [1.0, 1e-2, 8.0])
+    @pytest.mark.parametrize("scale", [1.0, 1e-2, 24.0])
     def test_the_same_from_kept_keys(self, queries, scale):
         inputs = self.inputs(queries)
-        inputs["key"] = inputs["key"] * scale  # 8: past the ratio's range here and there
+        inputs["key"] = inputs["key"] * scale  # 24: past the range of e^2k here and there
         for use in range(3):
             self.check(inputs)
             assert (self.kept(inputs["key"]) is not None) == (use > 0)
