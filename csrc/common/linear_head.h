@@ -54,8 +54,8 @@ struct RowPanels {
 };
 
 // Logits of a chunk where their gradients are made, and packed rows where only losses are: with 8
-// MB at V 10000 a chunk has 192 rows, and all working memory is a sixth of what compiled stock takes
-// beside the gradients; 256 rows were 1 % faster at a quarter.
+// MB at V 10000 a chunk has 192 rows, and all working memory is a sixth of what compiled stock
+// takes beside the gradients; 256 rows were 1 % faster at a quarter.
 constexpr int64_t kChunkBytes = int64_t{8000000};
 constexpr int64_t kForwardBytes = int64_t{2} << 20;
 // Of a row in a forward pass: itself and its logits of a block for a few threads.
