@@ -5,10 +5,14 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # before _C_cpu: its libgomp must be the one that gets mapped
+from torch import Tensor
 
 from mbm_kernels._core import env
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last two rounded on store
 
 
 @functools.cache
@@ -46,6 +50,20 @@ def cpu() -> ModuleType:
 def cpu_reason() -> str | None:
     """None when the CPU kernels can run in this process, else why not."""
     return _load_cpu()[1]
+
+
+def why_not(device: Any, dtype: Any) -> str | None:
+    """What every backend_cpu answers, beside anything of its own."""
+    if device is not None and torch.device(device).type != "cpu":
+        return f"it runs on cpu tensors, not {torch.device(device).type}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"it computes in float32, which would round {dtype}"
+    return cpu_reason()
+
+
+def address(tensor: Tensor | None) -> int:
+    """As the bindings take it: 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def release_scratch() -> None:

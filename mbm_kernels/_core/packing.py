@@ -18,12 +18,12 @@ _entries: dict[tuple[int, Callable[..., None]], "_Entry"] = {}
 
 
 class _Entry:
-    __slots__ = ("buffer", "owner", "seen", "state")
+    __slots__ = ("buffer", "owner", "state")
 
     def __init__(self, owner: "weakref.ref[Tensor]"):
         self.owner = owner
-        self.state: list[Any] | None = None  # of what was packed
-        self.seen: list[Any] | None = None  # of what was asked for once
+        # Of what was packed; with no buffer, of what was asked for once.
+        self.state: list[Any] | None = None
         self.buffer: Tensor | None = None
 
 
@@ -66,18 +66,16 @@ def packed_if_used_again(
     if state is None:
         return None
     entry = _entry_of(owner, pack)
-    if entry.buffer is not None and entry.state == state:
-        return entry.buffer
-    if entry.seen != state:
-        entry.seen, entry.state, entry.buffer = state, None, None
+    if entry.state != state:
+        entry.state, entry.buffer = state, None
         return None
-    return _fill(entry, state, size, pack, (owner,))
+    return entry.buffer if entry.buffer is not None else _fill(entry, state, size, pack, (owner,))
 
 
 def awaits_second_use(owner: Tensor) -> bool:
     """Whether something was asked for once by `packed_if_used_again`, and would be packed next."""
     mine = [e for (key, _), e in _entries.items() if key == id(owner) and e.owner() is owner]
-    return any(e.seen is not None and e.buffer is None for e in mine)
+    return any(e.state is not None and e.buffer is None for e in mine)
 
 
 def _state_of(sources: tuple[Tensor | None, ...]) -> list[Any] | None:

@@ -12,15 +12,10 @@ from mbm_kernels._core import native, packing
 # what they save, above they would cost memory (64 MiB).
 MOST_STEP_QUERIES = 8
 LEAST_KEPT, MOST_KEPT = 2**15, 2**24
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
-    return native.cpu_reason()
+    return native.why_not(device, dtype)
 
 
 def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:

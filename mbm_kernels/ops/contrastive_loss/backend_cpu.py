@@ -11,20 +11,11 @@ from torch import Tensor
 
 from mbm_kernels._core import native, targets
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = ("infonce", "siglip")
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
-    return native.cpu_reason()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return native.why_not(device, dtype)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -51,10 +42,10 @@ def _run(
         image.data_ptr(),
         text.data_ptr(),
         scale.data_ptr(),
-        _address(bias),
-        _address(grad_loss),
-        _address(loss),
-        tuple(map(_address, gradients)),
+        native.address(bias),
+        native.address(grad_loss),
+        native.address(loss),
+        tuple(map(native.address, gradients)),
         torch.get_num_threads(),
     )
 

@@ -19,7 +19,6 @@ WINOGRAD_ERROR = 5e-6
 WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
 LARGEST_POOL = 128  # places of a window that fit into seven bits
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In the order of csrc's enum.
 _ACTIVATIONS = (
     None,
@@ -38,13 +37,9 @@ _NO_TAPS = (0, 0, 0, 0)
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
     if sizes.get("pool_area", 0) > LARGEST_POOL:
         return f"it pools windows of up to {LARGEST_POOL} pixels, not {sizes['pool_area']}"
-    return native.cpu_reason()
+    return native.why_not(device, dtype)
 
 
 class _Plan:
@@ -153,10 +148,6 @@ def _map(x: Tensor | None) -> tuple[int, ...]:
     return _NO_MAP if x is None else (x.data_ptr(), *x.stride())
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _empty(shape: Sequence[int], channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=torch.float32, memory_format=layout)
@@ -193,9 +184,9 @@ def fwd(
     native.cpu().conv_forward(
         plan.sizes,
         _map(x),
-        _address(packed),
+        native.address(packed),
         _taps(fresh),
-        _address(bias),
+        native.address(bias),
         _map(residual),
         _map(y),
         places.data_ptr(),
@@ -244,14 +235,14 @@ def bwd(
         plan.sizes,
         _map(grad_y),
         _map(x),
-        _address(packed),
+        native.address(packed),
         _taps(fresh),
         places.data_ptr(),
         z.data_ptr(),
         _map(grad_x),
         _map(grad_residual),
-        _address(grad_weight),
-        _address(grad_bias),
+        native.address(grad_weight),
+        native.address(grad_bias),
         plan.winograd_backward,
         plan.winograd_backward,
         torch.get_num_threads(),

@@ -12,16 +12,11 @@ from torch import Tensor
 from mbm_kernels._core import native
 from mbm_kernels.ops.cross_attention.saved import empty_saved
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE = (0, 0, 0, 0)
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
-    return native.cpu_reason()
+    return native.why_not(device, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from mbm_kernels.ops.gru_cell import packed
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    return packed.why_not(device, dtype)
+    return native.why_not(device, dtype)
 
 
 def fwd(
@@ -42,13 +42,13 @@ def fwd(
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        packed.address(h0),
+        native.address(h0),
         weights.data_ptr(),
-        packed.address(lengths),
+        native.address(lengths),
         reverse,
         y.data_ptr(),
         h_n.data_ptr(),
-        packed.address(reserve),
+        native.address(reserve),
         torch.get_num_threads(),
     )
     if reserve is not None and lengths is not None:

@@ -13,7 +13,7 @@ from mbm_kernels.ops.gru_cell import packed
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    return packed.why_not(device, dtype)
+    return native.why_not(device, dtype)
 
 
 def fwd(
@@ -46,13 +46,13 @@ def fwd(
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        packed.address(h0),
+        native.address(h0),
         weights.data_ptr(),
         reverse.data_ptr(),
-        packed.address(lengths),
+        native.address(lengths),
         y.data_ptr(),
         h_n.data_ptr(),
-        packed.address(reserve),
+        native.address(reserve),
         torch.get_num_threads(),
     )
     if reserve is not None and lengths is not None:
@@ -107,19 +107,19 @@ def bwd(
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        packed.address(h0),
+        native.address(h0),
         recurrent.data_ptr(),
         recurrent_reverse.data_ptr(),
-        *map(packed.address, inputs),
-        packed.address(lengths),
+        *map(native.address, inputs),
+        native.address(lengths),
         y.data_ptr(),
         reserve.data_ptr(),
-        packed.address(grad_y),
+        native.address(grad_y),
         *((0, 0) if grad_y is None else (grad_y.stride(0), grad_y.stride(1))),
-        packed.address(grad_h_n),
-        *map(packed.address, grads[:2]),
-        tuple(map(packed.address, grads[2:6])),
-        tuple(map(packed.address, grads[6:])),
+        native.address(grad_h_n),
+        *map(native.address, grads[:2]),
+        tuple(map(native.address, grads[2:6])),
+        tuple(map(native.address, grads[6:])),
         torch.get_num_threads(),
     )
     return tuple(None if g is None else packed.rounded(g, dtype) for g in grads)

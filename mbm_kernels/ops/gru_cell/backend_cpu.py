@@ -13,7 +13,7 @@ from mbm_kernels.ops.gru_cell import packed
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    return packed.why_not(device, dtype)
+    return native.why_not(device, dtype)
 
 
 def fwd(
@@ -40,10 +40,10 @@ def fwd(
         h.data_ptr(),
         w_ih.data_ptr(),
         w_hh.data_ptr(),
-        packed.address(b_ih),
-        packed.address(b_hh),
+        native.address(b_ih),
+        native.address(b_hh),
         h_new.data_ptr(),
-        packed.address(reserve),
+        native.address(reserve),
         torch.get_num_threads(),
     )
     return packed.rounded(h_new, dtype), packed.optional_rounded(reserve, dtype)
@@ -82,7 +82,7 @@ def bwd(
         w_hh.data_ptr(),
         reserve.data_ptr(),
         grad_h_new.data_ptr(),
-        *map(packed.address, grads),
+        *map(native.address, grads),
         torch.get_num_threads(),
     )
     return tuple(None if g is None else packed.rounded(g, dtype) for g in grads)

@@ -3,26 +3,10 @@
 Shared by the CPU backends of gru and gru_cell.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import native, packing
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def why_not(device: Any = None, dtype: Any = None) -> str | None:
-    if device is not None and device.type != "cpu":
-        return f"it runs on CPU tensors; got device {device}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32 for float32, bfloat16 and float16; got {dtype}"
-    return native.cpu_reason()
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -81,7 +65,7 @@ def _pack_forward(
     native.cpu().gru_pack_forward(
         w_ih.size(1),
         w_hh.size(1),
-        *map(address, sources),
+        *map(native.address, sources),
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -162,17 +146,17 @@ def backward(
         x.data_ptr(),
         x.stride(0),
         x.stride(1),
-        address(h0),
+        native.address(h0),
         packed_recurrent.data_ptr(),
-        address(packed_input),
-        address(lengths),
+        native.address(packed_input),
+        native.address(lengths),
         reverse,
-        address(y),
+        native.address(y),
         reserve.data_ptr(),
-        address(grad_y),
+        native.address(grad_y),
         *strides,
-        address(grad_h_n),
-        *map(address, grads),
+        native.address(grad_h_n),
+        *map(native.address, grads),
         torch.get_num_threads(),
     )
     return tuple(grads)

@@ -12,19 +12,9 @@ from torch import Tensor
 
 from mbm_kernels._core import native, targets
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
-    return native.cpu_reason()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return native.why_not(device, dtype)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -50,18 +40,18 @@ def _run(
     bias, target = _dense(bias), target.contiguous()
     native.cpu().linear_cross_entropy(
         (hidden.size(0), hidden.size(1), weight.size(0)),
-        _address(dense_hidden),
-        _address(dense_weight),
-        _address(bias),
+        native.address(dense_hidden),
+        native.address(dense_weight),
+        native.address(bias),
         target.data_ptr(),
         ignore_index,
         label_smoothing,
         softcap or 0.0,
         z_loss,
         targets.REDUCTIONS.index(reduction),
-        _address(grad_loss),
-        _address(loss),
-        tuple(map(_address, gradients)),
+        native.address(grad_loss),
+        native.address(loss),
+        tuple(map(native.address, gradients)),
         torch.get_num_threads(),
     )
 

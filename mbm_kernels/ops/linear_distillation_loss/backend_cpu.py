@@ -12,21 +12,12 @@ from torch import Tensor
 
 from mbm_kernels._core import native, targets
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # in the order of the kernel's enum
 _LOWEST = -1e30  # minus infinity in a bias: 0 * 1e30 is 0, where 0 * inf is NaN
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
-    return native.cpu_reason()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return native.why_not(device, dtype)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -75,19 +66,19 @@ def _run(
             student_weight.size(0),
             0 if ids is None else ids.size(1),
         ),
-        tuple(map(_address, student)),
+        tuple(map(native.address, student)),
         target.data_ptr(),
-        tuple(map(_address, teacher)),
-        _address(logits),
-        (_address(ids), _address(log_probs)),
+        tuple(map(native.address, teacher)),
+        native.address(logits),
+        (native.address(ids), native.address(log_probs)),
         0 if teacher_hidden is not None else 1 if logits is not None else 2,  # enum Teacher
         ignore_index,
         (temperature, hard_weight, beta),
         _DIVERGENCES.index(divergence),
         targets.REDUCTIONS.index(reduction),
-        tuple(map(_address, grads)),
-        tuple(map(_address, results)),
-        tuple(map(_address, gradients)),
+        tuple(map(native.address, grads)),
+        tuple(map(native.address, results)),
+        tuple(map(native.address, gradients)),
         torch.get_num_threads(),
     )
 

@@ -10,17 +10,12 @@ from mbm_kernels._core import native, packing
 from mbm_kernels.ops.linear_topk import gradient
 
 MOST = 16  # csrc/linear_topk: kMostTopk
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
-    if device is not None and torch.device(device).type != "cpu":
-        return f"it runs on cpu tensors, not {torch.device(device).type}"
-    if dtype is not None and dtype not in _DTYPES:
-        return f"it computes in float32, which would round {dtype}"
     if sizes.get("k", 1) > MOST:
         return f"it finds up to {MOST} classes, not {sizes['k']}"
-    return native.cpu_reason()
+    return native.why_not(device, dtype)
 
 
 def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
