@@ -11,7 +11,7 @@ import torch
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import cli, dispatch_tables, gpu, gpu_check, results
-from mbm_kernels.bench.benchmark import FORWARD, prepare, watch_backends
+from mbm_kernels.bench.benchmark import FORWARD, watch
 from mbm_kernels.bench.dispatch_tables import Point, boxes, inside, points
 from mbm_kernels.bench.gpu import in_dtype
 from mbm_kernels.bench.limits import Work
@@ -146,9 +146,7 @@ def test_rules_name_the_sizes_that_dispatch_judges_by():
     """Not the letters of a benchmark's case: a rule of another name could not be read."""
     (benchmark,) = cli.load(BENCHMARKS, ["conv_bias_act"])
     case = next(c for c in benchmark.cases if c.quick)
-    prepared = prepare(benchmark.mbm("cpu"), benchmark.inputs(case), [])
-    with watch_backends() as watched:
-        prepared.call(FORWARD)()
+    watched = watch(benchmark, case, FORWARD, "cpu")
     assert watched.backends == {"conv_bias_act": "cpu"}
     sizes = watched.sizes["conv_bias_act"]
     for rule in dispatch._tables["conv_bias_act"].rules:

@@ -1,8 +1,7 @@
 """What is compared with what: a `Benchmark` is an operation, its cases and its stock forms."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -251,9 +250,16 @@ class Watched:
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-@contextmanager
-def watch_backends() -> Iterator[Watched]:
-    """Notes which backend answers each operation called within."""
+def watch(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    backend: str,
+    place: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+) -> Watched:
+    """Calls a case once."""
+    inputs = place(benchmark.inputs(case))
+    prepared = prepare(benchmark.mbm(backend), inputs, benchmark.differentiable(inputs))
     noted = Watched()
     select = dispatch.select
 
@@ -266,6 +272,7 @@ def watch_backends() -> Iterator[Watched]:
 
     dispatch.select = watching  # type: ignore[assignment]
     try:
-        yield noted
+        prepared.call(which)()
     finally:
         dispatch.select = select
+    return noted

@@ -22,9 +22,8 @@ from mbm_kernels.bench.benchmark import (
     Case,
     Inputs,
     Prepared,
-    Watched,
     prepare,
-    watch_backends,
+    watch,
 )
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.harness import MBM, backend_name, compile_fails
@@ -101,7 +100,7 @@ def _rows(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
-        watched = _watch(benchmark, case, which, place, settings)
+        watched = watch(benchmark, case, which, settings.backend, place)
         backends = watched.backends
         head |= {
             "backend": backend_name(benchmark.op, backends),
@@ -162,20 +161,6 @@ def _summary(times: Mapping[str, Any], unavailable: dict[str, str]) -> Row:
             if name.removesuffix(GRAPH) != MBM
         },
     }
-
-
-def _watch(
-    benchmark: Benchmark,
-    case: Case,
-    which: str,
-    place: Callable[[Inputs], Inputs],
-    settings: GpuSettings,
-) -> Watched:
-    inputs = place(benchmark.inputs(case))
-    prepared = prepare(benchmark.mbm(settings.backend), inputs, benchmark.differentiable(inputs))
-    with watch_backends() as watched:
-        prepared.call(which)()
-    return watched
 
 
 def _calls(

@@ -14,7 +14,7 @@ from mbm_kernels.bench.benchmark import (
     Case,
     Prepared,
     prepare,
-    watch_backends,
+    watch,
 )
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.results import Row
@@ -53,7 +53,7 @@ def run(
             started(f"{benchmark.op} {case.label} {which}: checking")
             with timing.threads(settings.threads[0]):
                 # A smaller case might be dispatched elsewhere: check the backend that is timed.
-                backends = _backends_that_run(benchmark, case, which, settings)
+                backends = watch(benchmark, case, which, settings.backend).backends
                 backend = backends.get(benchmark.op, settings.backend)
                 outcome: Row
                 try:
@@ -140,16 +140,6 @@ def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -
             "source": limit.source,
         }
     return row
-
-
-def _backends_that_run(
-    benchmark: Benchmark, case: Case, which: str, settings: Settings
-) -> dict[str, str]:
-    inputs = benchmark.inputs(case)
-    prepared = prepare(benchmark.mbm(settings.backend), inputs, benchmark.differentiable(inputs))
-    with watch_backends() as watched:
-        prepared.call(which)()
-    return watched.backends
 
 
 def backend_name(op: str, backends: dict[str, str]) -> str:

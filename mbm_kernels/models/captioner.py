@@ -267,29 +267,36 @@ class Captioner(nn.Module):
             logits [B, K, V], the new state [B, K, H], weights [B, K, S].
         """
         x = self.join_input(encoded.summary.unsqueeze(1), self.embedding(tokens))
-        gru = self.gru
+        hidden, state, weights = self.advance(torch.relu(x), state, encoded.key, encoded.value)
+        return self.head(hidden), state, weights
+
+    def advance(
+        self, x: Tensor, state: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The recurrence, attention over what `encode` gives, and their join, for one word.
+
+        Args:
+            x: [B, K, H], the joined input. state: [B, K, H].
+
+        Returns:
+            hidden [B, K, H], the new state [B, K, H], weights [B, K, S].
+        """
+        gru, attention = self.gru, self.attention
         cell = self.table.gru_cell(
-            torch.relu(x).flatten(0, 1),
+            x.flatten(0, 1),
             state.flatten(0, 1),
             gru.weight_ih_l0,
             gru.weight_hh_l0,
             gru.bias_ih_l0,
             gru.bias_hh_l0,
         )
-        state = cell.unflatten(0, tokens.shape)
-        context, weights = self.attend(state, encoded.key, encoded.value)
-        hidden = torch.tanh(self.join_output(state, context))
-        return self.head(hidden), state, weights
-
-    def attend(self, state: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Context [B, K, D] and weights [B, K, S] of states [B, K, H] over what `encode` gives."""
-        if isinstance(self.attention, DotAttention):
-            return self.attention.attend(state, key, value)
-        query = self.attention.query_proj(state)
-        found: tuple[Tensor, Tensor] = self.table.attend_additive(
-            query, key, value, self.attention.v
-        )
-        return found
+        state = cell.unflatten(0, x.shape[:2])
+        if isinstance(attention, DotAttention):
+            context, weights = attention.attend(state, key, value)
+        else:
+            query = attention.query_proj(state)
+            context, weights = self.table.attend_additive(query, key, value, attention.v)
+        return torch.tanh(self.join_output(state, context)), state, weights
 
     @overload
     def generate(

@@ -101,20 +101,10 @@ class FusedDecoder:
         return (self.table,)
 
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words:
-        model, gru, pictures = self.model, self.model.gru, self.pictures
+        model, pictures = self.model, self.pictures
         # Autocast may have made one of them in its own dtype.
         x = torch.relu_(F.embedding(last, self.table) + pictures.by_summary)
-        cell = model.table.gru_cell(
-            x.flatten(0, 1),
-            state.flatten(0, 1),
-            gru.weight_ih_l0,
-            gru.weight_hh_l0,
-            gru.bias_ih_l0,
-            gru.bias_hh_l0,
-        )
-        state = cell.unflatten(0, last.shape)
-        context, weights = model.attend(state, pictures.key, pictures.value)
-        hidden = torch.tanh_(model.join_output(state, context))
+        hidden, state, weights = model.advance(x, state, pictures.key, pictures.value)
         head = model.head
         values, ids = linear_topk(hidden, head.weight, head.bias, k)
         return Words(values, ids, state, weights)
