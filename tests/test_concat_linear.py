@@ -1,12 +1,16 @@
 """concat_linear: the common suite, then its own properties."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels.ops.concat_linear import reference
+from mbm_kernels._core import native
+from mbm_kernels.ops.concat_linear import backend_cpu, reference
+from mbm_kernels.ops.concat_linear.module import Linear
 from mbm_kernels.testing import Case, OpSuite
 
 from .conftest import raises
@@ -150,3 +154,35 @@ def test_module_compiles(dynamic):
     for batch in (2, 3):
         a, b = torch.randn(batch, 5, 3), torch.randn(batch, 1, 4)
         torch.testing.assert_close(compiled(a, b), module(a, b))
+
+
+class TestProjections:
+    """What other modules project with: torch.nn.Linear, by the kernel where the table says so."""
+
+    @pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+    def test_by_the_kernel(self, monkeypatch):
+        calls, fwd = [], backend_cpu.fwd
+        monkeypatch.setattr(backend_cpu, "fwd", lambda *args: calls.append(1) or fwd(*args))
+        torch.manual_seed(0)
+        ours = nn.AdditiveAttention(6, 7, 8)
+        stock = nn.AdditiveAttention(6, 7, 8, backend="torch")
+        stock.load_state_dict(ours.state_dict())
+        query, key = torch.randn(2, 3, 6), torch.randn(2, 5, 7)
+        assert type(stock.query_proj) is type(stock.key_proj) is torch.nn.Linear
+        expected = stock(query, key)
+        torch.testing.assert_close(ours(query, key), expected)
+        assert not calls  # too small for the table
+        mbm_kernels.set_backend("cpu", op="concat_linear")
+        try:
+            torch.testing.assert_close(ours(query, key), expected)
+            assert len(calls) == 2
+        finally:
+            mbm_kernels.set_backend("auto", op="concat_linear")
+
+    def test_errors_are_those_of_linear(self):
+        ours, stock = Linear(6, 8), torch.nn.Linear(6, 8)
+        for x in (torch.randn(2, 7), torch.randn(2, 6, dtype=torch.float64)):
+            with pytest.raises(RuntimeError) as expected:
+                stock(x)
+            with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+                ours(x)

@@ -111,9 +111,9 @@ class DotAttention(nn.Module):
     def __init__(self, query_dim: int, key_dim: int, heads: int, layers: Layers) -> None:
         super().__init__()
         self.heads = heads
-        self.query_proj = nn.Linear(query_dim, key_dim)
-        self.key_proj = nn.Linear(key_dim, key_dim)
-        self.value_proj = nn.Linear(key_dim, key_dim)
+        self.query_proj = layers.linear(query_dim, key_dim)
+        self.key_proj = layers.linear(key_dim, key_dim)
+        self.value_proj = layers.linear(key_dim, key_dim)
         self.attend_dot = layers.attend_dot
 
     def split(self, x: Tensor) -> Tensor:

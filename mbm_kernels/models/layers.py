@@ -16,6 +16,7 @@ class Layers:
     """Factories of modules and the functions that decoding calls step by step."""
 
     conv_bias_act: Callable[..., nn.Module]
+    linear: Callable[..., nn.Linear]
     concat_linear: Callable[..., nn.Module]
     gru: Callable[..., nn.GRU]
     additive_attention: Callable[..., nn.Module]
@@ -26,6 +27,7 @@ class Layers:
 
 STOCK = Layers(
     conv_bias_act=stock_layers.ConvBiasAct,
+    linear=nn.Linear,
     concat_linear=stock_layers.ConcatLinear,
     gru=nn.GRU,
     additive_attention=stock_layers.AdditiveAttention,
@@ -46,9 +48,11 @@ def layers_named(name: str) -> Layers:
     if name == "mbm":
         import mbm_kernels
         from mbm_kernels import nn as fused
+        from mbm_kernels.ops.concat_linear.module import Linear
 
         return Layers(
             conv_bias_act=fused.ConvBiasAct,
+            linear=Linear,
             concat_linear=fused.ConcatLinear,
             gru=fused.GRU,
             additive_attention=fused.AdditiveAttention,

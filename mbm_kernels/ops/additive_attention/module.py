@@ -4,10 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mbm_kernels.ops.additive_attention.op import additive_attention
+from mbm_kernels.ops.concat_linear.module import Linear
 
 
 class AdditiveAttention(nn.Module):
     """Projects query and key to a common size and attends by v . tanh(query + key).
+
+    The projections are torch.nn.Linear, run by concat_linear where it is measured to win.
 
     Args:
         query_dim: features of the query.
@@ -30,8 +33,9 @@ class AdditiveAttention(nn.Module):
     ):
         super().__init__()
         self.backend = backend
-        self.query_proj = nn.Linear(query_dim, attention_dim, bias=bias)
-        self.key_proj = nn.Linear(key_dim, attention_dim, bias=bias)
+        linear = nn.Linear if backend == "torch" else Linear
+        self.query_proj = linear(query_dim, attention_dim, bias=bias)
+        self.key_proj = linear(key_dim, attention_dim, bias=bias)
         self.v = nn.Parameter(torch.empty(attention_dim))
         self.reset_parameters()
 

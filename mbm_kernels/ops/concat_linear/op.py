@@ -112,7 +112,8 @@ def _sizes(inputs: Sequence[Tensor], rows: int, features: int, out_features: int
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, run by concat_linear where its table names a backend for one input of this size."""
-    if autocast.enabled(x.device) or in_functorch():
+    fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
+    if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
         return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     sizes = _sizes([x], math.prod(x.shape[:-1]), weight.size(1), weight.size(0))
@@ -120,4 +121,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     chosen = dispatch.select(NAME, "auto", x.device, x.dtype, sizes)
     if chosen == "torch":
         return F.linear(x, weight, bias)
-    return concat_linear([x], weight, bias, backend=chosen)
+    y: Tensor = OP(chosen, [x], weight, bias, sizes=sizes)
+    return y
