@@ -5,7 +5,7 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import torch  # before _C_cpu: its libgomp must be the one that gets mapped
 from torch import Tensor
@@ -64,6 +64,18 @@ def why_not(device: Any, dtype: Any) -> str | None:
 def address(tensor: Tensor | None) -> int:
     """As the bindings take it: 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+@overload
+def dense(tensor: Tensor) -> Tensor: ...
+@overload
+def dense(tensor: Tensor | None) -> Tensor | None: ...
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous float32."""
+    # 0.2 us; .to() takes 0.7
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def release_scratch() -> None:

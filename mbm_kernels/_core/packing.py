@@ -120,7 +120,7 @@ def _panels_size(weight: Tensor) -> int:
 
 
 def _pack_panels(out: Tensor, weight: Tensor) -> None:
-    dense = weight.to(torch.float32).contiguous()
+    dense = native.dense(weight)
     native.cpu().concat_linear_pack(
         *weight.shape, dense.data_ptr(), out.data_ptr(), torch.get_num_threads()
     )

@@ -54,10 +54,6 @@ def _plan_of(inputs: Sequence[Tensor]) -> _Plan:
     return _plan(tuple([x.shape for x in inputs]))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
-
-
 def _rows(x: Tensor) -> Tensor:
     """float32 [rows, C_i] with contiguous rows."""
     if x.dtype is not torch.float32:
@@ -83,7 +79,7 @@ def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[...,
         return int(native.cpu().concat_linear_packed_part_size(weight.size(0), features))
 
     def pack(out: Tensor, weight: Tensor) -> None:
-        dense = _dense(weight)
+        dense = native.dense(weight)
         native.cpu().concat_linear_pack_part(
             *weight.shape,
             column,
@@ -114,7 +110,7 @@ def _groups(
         )
 
     return [
-        (rows, 0 if index is None else index.data_ptr(), [described(i) for i in members])
+        (rows, native.address(index), [described(i) for i in members])
         for rows, index, members in plan.groups
     ]
 
@@ -132,14 +128,14 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
     if plan.rows > 0 and outputs > 0:
         rows = [_rows(x) for x in inputs]
         packed = packing.panels(weight)
-        dense_bias = None if bias is None else _dense(bias)
+        dense_bias = native.dense(bias)
         native.cpu().concat_linear_fwd(
             plan.rows,
             outputs,
             weight.size(1),
             _groups(plan, rows),
             packed.data_ptr(),
-            0 if dense_bias is None else dense_bias.data_ptr(),
+            native.address(dense_bias),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -176,8 +172,8 @@ def bwd(
             _groups(plan, rows, packed, grads),
             g.data_ptr(),
             g.stride(0),
-            0 if grad_weight is None else grad_weight.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(),
+            native.address(grad_weight),
+            native.address(grad_bias),
             torch.get_num_threads(),
         )
     found = (*(grads if grads is not None else [None] * len(inputs)), grad_weight, grad_bias)

@@ -18,10 +18,6 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
 def _run(
     grad_loss: Tensor | None,
     loss: Tensor | None,
@@ -34,7 +30,7 @@ def _run(
 ) -> None:
     # Named, so that what was converted lives as long as the call.
     image, text = image.float().contiguous(), text.float().contiguous()
-    scale, bias, grad_loss = scale.float(), _dense(bias), _dense(grad_loss)
+    scale, bias, grad_loss = scale.float(), native.dense(bias), native.dense(grad_loss)
     native.cpu().contrastive_loss(
         image.size(0),
         image.size(1),

@@ -68,7 +68,7 @@ class _Inputs:
             _heads(self.query),
             _heads(self.key),
             _heads(self.value),
-            0 if self.key_lengths is None else self.key_lengths.data_ptr(),
+            native.address(self.key_lengths),
             mask_args,
         )
 
@@ -144,7 +144,7 @@ def bwd(
         _heads(grad_weights),
         share,
         *map(_heads, grads),
-        0 if grad_mask is None else grad_mask.data_ptr(),
+        native.address(grad_mask),
         torch.get_num_threads(),
     )
     if grad_mask is not None and mask is not None:

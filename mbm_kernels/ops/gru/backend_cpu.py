@@ -30,7 +30,7 @@ def fwd(
     steps, batch, features = x.shape
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
-    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), packed.lengths_on_cpu(lengths)
+    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, hidden))
     h_n = x.new_empty((batch, hidden))
     reserve = x.new_empty((steps, batch, 4 * hidden)) if save else None
@@ -82,15 +82,15 @@ def bwd(
     grads = packed.backward(
         (steps, batch, features, w_hh.size(1)),
         packed.rows(x),
-        packed.optional_dense(h0),
+        native.dense(h0),
         w_ih,
         w_hh,
         packed.lengths_on_cpu(lengths),
-        packed.dense(y),
-        packed.dense(reserve),
+        native.dense(y),
+        native.dense(reserve),
         reverse,
         None if grad_y is None else packed.rows(grad_y),
-        packed.optional_dense(grad_h_n),
+        native.dense(grad_h_n),
         tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
     )
     return tuple(None if g is None else packed.rounded(g, x.dtype) for g in grads)

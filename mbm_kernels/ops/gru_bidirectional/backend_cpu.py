@@ -34,7 +34,7 @@ def fwd(
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
     reverse = packed.forward(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse)
-    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), packed.lengths_on_cpu(lengths)
+    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, 2 * hidden))
     h_n = x.new_empty((2, batch, hidden))
     reserve = x.new_empty((2, steps, batch, 4 * hidden)) if save else None
@@ -89,10 +89,10 @@ def bwd(
     weights = w_ih, w_hh, b_ih, b_hh
     others = w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse
     given = (x, h0, *weights, *others)
-    x, h0, lengths = packed.rows(x), packed.optional_dense(h0), packed.lengths_on_cpu(lengths)
-    y, reserve = packed.dense(y), packed.dense(reserve)
+    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    y, reserve = native.dense(y), native.dense(reserve)
     grad_y = None if grad_y is None else packed.rows(grad_y)
-    grad_h_n = packed.optional_dense(grad_h_n)
+    grad_h_n = native.dense(grad_h_n)
     grads = [
         x.new_empty(tensor.shape) if needed and tensor is not None else None
         for needed, tensor in zip(needs, given, strict=True)

@@ -27,8 +27,8 @@ def fwd(
 ) -> tuple[Tensor, Tensor | None]:
     batch, features = x.shape
     hidden, dtype = h.size(1), x.dtype
-    x, h, w_ih, w_hh = packed.rows(x), packed.dense(h), packed.plain(w_ih), packed.plain(w_hh)
-    b_ih, b_hh = packed.optional_dense(b_ih), packed.optional_dense(b_hh)
+    x, h, w_ih, w_hh = packed.rows(x), native.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    b_ih, b_hh = native.dense(b_ih), native.dense(b_hh)
     h_new = torch.empty_like(h, memory_format=torch.contiguous_format)
     reserve = x.new_empty((batch, 4 * hidden)) if save else None
     native.cpu().gru_cell_forward(
@@ -66,8 +66,8 @@ def bwd(
         grad_h_new = h.new_zeros(h.shape)
     given = (x, h, w_ih, w_hh, b_ih, b_hh)
     wanted = [n and t is not None for n, t in zip(needs, given, strict=True)]
-    x, h, w_ih, w_hh = packed.rows(x), packed.dense(h), packed.plain(w_ih), packed.plain(w_hh)
-    reserve, grad_h_new = packed.dense(reserve), packed.dense(grad_h_new)
+    x, h, w_ih, w_hh = packed.rows(x), native.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    reserve, grad_h_new = native.dense(reserve), native.dense(grad_h_new)
     gates = 3 * hidden
     shapes = (x.shape, h.shape, (gates, features), (gates, hidden), (gates,), (gates,))
     grads = [x.new_empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]

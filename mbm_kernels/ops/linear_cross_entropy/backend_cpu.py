@@ -17,10 +17,6 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
 def _run(
     grad_loss: Tensor | None,
     loss: Tensor | None,
@@ -36,8 +32,12 @@ def _run(
     reduction: str,
 ) -> None:
     # Named, so that what was converted lives as long as the call.
-    grad_loss, dense_hidden, dense_weight = _dense(grad_loss), _dense(hidden), _dense(weight)
-    bias, target = _dense(bias), target.contiguous()
+    grad_loss, dense_hidden, dense_weight = (
+        native.dense(grad_loss),
+        native.dense(hidden),
+        native.dense(weight),
+    )
+    bias, target = native.dense(bias), target.contiguous()
     native.cpu().linear_cross_entropy(
         (hidden.size(0), hidden.size(1), weight.size(0)),
         native.address(dense_hidden),

@@ -20,10 +20,6 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
 def _bias(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().clamp_min(_LOWEST).contiguous()
 
@@ -50,12 +46,12 @@ def _run(
     reduction: str,
 ) -> None:
     # Lists and names keep what was converted alive until the call is over.
-    student = [_dense(student_hidden), _dense(student_weight), _bias(student_bias)]
-    teacher = [_dense(teacher_hidden), _dense(teacher_weight), _bias(teacher_bias)]
-    logits, log_probs = _dense(teacher_logits), _dense(teacher_topk_log_probs)
+    student = [native.dense(student_hidden), native.dense(student_weight), _bias(student_bias)]
+    teacher = [native.dense(teacher_hidden), native.dense(teacher_weight), _bias(teacher_bias)]
+    logits, log_probs = native.dense(teacher_logits), native.dense(teacher_topk_log_probs)
     ids = None if teacher_topk_ids is None else teacher_topk_ids.contiguous()
     target = target.contiguous()
-    grads = [_dense(grad) for grad in grad_results]
+    grads = [native.dense(grad) for grad in grad_results]
     if divergence == "jsd" and beta in (0, 1):
         divergence = "forward_kl" if beta == 0 else "reverse_kl"
     native.cpu().linear_distillation_loss(

@@ -24,7 +24,7 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Te
     hidden = hidden.to(torch.float32)
     if hidden.stride(1) != 1 and features != 1:
         hidden = hidden.contiguous()
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    bias = native.dense(bias)
     packed = packing.panels(weight)
     values = torch.empty((rows, k), dtype=torch.float32, device="cpu")
     ids = torch.empty((rows, k), dtype=torch.int64, device="cpu")
@@ -33,7 +33,7 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Te
         hidden.data_ptr(),
         hidden.stride(0),
         packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        native.address(bias),
         values.data_ptr(),
         ids.data_ptr(),
         torch.get_num_threads(),
