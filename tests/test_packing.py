@@ -86,11 +86,57 @@ def test_an_id_used_again_is_another_weight():
         assert packed(torch.full((6,), float(value))).tolist() == [value] * 6
 
 
-def test_writes_through_data_need_forget(weight):
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows apart", "expanded"])
+def test_a_weight_written_through_data_is_seen(layout):
+    """As averages of weights are: no version is counted."""
+    weight = {
+        "contiguous": lambda: torch.rand(40, 9),
+        "channels last": lambda: torch.rand(4, 6, 3, 3).contiguous(
+            memory_format=torch.channels_last
+        ),
+        "rows apart": lambda: torch.rand(8, 9)[:, :5],
+        "expanded": lambda: torch.rand(1, 1).expand(40, 30),
+    }[layout]()
+
+    def flat(out, weight):
+        out.copy_(weight.flatten())
+
+    def packed():
+        return packing.packed(size, flat, weight)
+
+    first = packed()
+    assert packed() is first
+    changed = weight.data if layout != "expanded" else weight.data[:1, :1]
+    for write in (lambda x: x.mul_(0.999), lambda x: x.numpy().fill(7)):
+        version = weight._version
+        write(changed)
+        assert weight._version == version
+        assert torch.equal(packed(), weight.flatten())
+
+
+def test_a_few_numbers_written_through_data_need_forget():
+    weight = torch.zeros(1000)
     packed(weight)
-    weight.data.fill_(7)
+    weight.data[7] = 1  # between two samples
     packing.forget(weight)
-    assert packed(weight).tolist() == [7] * 6
+    assert packed(weight)[7] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [*range(1, 10), 63, 64, 65, 1000])
+def test_samples_reach_first_and_last(size, dtype):
+    x = torch.ones(size, dtype=dtype)
+
+    def sample():
+        return native.cpu().sample(x.data_ptr(), x.nbytes)
+
+    seen = {sample()}
+    for place in (0, -1):
+        x[place] = 2.0
+        seen.add(sample())
+        x[place] = 1.0
+    assert len(seen) == (2 if size == 1 else 3)
+    assert native.cpu().sample(0, 0) == native.cpu().sample(0, 0)
 
 
 def test_inference_tensors_are_packed_each_time():

@@ -78,6 +78,19 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
+def sample(tensor: Tensor) -> int:
+    """Of 32 places: changes when the values of a CPU tensor do, but for a few; else 0."""
+    module, _ = _load_cpu()
+    if module is None or not tensor.is_cpu:
+        return 0
+    extent = int(tensor.nbytes)
+    if not tensor.is_contiguous():
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        extent = min(extent, tensor.untyped_storage().nbytes() - start)
+    found: int = module.sample(tensor.data_ptr(), extent)
+    return found
+
+
 def release_scratch() -> None:
     """Frees the working memory that CPU kernels keep for their next call, up to 16 MiB a thread."""
     module, _ = _load_cpu()

@@ -1,8 +1,10 @@
 """Packed forms of weights, kept as long as the weight lives and redone when it changes.
 
 A change is seen by the version counter that torch raises at every in-place write (optimizers,
-`copy_`, `load_state_dict`), or by a new address. Writing through `weight.data` or a NumPy view
-raises no counter: call `forget(weight)` after such a write.
+`copy_`, `load_state_dict`), by a new address, or by 32 samples of the values. Writing through
+`weight.data` or a NumPy view raises no counter: the samples see it where the whole weight is
+written (an average of weights, an initialisation); call `forget(weight)` after writing a few
+numbers of it in that way.
 """
 
 import weakref
@@ -87,7 +89,7 @@ def _state_of(sources: tuple[Tensor | None, ...]) -> list[Any] | None:
         elif tensor.is_inference():  # counts no versions
             return None
         else:
-            state += (tensor.data_ptr(), tensor._version)
+            state += (tensor.data_ptr(), tensor._version, native.sample(tensor))
     return state
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels._core import native
 from mbm_kernels.ops.linear_topk import linear_topk
 
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner, EncodedImages
 
-Version = tuple[tuple[int, int, torch.dtype], ...]
+Version = tuple[tuple[int, int, int, torch.dtype], ...]
 
 
 class Words(NamedTuple):
@@ -120,7 +121,7 @@ def version_of(*tensors: Tensor) -> Version | None:
     """Changes when a tensor is written in place or replaced; None where none is counted."""
     if any(t.is_inference() for t in tensors):
         return None
-    return tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    return tuple((t.data_ptr(), t._version, native.sample(t), t.dtype) for t in tensors)
 
 
 class _Kept(NamedTuple):
