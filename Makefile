@@ -71,9 +71,8 @@ gate-update: native
 mutants: native
 	$(PY) -m tests.gates.mutants
 
-# No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
+# It builds in place. No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
 gpu-check:
-	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m mbm_kernels.bench.gpu_check
 
 dispatch: native

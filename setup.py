@@ -88,6 +88,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
 
 
+def cuda_archs(nvcc: str) -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc knows: 100 came with CUDA 12.8."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = listed.stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known] or list(CUDA_ARCHS)
+
+
 def python_includes() -> list[str]:
     import pybind11
 
@@ -177,8 +184,9 @@ class BuildNative(build_ext):
     def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
         nvcc = find_nvcc()
         assert nvcc is not None
-        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
-        gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        archs = cuda_archs(nvcc)
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         cuda = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", INCLUDE, *gencode]
         objects = [ninja.compile(s, "cuda", cuda) for s in sorted(CSRC.glob("*/*_cuda*.cu"))]
         cxx = shlex.split(os.environ.get("CXX", "g++"))

@@ -1,14 +1,16 @@
 """The captioner of this package's layers against the same model of stock layers.
 
 forward+backward is a training step's loss and gradients; the optimiser, the same stock code on both
-sides, is left out. "captioning" decodes greedily, every caption to its full length.
+sides, is left out. "captioning" decodes greedily, every caption to its full length; the steps of
+search alone are bench_decode_step.py's.
 """
 
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from mbm_kernels.bench import BOTH, FORWARD, Benchmark, Case, Form
+from mbm_kernels.bench import BOTH, FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.models import Captioner
@@ -121,6 +123,27 @@ def parameters(inputs):
     return [name for name in inputs if name.startswith(PREFIX)]
 
 
+def work(case, which):
+    """Products counted by torch on meta tensors; pictures and weights once, gradients once more."""
+    b, t = case.sizes["B"], case.sizes["T"]
+    with torch.device("meta"):
+        model = model_of(case, "stock")
+        images = torch.empty(b, 3, model.image_size, model.image_size)
+        words = torch.zeros(b, t + 1, dtype=torch.int64)
+        step = torch.zeros(b, case.options.get("beam", 1), dtype=torch.int64)
+        state = torch.empty(*step.shape, model.hidden_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        if which == BOTH:
+            TrainingStep(model, "stock")(images, words).backward()
+            return Work(counter.get_total_flops(), 4 * (images.numel() + 3 * parameters))
+        encoded = model.encode(images)
+    with FlopCounterMode(display=False) as one:
+        model.step(encoded, step, state)
+    operations = counter.get_total_flops() + t * one.get_total_flops()
+    return Work(operations, 4 * (images.numel() + parameters))
+
+
 def sizes(b, v=2000):
     return {"B": b, "T": 16, "V": v}
 
@@ -147,9 +170,8 @@ BENCHMARK = Benchmark(
         Case(
             sizes(64, 10000),
             {"size": "teacher", "beam": 5, "clear": True},
-            "decode, beam 5",
+            "captioning, beam 5",
             passes=(FORWARD,),
-            quick=True,
             check={"B": 2},
         ),
         Case(
@@ -163,6 +185,7 @@ BENCHMARK = Benchmark(
     ],
     make=make,
     stock=stock,
+    work=work,
     function=build_from("mbm"),
     reference=definition,
     diff=parameters,

@@ -35,7 +35,7 @@ def infonce_log_softmax(image, text, scale, kind):
 
 def siglip(image, text, scale, bias, kind):
     logits = torch.addmm(bias, image * scale, text.t())
-    signs = 2 * torch.eye(image.size(0)) - 1
+    signs = 2 * torch.eye(image.size(0), device=image.device) - 1
     return -F.logsigmoid(signs * logits).sum() / image.size(0)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import mbm_kernels
-from mbm_kernels.bench import Benchmark, Case, eager_and_compiled
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
 
 PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -46,6 +46,14 @@ def definition(**inputs):
     return module(**arguments)
 
 
+def work(case, which):
+    b, n, t, s, d = (case.sizes[letter] for letter in "BNTSD")
+    operations = 4 * b * d * (d * (t + s) + t * s)  # four projections, scores and context
+    moved = b * (d * (2 * t + s) + t * s) + 4 * d * d
+    passes = 1 if which == FORWARD else 3
+    return Work(passes * operations, 4 * passes * moved, special=b * n * t * s)
+
+
 BENCHMARK = Benchmark(
     op="multihead_attention",
     cases=[
@@ -59,6 +67,7 @@ BENCHMARK = Benchmark(
     stock=lambda case: eager_and_compiled(build_from(torch.nn.MultiheadAttention)),
     function=lambda inputs: build_from(mbm_kernels.nn.MultiheadAttention)(inputs),
     reference=definition,
+    work=work,
     diff=("query", "memory", *PARAMETERS),
 )
 

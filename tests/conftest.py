@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     collect_ignore = ["gpu"]  # what is there needs the hardware
 
 from mbm_kernels._core import native
+from mbm_kernels.bench import timing
 from mbm_kernels.testing import suite
 
 
@@ -19,6 +20,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_beside_the_interpreter(request):
+    """It has one thread; others would spin between its steps, for half as much time again."""
+    interpreted = "triton" in request.node.nodeid and not torch.cuda.is_available()
+    with timing.threads(1 if interpreted else torch.get_num_threads()):
+        yield
 
 
 @pytest.fixture(params=native.isas())

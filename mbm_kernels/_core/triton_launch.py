@@ -8,8 +8,8 @@ Configurations are package data, `ops/<op>/launch.json`, one list for each kerne
                              "source": "measured on <device>, <date>" or "estimated: <why>"}]}}
 
 The first entry whose `where` and `dtypes` hold is the one that runs; one without either always
-holds. `max_registers` is for NVIDIA and may be left out. With MBM_AUTOTUNE=1 every entry is timed,
-once for each set of sizes, and the fastest runs.
+holds. `max_registers` is for NVIDIA and may be left out. With MBM_AUTOTUNE=1 every entry that the
+dtype allows is timed, once for each set of sizes, on copies of the tensors, and the fastest runs.
 
 An op with several ways lists them beside "kernels", with the same conditions (`read_choices`):
 
@@ -235,10 +235,13 @@ class Kernel:
         dtype: torch.dtype,
         sizes: dict[str, int],
         cooperative: bool = False,
+        allocated_by: Sequence[str] = (),
         **constexprs: Any,
     ) -> None:
         """Launches over grid(constants), on the device of the first tensor among `args`.
 
+        `allocated_by`: constants of `config` that sizes of the tensors were computed from, so that
+        MBM_AUTOTUNE tries no entry with others.
         `cooperative`: its programs wait for one another, so all of them run at once or the launch
         fails; never timed by MBM_AUTOTUNE, since what they count by holds for one run.
         """
@@ -255,7 +258,7 @@ class Kernel:
             constexprs = {**constexprs, "launch_cooperative_grid": True}
         with torch.cuda.device(device):
             if env.autotune() and not cooperative:
-                config = self._tuned(config, grid, args, constexprs, dtype, sizes)
+                config = self._tuned(config, grid, args, constexprs, dtype, sizes, allocated_by)
             self._run(config, grid, args, constexprs)
 
     def _run(
@@ -280,20 +283,37 @@ class Kernel:
         constexprs: dict[str, Any],
         dtype: torch.dtype,
         sizes: dict[str, int],
+        allocated_by: Sequence[str],
     ) -> Config:
-        key = (dtype, *sizes.values())
-        if key not in self._fastest:
-            from triton.testing import do_bench
+        fixed = {name: dict(default.constants)[name] for name in allocated_by}
+        key = (dtype, *sizes.values(), *constexprs.items(), *fixed.values())
+        if key in self._fastest or torch.cuda.is_current_stream_capturing():
+            return self._fastest.get(key, default)
+        from triton.testing import do_bench
 
-            named = str(dtype).removeprefix("torch.")
-            tried = [c for c in self.configs if not c.dtypes or named in c.dtypes]
-            times = {}
-            for config in tried:
-                times[config] = do_bench(
-                    functools.partial(self._run, config, grid, args, constexprs), return_mode="min"
-                )
-            self._fastest[key] = min(times, key=times.__getitem__) if times else default
+        named = str(dtype).removeprefix("torch.")
+        args = [
+            _copy(a) if isinstance(a, Tensor) else a for a in args
+        ]  # some kernels work in place
+        times = {}
+        for config in self.configs:
+            if (config.dtypes and named not in config.dtypes) or not (
+                fixed.items() <= dict(config.constants).items()
+            ):
+                continue
+            run = functools.partial(self._run, config, grid, args, constexprs)
+            try:
+                times[config] = do_bench(run, return_mode="min")
+            except Exception:  # it asks for more than the device has, which only compiling tells
+                continue
+        self._fastest[key] = min(times, key=times.__getitem__) if times else default
         return self._fastest[key]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """With all of its memory, so that any strides hold."""
+    storage = x.untyped_storage().clone()
+    return x.new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())  # type: ignore[call-overload]
 
 
 @functools.cache

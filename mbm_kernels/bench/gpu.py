@@ -3,11 +3,15 @@
 Each form is timed as it is called (host overhead included where the device waits for it) and, where
 it can be captured, as a replayed CUDA graph; each with the inputs in the L2 cache ("hot": calls in
 a row) and without ("cold": the cache is overwritten before each call).
+
+Some failures stay with a process: a fault in a kernel, and before torch 2.12 a capture that breaks
+off. `lasting` finds them; measuring goes on in another process (gpu_check.py).
 """
 
 import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -26,7 +30,7 @@ from mbm_kernels.bench.benchmark import (
     watch,
 )
 from mbm_kernels.bench.correct import WrongResult, check
-from mbm_kernels.bench.harness import MBM, backend_name, compile_fails
+from mbm_kernels.bench.harness import MBM, backend_name, call_fails
 from mbm_kernels.bench.limits import Limits, Work
 from mbm_kernels.bench.results import Row
 from mbm_kernels.bench.statistics import Summary, paired_ratio
@@ -61,22 +65,43 @@ def run(
     benchmark: Benchmark,
     cases: Sequence[Case],
     settings: GpuSettings,
-    started: Callable[[str], None] = lambda what: None,
+    device: torch.device | None = None,
 ) -> Iterator[Row]:
     """The rows as they come; a row with `wrong` or `failed` has no times.
 
     A model's operations take `settings.backend` too, since no table names it before a measurement.
+
+    Raises:
+        LastingError: after the row whose failure stays with this process.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = device or torch.device("cuda", torch.cuda.current_device())
     for case in cases:
         for which in case.passes:
             for dtype in settings.dtypes:
-                started(f"{benchmark.op} {case.label} {which} {dtype}")
                 with dispatch.preferring(settings.backend):
                     rows = list(_rows(benchmark, case, which, dtype, device, settings))
                 yield from rows
                 gc.collect()
-                torch.cuda.empty_cache()
+                if reason := lasting():
+                    raise LastingError(reason)
+
+
+class LastingError(RuntimeError):
+    """This process can use its device no more."""
+
+
+def lasting() -> str | None:
+    """What would fail every row to come, after freeing what the last one left."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def _rows(
@@ -100,23 +125,35 @@ def _rows(
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
-        watched = watch(benchmark, case, which, settings.backend, place)
-        backends = watched.backends
-        head |= {
-            "backend": backend_name(benchmark.op, backends),
-            "backends": backends,
-            "dispatch_sizes": watched.sizes.get(benchmark.op, {}),
-        }
-        shares = check(benchmark, case, which, backends.get(benchmark.op, settings.backend), place)
-        head["error_of_budget"] = max(shares.values(), default=0.0)
-        calls, unavailable = _calls(benchmark, case, which, place, settings)
+        for row in _measured(benchmark, case, which, dtype, place, settings, head):
+            yield head | row
     except WrongResult as error:
         yield head | {"wrong": str(error)}
-        return
-    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+    except Exception as error:  # of torch, triton, a compiler or the driver
         # A row that cannot run says why; the rows after it are measured all the same.
-        yield head | {"failed": f"{type(error).__name__}: {str(error).strip()[:300]}"}
-        return
+        yield head | {"failed": _reason(error)}
+
+
+def _measured(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    dtype: str,
+    place: Callable[[Inputs], Inputs],
+    settings: GpuSettings,
+    head: Row,
+) -> Iterator[Row]:
+    """Rows without their `head`, which learns here by what they were computed."""
+    watched = watch(benchmark, case, which, settings.backend, place)
+    backends = watched.backends
+    head |= {
+        "backend": backend_name(benchmark.op, backends),
+        "backends": backends,
+        "dispatch_sizes": watched.sizes.get(benchmark.op, {}),
+    }
+    shares = check(benchmark, case, which, backends.get(benchmark.op, settings.backend), place)
+    head["error_of_budget"] = max(shares.values(), default=0.0)
+    calls, unavailable = _calls(benchmark, case, which, place, settings)
     called = {name: call for name, call in calls.items() if GRAPH not in name}
     peaks = {
         "peak_extra_bytes": {name: _peak_extra_bytes(call) for name, call in called.items()},
@@ -126,7 +163,7 @@ def _rows(
         times = timing.interleave(
             calls, settings.seconds, min_rounds=settings.min_rounds, sampler=sampler
         )
-        row = head | _summary(times, unavailable) | {"l2": l2} | peaks
+        row = _summary(times, unavailable) | {"l2": l2} | peaks
         if benchmark.work is not None:
             row["limit"] = _share(benchmark.work(case, which), row["mbm_ms"], dtype)
         yield row
@@ -180,14 +217,14 @@ def _calls(
         if form.compile and not settings.compile:
             continue
         prepared: Prepared = prepare(form, inputs, diff)
-        if form.compile and (reason := compile_fails(prepared, which)):
+        if name != MBM and (reason := call_fails(prepared, which)):
             unavailable[name] = reason
             continue
         calls[name] = prepared.call(which)
         try:
             calls[name + GRAPH] = captured(calls[name])
-        except RuntimeError as error:
-            unavailable[name + GRAPH] = str(error).strip().splitlines()[0][:200]
+        except Exception as error:  # as above; a form without a graph is timed as it is called
+            unavailable[name + GRAPH] = _reason(error)
     return calls, unavailable
 
 
@@ -195,24 +232,42 @@ def captured(call: timing.Call) -> timing.Call:
     """The call as a CUDA graph's replay.
 
     Raises:
-        RuntimeError: when it synchronises or does what else a capture forbids.
+        RuntimeError: when it synchronises or does what else a capture forbids; what synchronises is
+            found before the capture, which would not leave the process as it was.
     """
+    current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+        with no_synchronisation():
+            call()
+    current.wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()  # the graph writes these outputs at every replay
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()  # the graph writes these outputs at every replay
+    finally:
+        torch.cuda.set_stream(current)  # which a capture that fails at its end leaves changed
 
     def replay() -> object:
         graph.replay()
         return kept
 
     return replay
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Within it torch raises a RuntimeError where it would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def hot_sample(call: timing.Call, loops: int) -> float:

@@ -102,7 +102,7 @@ def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -
     failed: dict[str, str] = {}
     for name, form in {MBM: benchmark.mbm(settings.backend), **forms}.items():
         prepared[name] = prepare(form, inputs, diff)
-        if form.compile and (reason := compile_fails(prepared[name], which)):
+        if form.compile and (reason := call_fails(prepared[name], which)):
             failed[name] = reason
             del prepared[name]
     calls = {name: p.call(which) for name, p in prepared.items()}
@@ -147,13 +147,14 @@ def backend_name(op: str, backends: dict[str, str]) -> str:
     return backends.get(op) or "+".join(sorted(set(backends.values()))) or "none"
 
 
-def compile_fails(prepared: Prepared, which: str) -> str | None:
-    """Compiles by a first call; the reason in a line where torch.compile cannot."""
+def call_fails(prepared: Prepared, which: str) -> str | None:
+    """Makes a first call, which compiles what there is to compile; why it fails, in a line."""
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:
         prepared.call(which)()
     except Exception as error:  # Dynamo and Inductor raise their own kinds, and compilers fail
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first[:200]}"
     return None
 
 

@@ -70,7 +70,10 @@ def print_table(rows: Sequence[Sequence[str]], model: GpuModel) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"PREDICTED, not measured: least time on {model.name} ({model.source})"
+    title = (
+        f"PREDICTED, not measured: least time on {model.name}, a bound without launches and latency"
+        f"\n({model.source})"
+    )
     table = Table("operation, case, pass", "dtype", "least µs", "bound by", "busy", title=title)
     for row in rows:
         table.add_row(*row)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import native
+from mbm_kernels._core import autocast, native
 from mbm_kernels.ops.linear_topk import linear_topk
 
 if TYPE_CHECKING:
@@ -135,8 +135,7 @@ _tables: weakref.WeakKeyDictionary[Captioner, _Kept] = weakref.WeakKeyDictionary
 def word_table(model: Captioner) -> Tensor:
     """join_input's product with the embedding of each word, [V, H]; kept until a weight changes."""
     words, weight = model.embedding.weight, model.join_input.weight
-    device = words.device.type
-    version = None if torch.is_autocast_enabled(device) else version_of(words, weight)
+    version = None if autocast.enabled(words.device) else version_of(words, weight)
     kept = _tables.get(model)
     if kept is not None and kept.version == version:
         return kept.table

@@ -150,7 +150,7 @@ class OpSuite:
         """Gradients of sum(output * grad) by the names in `diff`; lists become name[i]."""
         inputs, leaves = with_leaves(inputs, self.diff)
         outputs = run(inputs)
-        pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+        pairs = [(o, g.to(o)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         found = torch.autograd.grad(
             [o for o, _ in pairs],
             list(leaves.values()),

@@ -21,7 +21,7 @@ def fwd(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     scores = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1)) @ v
-    attend = attend_mask(mask, key_lengths, key.size(1))
+    attend = attend_mask(mask, key_lengths, key.size(1), key.device)
     if attend is None:
         weights = torch.softmax(scores, -1)
     else:

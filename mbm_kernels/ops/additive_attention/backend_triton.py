@@ -50,6 +50,7 @@ class _Call:
             *(self.query, self.key, self.v, self.lengths, query_factors, key_factors, direct),
             *(self.T, self.S, self.D),
             *(*self.query.stride(), *self.key.stride(), self.v.stride(0)),
+            allocated_by=("BLOCK_D",),
             ROWS_FIRST=rows_first,
         )
         return query_factors, key_factors, direct
@@ -150,6 +151,7 @@ def _grad_terms(
         *(by_query, by_key, by_v, B, T, S, D),
         *(*call.query.stride(), *call.key.stride(), call.v.stride(0)),
         factors[2].size(1),
+        allocated_by=("SPLIT",),
         BLOCKS=power_of_two(factors[2].size(1)),
     )
     return by_query[0] if parts == 1 else by_query.sum(0), by_key, by_v.sum((0, 1))

@@ -81,6 +81,7 @@ class _Call:
             lambda _: (parts,),
             *(products, self.scale, *by_row, *partial),
             *(count, self.B, rows.start, products.stride(0)),
+            allocated_by=("BLOCK_R",),
         )
         self.launch(
             "infonce_columns",

@@ -25,7 +25,7 @@ def fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = empty_saved(query, key, value, need_weights, save)  # autograd keeps its own
-    attend, added = _masks(key_lengths, mask, key.size(2))
+    attend, added = _masks(key_lengths, mask, key)
     if need_weights is None:
         # SDPA gives 0, and gradients of 0, for a row that is masked throughout.
         masks = attend if added is None else added
@@ -44,18 +44,19 @@ def fwd(
 
 
 def _masks(
-    key_lengths: Tensor | None, mask: Tensor | None, positions: int
+    key_lengths: Tensor | None, mask: Tensor | None, key: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """One mask out of two, four-dimensional: bool (True = attend) or floating (added)."""
+    where = (key.size(2), key.device)
     if mask is not None:
         mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
         if mask.dtype == torch.bool:
-            return attend_mask(mask, key_lengths, positions), None
-        inside = attend_mask(None, key_lengths, positions)
+            return attend_mask(mask, key_lengths, *where), None
+        inside = attend_mask(None, key_lengths, *where)
         if inside is None:
             return None, mask
-        return None, torch.where(inside.to(mask.device)[:, None], mask, -torch.inf)
-    inside = attend_mask(None, key_lengths, positions)
+        return None, torch.where(inside[:, None], mask, -torch.inf)
+    inside = attend_mask(None, key_lengths, *where)
     return (None if inside is None else inside[:, None]), None
 
 
