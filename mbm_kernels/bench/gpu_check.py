@@ -35,6 +35,7 @@ TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
 CONV = "tests/test_conv_bias_act_triton.py"
 MORE_TESTS = {
     "captioner": (["tests/gpu/test_decode_graph.py"],),
+    "linear_topk": (["tests/test_linear_topk_beams.py"],),
     "conv_bias_act": ([CONV, "-k", "test_every_way"], [CONV, "-k", "not test_every_way"]),
 }
 

@@ -19,12 +19,16 @@ class StaticCase:
     name: str
     inputs: Callable[[torch.dtype], dict[str, Any]]
     backward: bool = True
+    function: str = "fwd"  # another of the backend's takes `inputs` by name
 
     def record(self, dtype: torch.dtype) -> list[triton_launch.Launch]:
         """The launches of the forward and, for every gradient, of the backward."""
         with triton_launch.record() as launches:
             op, backend = OPS[self.op], dispatch.load_backend(self.op, "triton")
             inputs = self.inputs(dtype)
+            if self.function != "fwd":
+                getattr(backend, self.function)(**inputs)
+                return launches
             outputs = as_tuple(backend.fwd(*(inputs[name] for name in op.inputs)))
             if self.backward:
                 named = {**inputs, **dict(zip(op.outputs, outputs, strict=True))}
@@ -81,6 +85,21 @@ def _linear_topk(R: int, k: int) -> Callable[[torch.dtype], dict[str, Any]]:
             "weight": empty(10000, 512, dtype=dtype),
             "bias": empty(10000, dtype=dtype),
             "k": k,
+        }
+
+    return inputs
+
+
+def _select(B: int, K: int) -> Callable[[torch.dtype], dict[str, Any]]:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "done": empty(B, K, dtype=torch.bool),
+            "length": empty(B, K, dtype=torch.int64),
+            "score": empty(B, K, dtype=torch.float32),
+            "values": empty(B, K, K, dtype=dtype),
+            "ids": empty(B, K, K, dtype=torch.int64),
+            "state": empty(B, K, 512, dtype=dtype),
+            "eos_id": 2,
         }
 
     return inputs
@@ -249,6 +268,8 @@ CASES = (
     StaticCase("linear_topk", "64 greedy", _linear_topk(64, 1), backward=False),
     StaticCase("linear_topk", "64 beam 5", _linear_topk(320, 5), backward=False),
     StaticCase("linear_topk", "64 beam 8", _linear_topk(512, 8), backward=False),
+    StaticCase("linear_topk", "64 beam 5, selection", _select(64, 5), function="select"),
+    StaticCase("linear_topk", "64 beam 8, selection", _select(64, 8), function="select"),
     StaticCase("concat_linear", "B64 T20, shared", _concat_linear((64, 20), (64, 1))),
     StaticCase("concat_linear", "B64 T20, both", _concat_linear((64, 20), (64, 20))),
     StaticCase("contrastive_loss", "infonce", _contrastive_loss("infonce")),

@@ -16,6 +16,7 @@ from torch import Tensor
 from mbm_kernels.models import decode_graph
 from mbm_kernels.models.decode_graph import Trace, stacked
 from mbm_kernels.models.decoding import Decoder, decoder_for
+from mbm_kernels.ops.linear_topk.beams import select
 
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner, EncodedImages
@@ -61,30 +62,16 @@ class Beam:
 
     def __init__(self, model: Captioner, beam: int) -> None:
         self.beam, self.eos_id = beam, model.eos_id
-        self.continuations = min(beam, model.vocab_size)
+        self.classes = model.vocab_size
+        self.continuations = min(beam, self.classes)
 
     def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]:
-        k, done = self.continuations, carry.done
-        found = decoder(carry.last, carry.state, k)
-        over = done[..., None]
-        # A finished hypothesis has one continuation, itself.
-        ended = found.values.new_full((k,), -torch.inf)
-        ended[:1] = 0.0
-        total = carry.score[..., None] + torch.where(over, ended, found.values)  # [B, K, k]
-        ids = found.ids.masked_fill(over, self.eos_id)
-        lengths = carry.length + ~done
-        ranked = (total / lengths[..., None]).flatten(1)
-        order = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : self.beam]
-        parent = order // k
-        last = ids.flatten(1).gather(1, order)
-        carry = Carry(
-            last,
-            done.gather(1, parent) | (last == self.eos_id),
-            lengths.gather(1, parent),
-            total.flatten(1).gather(1, order),
-            _pick(found.state, parent),
+        found = decoder(carry.last, carry.state, self.continuations)
+        before = (carry.done, carry.length, carry.score)
+        *kept, parent = select(
+            before, found.values, found.ids, found.state, self.eos_id, self.classes
         )
-        return carry, Trace(last, parent, found.weights)
+        return Carry(*kept), Trace(kept[0], parent, found.weights)
 
 
 def start(model: Captioner, encoded: EncodedImages, beam: int) -> Carry:
@@ -158,8 +145,3 @@ def _best(carry: Carry, trace: Trace, want_weights: bool) -> tuple[list[list[int
     index = torch.stack(path[:-1]).to(trace.weights.device)[..., None]
     index = index.expand(-1, -1, -1, trace.weights.shape[-1])  # [T, B, 1, S]
     return rows, list(trace.weights.gather(2, index)[:, :, 0].unbind(1))
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` [B, J] of x [B, K, ...] along its second dimension."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

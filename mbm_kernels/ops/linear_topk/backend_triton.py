@@ -1,4 +1,4 @@
-"""Two Triton kernels: a product whose tiles keep k candidates of each row, and their merging."""
+"""Triton kernels: a product whose tiles keep k candidates of each row, their merging, and beams."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import triton_launch
-from mbm_kernels._core.triton_launch import ceil_div
+from mbm_kernels._core.triton_launch import ceil_div, power_of_two
 from mbm_kernels.ops.linear_topk import gradient
 
 TILE = 128  # classes; what is kept has this shape whatever the configuration
@@ -48,6 +48,40 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Te
         K=k,
     )
     return values, ids
+
+
+def select(
+    done: Tensor,
+    length: Tensor,
+    score: Tensor,
+    values: Tensor,
+    ids: Tensor,
+    state: Tensor,
+    eos_id: int,
+) -> tuple[Tensor, ...]:
+    """As beams.by_torch, in one launch; score is float32."""
+    B, K, k = values.shape
+    H = state.size(-1)
+    made = (
+        torch.empty_like(length),
+        torch.empty_like(done),
+        torch.empty_like(length),
+        torch.empty_like(score),
+        state.new_empty(B, K, H),
+        torch.empty_like(length),
+    )
+    given = (done, length, score, values, ids, state)
+    triton_launch.kernel("linear_topk", "select")(
+        lambda _: (B, K),
+        *(x.contiguous() for x in given),
+        *(*made, H, eos_id),
+        dtype=values.dtype,
+        sizes={"R": B * K, "H": H, "k": k},
+        BEAM=K,
+        K=k,
+        CANDIDATES=power_of_two(K * k),
+    )
+    return made
 
 
 def bwd(

@@ -116,3 +116,48 @@ def merge(
         value = (logit_of(bound) - top) - log_total
         tl.store(values + r * K + j, triton_math.rounded(value, values.dtype.element_ty))
         tl.store(ids + r * K + j, class_of(bound))
+
+
+@triton.jit
+def select(
+    done, length, score,  # bool, int64, float32 [B, BEAM]
+    values, ids,  # [B, BEAM, K], ids int64
+    state,  # [B, BEAM, H]
+    new_last, new_done, new_length, new_score, new_state, parents,  # as above, int64 words, parents
+    H, eos,
+    BEAM: tl.constexpr, K: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_H: tl.constexpr,
+):
+    """One hypothesis of one picture: of its BEAM K candidates the one that so many come before."""
+    b = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1)
+    c = tl.arange(0, CANDIDATES)
+    inside = c < BEAM * K
+    at = b * BEAM + c // K
+    over = tl.load(done + at, inside, 0) != 0
+    value = tl.load(values + b * BEAM * K + c, inside, 0.0).to(tl.float32)
+    value = tl.where(over, tl.where(c % K == 0, 0.0, -float("inf")), value)
+    total = tl.load(score + at, inside, 0.0) + value
+    tokens = tl.load(length + at, inside, 1) + tl.where(over, 0, 1)
+    # Rounded to nearest: candidates tie where torch's do.
+    per_token = tl.div_rn(total, tokens.to(tl.float32))
+    key = tl.where(inside, as_key(per_token, c), NO_CANDIDATE)
+    best = tl.max(key, 0)
+    for _ in range(place):
+        key = tl.where(key == best, NO_CANDIDATE, key)
+        best = tl.max(key, 0)
+    chosen = class_of(best).to(tl.int32)
+    mine = c == chosen
+    word = tl.load(ids + b * BEAM * K + c, inside, 0)
+    last = tl.sum(tl.where(mine, tl.where(over, eos, word), 0), 0)
+    ended = tl.sum(tl.where(mine & over, 1, 0), 0)
+    parent = chosen // K
+    to = b * BEAM + place
+    tl.store(new_last + to, last)
+    tl.store(new_done + to, (ended > 0) | (last == eos))
+    tl.store(new_length + to, tl.sum(tl.where(mine, tokens, 0), 0))
+    tl.store(new_score + to, tl.sum(tl.where(mine, total, 0.0), 0))
+    tl.store(parents + to, parent.to(tl.int64))
+    for h0 in range(0, H, BLOCK_H):
+        h = h0 + tl.arange(0, BLOCK_H)
+        x = tl.load(state + (b * BEAM + parent) * H + h, h < H)
+        tl.store(new_state + to * H + h, x, h < H)
