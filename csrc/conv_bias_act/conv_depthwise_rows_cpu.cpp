@@ -7,7 +7,7 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int64_t kTasks = 32;  // wanted, so that threads end together
+constexpr int64_t kTasks = 8;  // of a thread, wanted, so that threads end together
 // Of x and y together: more than the last cache holds, so that a reader of y finds nothing there.
 constexpr int64_t kStreamBytes = 32 << 20;
 constexpr int64_t kParts = 16;
@@ -33,6 +33,25 @@ void touch_rows(const ConvMap<const float>& x, const ConvSizes& s, int64_t b, in
                 int64_t to) {
   for (int64_t y = from; y < to; ++y) touch(x.at(b, 0, y, 0), (s.X - 1) * x.x + s.C);
 }
+
+// Fetches memory into L2 in its own order, a share with each tile.
+class Ahead {
+ public:
+  Ahead(const float* from, const float* end, int64_t tiles)
+      : at_(reinterpret_cast<const char*>(from)),
+        end_(reinterpret_cast<const char*>(end)),
+        share_(((end_ - at_) / tiles + kLine - 1) / kLine * kLine) {}
+
+  void fetch() {
+    const char* end = std::min(end_, at_ + share_);
+    for (; at_ < end; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_, *end_;
+  int64_t share_;
+};
 
 struct DepthwiseTile {
   const float* x;       // column 0 of the tile, first row of inputs
@@ -127,6 +146,8 @@ class DepthwiseRows {
     streams_ = in_place_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
                reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
                4 * floats >= kStreamBytes;
+    // Strides take so much of x for a tile that fetching it meanwhile holds the tile up.
+    fetches_ = s_.stride_y == 1 && s_.stride_x == 1 && args.x.y == s_.X * args.x.x;
   }
 
   int64_t pairs() const { return pool_ ? s_.out_y : (s_.conv_y + 1) / 2; }
@@ -134,28 +155,34 @@ class DepthwiseRows {
   // Pairs of rows [first, last) of the convolution of image b.
   void pairs(int64_t b, int64_t first, int64_t last) const {
     const int64_t pool = pool_ ? 2 : 1, width = pool_ ? 2 * s_.out_x : s_.conv_x;
+    const int64_t tiles = (width + kWidth - 1) / kWidth * ((s_.K + kLanes - 1) / kLanes);
     const Scratch memory(sizeof(float) * (2 * kWidth * kLanes + staged_floats(2, kWidth)));
     float* sums = memory.as<float>();
     float* staged = sums + 2 * kWidth * kLanes;
     for (int64_t y = 2 * first; y < 2 * last; y += 2) {
-      touch_rows(args_.x, s_, b, y == 2 * first ? first_row(y) : end_row(y - 1), end_row(y + 1));
+      const int64_t met = end_row(y + 1);
+      const int64_t next = fetches_ && y + 2 < 2 * last ? end_row(y + 3) : met;
+      if (y == 2 * first || !fetches_)
+        touch_rows(args_.x, s_, b, y == 2 * first ? first_row(y) : end_row(y - 1), met);
+      Ahead ahead(args_.x.at(b, 0, met, 0), args_.x.at(b, 0, next, 0), tiles);
       for (int64_t x = 0; x < width; x += kWidth) {
         const int64_t end_y = std::min(s_.conv_y, y + 2), end_x = std::min(s_.conv_x, x + kWidth);
-        DepthwiseTile t = tile(y, end_y, x, end_x);
+        DepthwiseTile t = tile(b, y, end_y, x, end_x);
+        if (!in_place_) t.out = sums;
+        const DepthwiseTileFn whole = function(t, false), part = function(t, true);
         for (int64_t k = 0; k < s_.K; k += kLanes) {
           t.n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - k));
-          t.x = args_.x.at(b, k, first_row(y), x * s_.stride_x - s_.left);
-          t.weights = args_.packed + k * s_.R * s_.S;
+          ahead.fetch();
+          (t.n == kLanes ? whole : part)(t);
+          t.x += kLanes;
+          t.weights += kLanes * s_.R * s_.S;
           if (in_place_) {
-            t.bias = args_.bias ? args_.bias + k : nullptr;
-            t.out = args_.y.at(b, k, y, x);
+            t.out += kLanes;
+            if (t.bias) t.bias += kLanes;
           } else {
-            t.out = sums;
+            finish(args_, b, k, t.n, {sums, kWidth * kLanes, kLanes, y, x}, end_y, end_x, y / pool,
+                   end_y / pool, x / pool, std::min(s_.out_x, end_x / pool), staged);
           }
-          run(t);
-          if (in_place_) continue;
-          finish(args_, b, k, t.n, {sums, kWidth * kLanes, kLanes, y, x}, end_y, end_x, y / pool,
-                 end_y / pool, x / pool, std::min(s_.out_x, end_x / pool), staged);
         }
       }
     }
@@ -172,11 +199,17 @@ class DepthwiseRows {
     return std::clamp<int64_t>(y * s_.stride_y - s_.top + s_.R, 0, s_.Y);
   }
 
-  // What the blocks of channels have in common.
-  DepthwiseTile tile(int64_t y, int64_t end_y, int64_t x, int64_t end_x) const {
+  // Of the first block of channels.
+  DepthwiseTile tile(int64_t b, int64_t y, int64_t end_y, int64_t x, int64_t end_x) const {
     const int64_t left = x * s_.stride_x - s_.left;
     const int64_t bottom = (end_y - 1) * s_.stride_y - s_.top + s_.R;
     DepthwiseTile t{};
+    t.x = args_.x.at(b, 0, first_row(y), left);
+    t.weights = args_.packed;
+    if (in_place_) {
+      t.bias = args_.bias;
+      t.out = args_.y.at(b, 0, y, x);
+    }
     t.row = args_.x.y;
     t.column = args_.x.x;
     t.rows = static_cast<int>(std::min(s_.Y, bottom) - first_row(y));
@@ -194,17 +227,17 @@ class DepthwiseRows {
     return t;
   }
 
-  void run(const DepthwiseTile& t) const {
+  DepthwiseTileFn function(const DepthwiseTile& t, bool part) const {
     const bool half = t.pixels <= kWidth / 2;
     const int pixels = half ? kWidth / 2 : kWidth;
     const int64_t columns = (pixels - 1) * s_.stride_x + s_.S;
-    const bool edge = t.first > 0 || t.last < columns || t.n < kLanes || t.pixels < pixels;
-    tile_for(s_.S, s_.stride_x, half, edge)(t);
+    const bool edge = part || t.first > 0 || t.last < columns || t.pixels < pixels;
+    return tile_for(s_.S, s_.stride_x, half, edge);
   }
 
   const ConvForward& args_;
   const ConvSizes& s_;
-  bool pool_, in_place_, streams_;
+  bool pool_, in_place_, streams_, fetches_;
 };
 
 // Kernel rows [first, last) that meet the picture in row y of the convolution.
@@ -338,7 +371,8 @@ bool depthwise_rows_fit(const ConvForward& args) {
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   const DepthwiseRows rows(args);
-  const int64_t pairs = rows.pairs(), size = std::clamp<int64_t>(s.B * pairs / kTasks, 1, pairs);
+  const int64_t pairs = rows.pairs(), wanted = s.B * pairs / (kTasks * num_threads);
+  const int64_t size = std::clamp<int64_t>(wanted, std::min<int64_t>(2, pairs), pairs);
   const int64_t cuts = (pairs + size - 1) / size;
   const int64_t work = s.B * s.K * s.conv_y * s.conv_x * s.R * s.S;
   // Below half a million multiply-adds a second thread costs more than it brings.
