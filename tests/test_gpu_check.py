@@ -19,7 +19,7 @@ from mbm_kernels.bench.gpu_processes import Clock, Failure, measure, run_all
 from mbm_kernels.bench.limits import Limits
 from mbm_kernels.testing.suite import flat_tensors, placed, with_leaves
 
-from .gpu.test_on_hardware import suite_of
+from .gpu import test_on_hardware as hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = cli.load(ROOT / "benchmarks")
@@ -221,7 +221,7 @@ def test_gpu_cases_stay_on_their_device(measured):
 @pytest.mark.parametrize("op", OPS)
 def test_the_yardstick_stays_on_its_device(op):
     """Every case of the common tests by the torch backend; lengths stay on the CPU."""
-    suite = suite_of(op)
+    suite = hardware.suite_of(op)
     for case in (*suite.cases, *suite.edge_cases):
         given = placed(suite.inputs(case, torch.float32), torch.device("meta"))
         inputs, leaves = with_leaves(given, suite.diff)
@@ -234,3 +234,20 @@ def test_the_yardstick_stays_on_its_device(op):
         )
         found = flat_tensors({"outputs": outputs, "grads": grads})
         assert all(x.is_meta for x in found), case
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in dispatch._tables[op].backends])
+def test_triton_hardware_tests_run(op, monkeypatch):
+    """What they share, with the interpreter in place of a GPU; lengths are where tensors are."""
+    pytest.importorskip("triton")
+    suite = hardware.suite_of(op)
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "DEVICE", torch.device("cpu"))
+        patch.setattr(type(suite), "cases", suite.cases[:1])
+        hardware.test_runs_agree_to_the_bit(op, "triton", torch.bfloat16, patch)
+    monkeypatch.setattr(hardware, "DEVICE", torch.device("meta"))
+    for case in suite.cases:
+        inputs = hardware.on_device(suite, case, torch.float32)
+        assert all(x.is_meta for x in flat_tensors(inputs))
+        found = hardware.call_and_gradients(suite, inputs, "torch")
+        assert all(x.is_meta for x in found)

@@ -10,8 +10,13 @@ DEVICE = torch.device("cuda", 0)
 TRITON = dispatch.why_not("linear_topk", "triton", DEVICE, torch.float32) is None
 
 
-@pytest.fixture(params=["torch", "triton"] if TRITON else ["torch"])
+@pytest.fixture(params=["torch", "triton", "everything by triton"] if TRITON else ["torch"])
 def vocabulary(request):
+    """The backend of linear_topk and of the selection of beams, or of every operation."""
+    if request.param == "everything by triton":
+        with dispatch.preferring("triton"):
+            yield
+        return
     dispatch.set_backend(request.param, op="linear_topk")
     yield
     dispatch.set_backend("auto")

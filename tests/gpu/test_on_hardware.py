@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mbm_kernels._core import dispatch
-from mbm_kernels._core.op import OPS
-from mbm_kernels.testing.suite import OpSuite, flat_tensors, placed
+from mbm_kernels._core.op import OPS, as_tuple
+from mbm_kernels.bench.gpu import no_synchronisation
+from mbm_kernels.testing.suite import LENGTHS, OpSuite, flat_tensors, placed, with_leaves
 
 DEVICE = torch.device("cuda")
 
@@ -32,7 +33,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def on_device(suite: OpSuite, case, dtype, seed=0):
-    return placed(suite.inputs(case, dtype, seed), DEVICE)
+    """Lengths too: from the CPU they would be copied, which waits and cannot be captured."""
+    inputs = placed(suite.inputs(case, dtype, seed), DEVICE)
+    given = {n: inputs[n].to(DEVICE) for n in LENGTHS if inputs.get(n) is not None}
+    return {**inputs, **given}
 
 
 def call(suite: OpSuite, inputs, backend):
@@ -41,15 +45,26 @@ def call(suite: OpSuite, inputs, backend):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def call_and_gradients(suite: OpSuite, inputs, backend):
+    given, leaves = with_leaves(inputs, suite.diff)
+    outputs = as_tuple(type(suite).function(**given, backend=backend))
+    made = [o for o in outputs if o.requires_grad]
+    ones = [torch.ones_like(o) for o in made]
+    found = torch.autograd.grad(made, list(leaves.values()), ones, allow_unused=True)
+    return (*(o.detach() for o in outputs), *(g for g in found if g is not None))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "backend"), PAIRS)
-def test_runs_agree_to_the_bit(op, backend, dtype):
+def test_runs_agree_to_the_bit(op, backend, dtype, monkeypatch):
+    """Gradients too; of cuDNN's convolutions those that are deterministic."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     suite = suite_of(op)
     for case in suite.cases[:3]:
         inputs = on_device(suite, case, dtype)
-        first = call(suite, inputs, backend)
+        first = call_and_gradients(suite, inputs, backend)
         for _ in range(3):
-            for a, b in zip(call(suite, inputs, backend), first, strict=True):
+            for a, b in zip(call_and_gradients(suite, inputs, backend), first, strict=True):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), case
 
 
@@ -96,9 +111,6 @@ def test_a_call_does_not_wait_for_the_device(op, backend):
     """No host synchronisation in forward or backward."""
     suite = suite_of(op)
     inputs = on_device(suite, suite.cases[0], torch.float32)
-    call(suite, inputs, backend)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call(suite, inputs, backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    call_and_gradients(suite, inputs, backend)  # compiles
+    with no_synchronisation():
+        call_and_gradients(suite, inputs, backend)
