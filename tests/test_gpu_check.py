@@ -118,8 +118,9 @@ def test_tasks_are_the_quick_cases_of_each_benchmark():
     some = gpu_check.tasks(BENCHMARKS, whole=False)
     assert set(some) < set(every)
     assert {t.dtype for t in some} == {"bfloat16"}
-    models = [t.op not in OPS for t in some]
-    assert models == sorted(models)
+    assert set(gpu_check.GOALS) <= {t.op for t in some}
+    goals = [t.op in gpu_check.GOALS for t in some]
+    assert goals == sorted(goals, reverse=True)
     for t in every:
         (benchmark,) = (b for b in BENCHMARKS if b.op == t.op)
         (case,) = (c for c in benchmark.gpu_cases if c.label == t.case)

@@ -5,6 +5,7 @@ import torch
 
 import mbm_kernels
 from mbm_kernels._core import dispatch
+from mbm_kernels.models import Captioner
 from mbm_kernels.ops.linear_topk import beams
 from mbm_kernels.testing.suite import device_of
 
@@ -54,7 +55,7 @@ def check(given):
 
 
 @pytest.fixture(autouse=True)
-def by_the_kernel(monkeypatch):
+def by_the_kernel():
     mbm_kernels.set_backend("triton", op="linear_topk")
     yield
     mbm_kernels.set_backend("auto")
@@ -67,7 +68,7 @@ def test_triton_selects_as_torch(shape, dtype, levels):
     check(make(shape, dtype, levels))
 
 
-def test_triton_of_a_tie_the_earlier(monkeypatch):
+def test_triton_of_a_tie_the_earlier():
     """A stable sort's rule, which a maximum without an index would not keep."""
     before, values, ids, state = make((1, 4, 4, 8))
     done, length, score = (torch.zeros_like(before[0]), torch.ones_like(before[1]), before[2])
@@ -97,6 +98,13 @@ def test_triton_special_values():
     values[5, 3, 3] = INF
     before[0][1:] = False
     check((before, values, ids, state))
+
+
+def test_a_stock_model_takes_no_triton_kernel():
+    """It is what is compared with, and the truth in float64, which the kernel does not take."""
+    model = Captioner(20, layers="stock", image_size=16).double().eval()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    assert len(model.generate(images, 3, 2)) == 2
 
 
 def test_triton_any_strides():

@@ -16,7 +16,7 @@ from torch import Tensor
 from mbm_kernels.models import decode_graph
 from mbm_kernels.models.decode_graph import Trace, stacked
 from mbm_kernels.models.decoding import Decoder, decoder_for
-from mbm_kernels.ops.linear_topk.beams import select
+from mbm_kernels.ops.linear_topk import beams
 
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner, EncodedImages
@@ -62,15 +62,17 @@ class Beam:
 
     def __init__(self, model: Captioner, beam: int) -> None:
         self.beam, self.eos_id = beam, model.eos_id
-        self.classes = model.vocab_size
+        self.classes, self.stock = model.vocab_size, model.layers == "stock"
         self.continuations = min(beam, self.classes)
 
     def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]:
         found = decoder(carry.last, carry.state, self.continuations)
         before = (carry.done, carry.length, carry.score)
-        *kept, parent = select(
-            before, found.values, found.ids, found.state, self.eos_id, self.classes
-        )
+        words = (found.values, found.ids, found.state, self.eos_id)
+        if self.stock:
+            *kept, parent = beams.by_torch(before, *words)
+        else:
+            *kept, parent = beams.select(before, *words, self.classes)
         return Carry(*kept), Trace(kept[0], parent, found.weights)
 
 
