@@ -38,6 +38,7 @@ class TestAdditiveAttention(OpSuite):
         Case("every tanh near -1", sizes(2, 12, 49, 64, 5), {"shift": -2.5}),
         Case("every tanh near 1", sizes(2, 12, 49, 64, 5), {"shift": 2.5}),
         Case("tanh about -0.96, little spread", sizes(2, 9, 50, 64, 5), {"narrow": -1.0}),
+        Case("tanh about -0.8, long v", sizes(1, 5, 33, 96, 5), {"narrow": -0.55}),
         Case("opposite large terms", sizes(2, 4, 6, 20, 5), {"opposite": True}),
     ]
     edge_cases = [

@@ -83,6 +83,8 @@ class Forward {
       const int64_t t1 = std::min(in_.T, t0 + kQueryChunk);
       if (is_small(b, t0, t1, count)) {
         score_keys<ScoreForm::kSmall>(work, b, t0, t1, s0, s1);
+      } else if (v_.precise) {
+        score_keys<ScoreForm::kDifference>(work, b, t0, t1, s0, s1);
       } else {
         score_keys<ScoreForm::kRatio>(work, b, t0, t1, s0, s1);
       }
@@ -145,7 +147,7 @@ class Forward {
     for (int64_t s = s0; s < s1; s += keys) {
       Group group{b, t0, t1, s, std::min(s1, s + keys), work.key, work.key_magnitude};
       Ahead ahead = fetch_ahead(group, s1);
-      if (form == ScoreForm::kRatio && args_.packed_key != nullptr) {
+      if (form != ScoreForm::kSmall && args_.packed_key != nullptr) {
         const int64_t tile = b * packed_.tiles + s / kKeys;
         group.packed = args_.packed_key + packed_.at(tile);
         group.magnitudes = args_.packed_key + packed_.magnitude_at(tile);
@@ -185,12 +187,13 @@ class Forward {
         float* out = work.query + (t - t0) * query_size<form>() + i * kStep;
         const auto put = [&](int64_t pair, int half, vf x) {
           float* to = out + pair * block * kStep + half * kLanes;
-          if constexpr (form == ScoreForm::kRatio) {
+          if constexpr (form == ScoreForm::kSmall) {
+            store(to, expm1(x + x));
+          } else {
             const vf e = exp_in_range(set1(-2.0f) * x);
             store(to, e);
-            store(to + 2 * kLanes, set1(-2.0f) * v_.vector(pair, half) * e);
-          } else {
-            store(to, expm1(x + x));
+            store(to + 2 * kLanes,
+                  set1(form == ScoreForm::kRatio ? -2.0f : -1.0f) * v_.vector(pair, half) * e);
           }
         };
         work.magnitude[t - t0 + i] = pack_row(query_row(b, t + i), in_.D, padded_D_, put);

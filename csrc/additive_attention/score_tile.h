@@ -19,20 +19,23 @@ constexpr int64_t kPair = 2 * kLanes;  // d of one turn of the loop
 constexpr int kPackedV = 3;            // vectors of PackedV for each pair
 
 enum class ScoreForm {
-  kRatio,  // tanh = 1 - 2 x / (x + y), absolute accuracy: |q| + |k| <= kRatioLimit
-  kSmall   // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallScore
+  kRatio,       // tanh = 1 - 2 x / (x + y), error eps (1 - tanh): |q| + |k| <= kRatioLimit
+  kDifference,  // tanh = (y - x) / (x + y), error eps max(x, y) / (x + y): the same range
+  kSmall        // tanh = m / (m + 1), m = a y + b, relative accuracy: |q| + |k| <= kSmallScore
 };
 // Vectors of a query and of a key for each pair: x x and w x w x, or a a; y y, or y b y b.
-constexpr int query_vectors(ScoreForm form) { return form == ScoreForm::kRatio ? 4 : 2; }
-constexpr int key_vectors(ScoreForm form) { return form == ScoreForm::kRatio ? 2 : 4; }
+constexpr int query_vectors(ScoreForm form) { return form == ScoreForm::kSmall ? 2 : 4; }
+constexpr int key_vectors(ScoreForm form) { return form == ScoreForm::kSmall ? 4 : 2; }
 
 // Scores of queries x 4 keys, with one division for two d:
 //
 //   w1 x1 / d1 + w2 x2 / d2 = (w1 x1 d2 + w2 x2 d1) / (d1 d2)            d = x + y, w = -2 v
+//   n1 / d1 + n2 / d2 = (n1 d2 + n2 d1) / (d1 d2)                        n = v y + w x, w = -v
 //   v1 m1 / (m1 + 1) + v2 m2 / (m2 + 1) = (both m1 m2 + v1 m1 + v2 m2) / ((m1 + 1) (m2 + 1))
 //
 // The first leaves 3 products and the division to the multipliers and 4 additions to the adders,
 // which are other pipes: by d = x y + 1 it would be 5 and 2, 3.5 cycles where this takes 2.5.
+// The second takes 3.5 too.
 //
 // q [pairs][queries][query_vectors][kLanes], k [pairs][kKeys][key_vectors][kLanes],
 // v [pairs][both, v1, v2][kLanes] with both = v1 + v2.
@@ -67,11 +70,16 @@ inline void score_tile(const float* q, const float* k, const float* v, int64_t p
       for (int s = 0; s < kKeys; ++s) {
         const float* y = k + s * kKeyStep;
         vf term;
-        if constexpr (form == ScoreForm::kRatio) {
+        if constexpr (form != ScoreForm::kSmall) {
           const vf d1 = load(a) + load(y), d2 = load(a + kLanes) + load(y + kLanes);
-          const vf numerator = fma(load(a + 2 * kLanes), d2, load(a + 3 * kLanes) * d1);
+          vf n1 = load(a + 2 * kLanes), n2 = load(a + 3 * kLanes);
+          if constexpr (form == ScoreForm::kDifference) {
+            n1 = fma(v1, load(y), n1);
+            n2 = fma(v2, load(y + kLanes), n2);
+          }
+          term = fma(n1, d2, n2 * d1) / (d1 * d2);
           // `both` here rather than once at the end keeps the sums as small as the scores.
-          term = numerator / (d1 * d2) + both;
+          if constexpr (form == ScoreForm::kRatio) term = term + both;
         } else {
           const vf m1 = fma(load(a), load(y), load(y + kLanes));
           const vf m2 = fma(load(a + kLanes), load(y + 2 * kLanes), load(y + 3 * kLanes));
@@ -128,14 +136,13 @@ inline void sum_wide(const vf* v, float* sums) {
 }
 
 inline float score_direct(const float* q, const float* k, const float* v, int64_t D) {
-  vf acc = zero();
+  vd lanes = {};
   for (int64_t d = 0; d < D; d += kLanes)
-    acc =
-        fma(load_part(v + d, D - d), tanh(load_part(q + d, D - d) + load_part(k + d, D - d)), acc);
-  const vf rows[4] = {acc};
-  float sums[4];
-  sum_wide<4>(rows, sums);
-  return sums[0];
+    lanes += fold_halves(load_part(v + d, D - d) *
+                         tanh(load_part(q + d, D - d) + load_part(k + d, D - d)));
+  double total = 0.0;
+  for (int i = 0; i < kWide; ++i) total += lanes[i];
+  return static_cast<float>(total);
 }
 
 // Key s of a tile as score_tile takes it. Returns max |k|; where that is above kRatioLimit, what is
@@ -145,13 +152,13 @@ inline float pack_key(const float* row, int64_t D, int64_t padded_D, float* tile
   constexpr int64_t kStep = key_vectors(form) * kLanes;
   return pack_row(row, D, padded_D, [&](int64_t pair, int i, vf x) {
     float* to = tile + (pair * kKeys + s) * kStep + i * (kStep / 2);
-    if constexpr (form == ScoreForm::kRatio) {
-      store(to, exp_in_range(x + x));
-    } else {
+    if constexpr (form == ScoreForm::kSmall) {
       vf y, b;
       key_factors(x, &y, &b);
       store(to, y);
       store(to + kLanes, b);
+    } else {
+      store(to, exp_in_range(x + x));
     }
   });
 }
@@ -179,7 +186,7 @@ class PackedV {
 
   int64_t pairs;
   bool factorable;  // at most kLargestV in length
-  bool precise;     // too long for an error of eps |v| in a score to be lost in the softmax's own
+  bool precise;     // too long for an error of kRatio in a score to be lost in the softmax's own
 
  private:
   static vf load_from(const float* v, int64_t d, int64_t D) {

@@ -2,12 +2,14 @@
 //
 //   x = e^2q, y = e^2k, or x = e^-2q:                        tanh = 1 - 2 / (x y + 1)
 //                                                            tanh = 1 - 2 x / (x + y)
+//                                                            tanh = (y - x) / (x + y)
 //   a = expm1(2q), y = e^2k / 2, b = expm1(2k) / 2:          m = a y + b = expm1(2 (q + k)) / 2 and
 //                                                            tanh = m / (m + 1)
 //
-// The first has an absolute error of eps; the second costs more and has a relative one for small
-// |q| + |k|. Where that is above kRatioLimit, or with an infinity or a NaN, tanh is computed for
-// each pair (`direct_tanh`).
+// The first two have the rounding of 2 / (x y + 1), up to 2 where tanh is below 0; the third costs
+// more and has one below 1; the last costs most and has a relative error for small |q| + |k|. Where
+// that is above kRatioLimit, or with an infinity or a NaN, tanh is computed for each pair
+// (`direct_tanh`).
 #pragma once
 
 #include <algorithm>
@@ -24,7 +26,8 @@ namespace {
 // Of |q| + |k|: a product of two x y + 1 is below e^80, which leaves 1e3 for v.
 constexpr float kRatioLimit = 20.0f;
 constexpr double kLargestV = 1e3;  // |v|, in length
-// Scores of |q| + |k| up to here are computed to relative accuracy where |v| is above kPreciseV.
+// Above kPreciseV, |v| in length, a score is (y - x) / (x + y) or, where |q| + |k| is up to
+// kSmallScore, of relative accuracy.
 constexpr float kSmallScore = 1.0f;
 constexpr double kPreciseV = 1.5;
 

@@ -90,6 +90,8 @@ def _attention() -> Iterator[tuple[str, str, Inputs]]:
         }
         yield "additive_attention", what, inputs
         yield "additive_attention", f"{what}, lengths", {**inputs, "key_lengths": lengths}
+    long_v = {"query": numbers(2, 6, 128), "v": numbers(128)}
+    yield "additive_attention", "6 queries, long v", {**inputs, **long_v}
     step = {
         "query": numbers(2, 1, 128),
         "key": numbers(2, 130, 128),  # large enough to be kept: the case is made again
