@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "stale-weight-cache",
         "mbm_kernels/_core/packing.py",
-        "state += (tensor.data_ptr(), tensor._version)",
-        "state += (tensor.data_ptr(), 0)",
+        "state += (tensor.data_ptr(), tensor._version, native.sample(tensor))",
+        "state += (tensor.data_ptr(), 0, 0)",
         "tests/test_gru.py -k changed_in_place",
     ),
     Mutant(
