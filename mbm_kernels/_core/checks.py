@@ -5,7 +5,7 @@ synchronisation: on CPU tensors outside of compilation and tracing.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,6 +69,54 @@ def same_floating(op: str, named: Iterable[tuple[str, Tensor | None]]) -> torch.
         fail(op, name, value.device, f"{device} as {first_name}", "move it with .to(...)")
     assert dtype is not None
     return dtype
+
+
+class Remembered:
+    """What checks worked out of shapes, so that the next call like it need not be checked again."""
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        self._found: dict[Any, dict[str, int]] = {}
+
+    def key(self, *tensors: Tensor | None) -> tuple[Any, ...] | None:
+        """Their dtype and shapes; None where they differ in dtype or device, or are no tensors,
+        where autocast would change them, and where something traces."""
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            return None
+        first = tensors[0]
+        if not isinstance(first, Tensor):
+            return None
+        dtype, device = first.dtype, first.device
+        key: list[Any] = [dtype]
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                continue
+            if not isinstance(tensor, Tensor) or tensor.dtype is not dtype:
+                return None
+            if tensor.device != device:
+                return None
+            key.append(tensor.shape)
+        return tuple(key)
+
+    def get(self, key: tuple[Any, ...] | None) -> dict[str, int] | None:
+        """A copy of the sizes that were put under `key`."""
+        try:
+            found = self._found.get(key)
+        except TypeError:  # symbolic sizes have no hash
+            return None
+        return None if found is None else found.copy()
+
+    def put(self, key: tuple[Any, ...] | None, sizes: dict[str, int]) -> None:
+        if key is None:
+            return
+        if len(self._found) >= self.MOST:
+            self._found.clear()
+        try:
+            self._found[key] = sizes.copy()
+        except TypeError:
+            return
 
 
 def same_device(op: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:

@@ -15,8 +15,8 @@ export, fake and meta tensors, dispatch modes) goes through `torch.ops.mbm_kerne
 a fake kernel and an autograd formula made of the same two functions; functorch takes the Function,
 and the registered op inside it.
 
-A backend that was not asked to save may return None for its last output, the saved state: making
-an empty tensor takes 0.5 us.
+A backend that was not asked to save may return None for its last output, the saved state, and
+leave out all gradients to be made: making an empty tensor takes 0.5 us.
 
 The `torch` backend is plain differentiable torch code: autograd sees through it, so it needs
 neither way, unless `opaque_torch` says that compilers cannot trace it.
@@ -29,44 +29,18 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import arguments, autocast, dispatch
+from mbm_kernels._core.tracing import in_functorch, is_plain
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 OPS: dict[str, "Op"] = {}
 
 Outputs = tuple[Tensor, ...]
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-
-
-def in_functorch() -> bool:
-    """Whether torch.func's vmap, grad, ... is at work; their tensors have no data pointer."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether a kernel may take the data pointers of these tensors.
-
-    Not under compilation, a dispatch mode (fake tensors, FLOP counters, selective checkpointing) or
-    functorch, nor for a subclass or a meta tensor: their addresses are 0 or someone else's.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False
-    for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or (
-            tensor.is_meta
-        ):
-            return False
-    return True
 
 
 def _graph_is_kept() -> bool:
@@ -177,6 +151,8 @@ class Op:
         self.bwd_names = [argument.name for argument in bwd_schema.arguments]
         self.public = [n for n in outputs if f"grad_{n}" in self.bwd_names]
         self.saved_outputs = [n for n in outputs if n in self.bwd_names]
+        self.kept_outputs = [outputs.index(n) for n in (*self.saved_outputs, *self.made)]
+        self.state_outputs = [i for i, n in enumerate(outputs) if n not in self.public]
         self.reference_inputs = [n for n in inputs if n != "save"]
         self._register(fwd, bwd)
         self.function = self._make_function(None)
@@ -280,12 +256,18 @@ class Op:
         if plain and not needs_grad:
             return as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
         if plain or in_functorch():
-            if not self.has_lists:
-                return as_tuple(self.function.apply(*args, backend))
-            layout = (*(len(a) if isinstance(a, (list, tuple)) else None for a in args), None)
-            if layout not in self.functions:
-                self.functions[layout] = self._make_function(layout)
-            return as_tuple(self.functions[layout].apply(*arguments.flat(args), backend))
+            function = self.function
+            if self.has_lists:
+                layout = (*(len(a) if isinstance(a, (list, tuple)) else None for a in args), None)
+                if layout not in self.functions:
+                    self.functions[layout] = self._make_function(layout)
+                function, args = self.functions[layout], arguments.flat(args)
+            if not plain:
+                return as_tuple(function.apply(*args, backend))
+            # Function.apply itself, without its inspection of `forward`: 12 us of a call.
+            alive = [_unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]
+            direct: Any = super(torch.autograd.Function, function)
+            return as_tuple(direct.apply(*alive, backend))
         return as_tuple(self.registered(*args, backend))
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
@@ -294,7 +276,7 @@ class Op:
         outputs = as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
         if outputs[-1] is None:
             outputs = (*outputs[:-1], outputs[0].new_empty(0))
-        return outputs
+        return outputs if len(outputs) == len(self.outputs) else self._without_made(outputs)
 
     def _without_made(self, outputs: Outputs) -> Outputs:
         kept = outputs[: len(self.outputs) - len(self.made)]
@@ -347,16 +329,26 @@ class Op:
         return [torch.empty_like(s, memory_format=torch.contiguous_format) for s in shapes]
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
-        outputs = dict(zip(self.outputs, as_tuple(output), strict=True))
-        named = dict(zip(self.inputs, inputs, strict=False))
+        outputs = as_tuple(output)
         ctx.backend = inputs[-1]
-        ctx.constants = {n: v for n, v in named.items() if not arguments.is_tensors(v)}
-        tensors = {n: v for n, v in named.items() if arguments.is_tensors(v)}
-        ctx.lists = {n: len(v) for n, v in tensors.items() if not isinstance(v, Tensor)}
-        tensors |= {n: outputs[n] for n in (*self.saved_outputs, *self.made)}
-        ctx.saved_names = list(tensors)
-        ctx.save_for_backward(*arguments.flat(tensors.values()))
-        ctx.mark_non_differentiable(*(t for n, t in outputs.items() if n not in self.public))
+        ctx.constants, ctx.lists, ctx.saved_names = {}, {}, []
+        saved: list[Tensor] = []
+        for name, value in zip(self.inputs, inputs, strict=False):
+            if isinstance(value, Tensor):
+                ctx.saved_names.append(name)
+                saved.append(value)
+            elif arguments.is_tensors(value):
+                ctx.saved_names.append(name)
+                ctx.lists[name] = len(value)
+                saved.extend(value)
+            else:
+                ctx.constants[name] = value
+        for i in self.kept_outputs:
+            ctx.saved_names.append(self.outputs[i])
+            saved.append(outputs[i])
+        ctx.save_for_backward(*saved)
+        if len(outputs) > len(self.public):
+            ctx.mark_non_differentiable(*[outputs[i] for i in self.state_outputs])
         ctx.set_materialize_grads(False)
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> Any:
@@ -406,21 +398,25 @@ class Op:
         self, named: dict[str, Any], grad: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         found: list[Tensor | None] = []
+        on_cpu = grad.device.type == "cpu"
+        ones: bool | None = None  # reading the value costs 1 us
         for name, needed in zip(self.diff, needs, strict=True):
             if not needed or named[name] is None:
                 continue
             made, dtype = named[f"made_{name}"], named[name].dtype
-            on_cpu, plain = grad.device.type == "cpu", is_plain([made, grad])
+            plain = is_plain([made, grad])
             if plain and not on_cpu and dtype != made.dtype:
                 # Scaled and rounded in one pass: 30 MB instead of 70 at V 10000, H 512.
                 made = torch.mul(made, grad, out=torch.empty_like(made, dtype=dtype))
             elif plain and not _graph_is_kept():
                 # A graph that is freed gives away what it saved: a second [V, H] would be felt.
-                if not on_cpu or grad.item() != 1:
+                if ones is None:
+                    ones = on_cpu and grad.item() == 1
+                if not ones:
                     made.mul_(grad)
             else:
                 made = made * grad
-            found.append(made.to(dtype))
+            found.append(made if made.dtype is dtype else made.to(dtype))
         return found
 
     def _differentiable_backward(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import dispatch
-from mbm_kernels._core.op import is_plain
+from mbm_kernels._core.tracing import is_plain
 from mbm_kernels.models.decoding import Decoder, version_of
 
 if TYPE_CHECKING:

@@ -54,13 +54,16 @@ def _plan_of(inputs: Sequence[Tensor]) -> _Plan:
     return _plan(tuple([x.shape for x in inputs]))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """float32 [rows, C_i] with contiguous rows."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """float32 [..., C_i] with contiguous rows, and how far these are apart."""
     if x.dtype is not torch.float32:
         x = x.to(torch.float32)
+    if x.is_contiguous():
+        return x, x.size(-1)
     if x.dim() != 2:
         x = x.reshape(-1, x.size(-1)) if x.numel() else x.new_empty(0, x.size(-1))
-    return x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
+    x = x if x.stride(1) == 1 or x.size(1) == 1 else x.contiguous()
+    return x, x.stride(0)
 
 
 def _repeats_dropped(x: Tensor) -> Tensor:
@@ -94,16 +97,16 @@ def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[...,
 
 def _groups(
     plan: _Plan,
-    inputs: Sequence[Tensor],
+    inputs: Sequence[tuple[Tensor, int]],
     packed: Sequence[Tensor] | None = None,
     grads: Sequence[Tensor] | None = None,
 ) -> list[Any]:
     def described(i: int) -> tuple[int, ...]:
-        x = inputs[i]
+        x, stride = inputs[i]
         return (
             x.data_ptr(),
-            x.stride(0),
-            x.size(1),
+            stride,
+            x.size(-1),
             plan.columns[i],
             0 if packed is None else packed[i].data_ptr(),
             0 if grads is None else grads[i].data_ptr(),
@@ -160,18 +163,18 @@ def bwd(
     grad_weight = gradient(weight) if needs[1] else None
     grad_bias = gradient(bias) if needs[2] and bias is not None else None
     if some:
-        rows, g = [_rows(x) for x in inputs], _rows(grad_y)
+        rows, (g, g_stride) = [_rows(x) for x in inputs], _rows(grad_y)
         packed = None
         if grads is not None:
             parts = zip(plan.columns, rows, strict=False)
-            packed = [packing.packed(*_part(column, x.size(1)), weight) for column, x in parts]
+            packed = [packing.packed(*_part(c, x.size(-1)), weight) for c, (x, _) in parts]
         native.cpu().concat_linear_bwd(
             plan.rows,
             weight.size(0),
             weight.size(1),
             _groups(plan, rows, packed, grads),
             g.data_ptr(),
-            g.stride(0),
+            g_stride,
             native.address(grad_weight),
             native.address(grad_bias),
             torch.get_num_threads(),

@@ -1,5 +1,8 @@
-"""The best stock form: one product per run of equal leading dimensions, summed by broadcasting."""
+"""The best stock form: one product over the concatenation; where enough multiplications are saved,
+one per run of equal leading dimensions, summed by broadcasting."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,44 +10,88 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
+
+# Multiplications saved from which splitting pays (figures in README): in a forward; in training,
+# which also splits the weight and puts its gradient together again.
+LEAST_SAVED = 200_000
+LEAST_SAVED_TRAINING = 300_000
+LEAST_SAVED_FOR_WEIGHT = 18  # times its elements, in training
+
+Shape = tuple[int, ...]
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
+class _Plan:
+    """What follows from the inputs' shapes alone."""
+
+    def __init__(self, shapes: tuple[Shape, ...]):
+        self.leading = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
+        rows = math.prod(self.leading)
+        # Elements that broadcasting adds to the inputs.
+        self.repeated = sum((rows - math.prod(s[:-1])) * s[-1] for s in shapes)
+        self.rank = max(len(shape) for shape in shapes)
+        # Neighbours of equal leading dimensions: one product is no slower than two.
+        self.runs: list[list[int]] = []
+        previous: Shape = ()
+        for i, shape in enumerate(shapes):
+            padded = (*(1,) * (self.rank - len(shape)), *shape[:-1])
+            if i > 0 and padded == previous:
+                self.runs[-1].append(i)
+            else:
+                self.runs.append([i])
+            previous = padded
+        self.widths = [sum(shapes[i][-1] for i in run) for run in self.runs]
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_Plan)
+
+
 def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    runs = _runs(inputs)
-    joined = [run[0] if len(run) == 1 else torch.cat(run, -1) for run in runs]
+    if len(inputs) == 1:
+        return F.linear(inputs[0], weight, bias)
+    shapes = tuple([x.shape for x in inputs])
+    if torch.compiler.is_compiling():  # sizes may be symbols there, which a choice would pin
+        return _split(inputs, weight, bias, _Plan(shapes), True)
+    try:
+        plan = _remembered(shapes)
+    except TypeError:  # symbols have no hash
+        return _split(inputs, weight, bias, _Plan(shapes), True)
+    trains, least = False, LEAST_SAVED
+    if torch.is_grad_enabled():
+        trains = weight.requires_grad or any(x.requires_grad for x in inputs)
+        if trains:
+            least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
+    if plan.repeated * weight.size(0) >= least:
+        return _split(inputs, weight, bias, plan, trains)
+    leading = plan.leading
+    joined = [x if x.shape[:-1] == leading else x.expand(*leading, -1) for x in inputs]
+    return F.linear(torch.cat(joined, -1), weight, bias)
+
+
+def _split(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, plan: _Plan, trains: bool
+) -> Tensor:
+    joined = [inputs[run[0]] if len(run) == 1 else _joined(inputs, run, plan) for run in plan.runs]
     if len(joined) == 1:
         return F.linear(joined[0], weight, bias)
-    weights = torch.split(weight, [x.size(-1) for x in joined], -1)
+    weights = torch.split(weight, plan.widths, -1)
     # A product of the full shape first, so that the others can be added in place.
-    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in joined))
-    first = next((i for i, x in enumerate(joined) if x.shape[:-1] == leading), 0)
+    first = next((i for i, x in enumerate(joined) if x.shape[:-1] == plan.leading), 0)
     y = F.linear(joined[first], weights[first], bias)
     for i, x in enumerate(joined):
         if i != first:
             part = F.linear(x, weights[i])
-            # vmap cannot write a batched part into an unbatched sum.
-            in_place = y.shape[:-1] == leading and not in_functorch()
+            # In place it takes autograd longer, and vmap cannot write a batched part into an
+            # unbatched sum.
+            in_place = not trains and y.shape[:-1] == plan.leading and not in_functorch()
             y = y.add_(part) if in_place else y + part
     return y
 
 
-def _runs(inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of equal leading dimensions together, all of one rank.
-
-    Those are concatenated, since one product is no slower than two; what differs in which
-    dimensions it repeats is multiplied before it is repeated (figures in README).
-    """
-    rank = max(x.dim() for x in inputs)
-    runs: list[list[Tensor]] = []
-    for x in inputs:
-        x = x.reshape(*(1,) * (rank - x.dim()), *x.shape)
-        if runs and runs[-1][0].shape[:-1] == x.shape[:-1]:
-            runs[-1].append(x)
-        else:
-            runs.append([x])
-    return runs
+def _joined(inputs: Sequence[Tensor], run: list[int], plan: _Plan) -> Tensor:
+    parts = [inputs[i] for i in run]
+    return torch.cat([x.reshape(*(1,) * (plan.rank - x.dim()), *x.shape) for x in parts], -1)

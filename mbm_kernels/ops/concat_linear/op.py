@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, dispatch
-from mbm_kernels._core.op import Op, in_functorch
+from mbm_kernels._core.op import Op
+from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.concat_linear import backend_torch, reference
 
 NAME = "concat_linear"
@@ -28,6 +29,7 @@ OP = Op(
     reference=reference.concat_linear,
     torch_fwd=backend_torch.fwd,
 )
+_remembered = checks.Remembered()
 
 
 def concat_linear(
@@ -69,6 +71,24 @@ def concat_linear(
     if not isinstance(inputs, (list, tuple)):
         expected = "a list or tuple of tensors"
         checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
+    key = _remembered.key(*inputs, weight, bias)
+    y: Tensor
+    if sizes := _remembered.get(key):
+        y = OP(backend, inputs, weight, bias, sizes=sizes)
+        return y
+    rows = _check_shapes(inputs, weight, bias)
+    cast = autocast.cast(*inputs, weight, bias)
+    parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
+    named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
+    checks.same_floating(NAME, (*named, ("weight", weight), ("bias", bias)))
+    sizes = _sizes(parts, rows, weight.size(1), weight.size(0))
+    _remembered.put(key, sizes)
+    y = OP(backend, parts, weight, bias, sizes=sizes)
+    return y
+
+
+def _check_shapes(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> int:
+    """The number of rows of the result."""
     if not inputs:
         checks.fail(NAME, "inputs", "none", "at least one tensor", "pass the inputs to join")
     for i, x in enumerate(inputs):
@@ -83,18 +103,11 @@ def concat_linear(
         checks.fail(NAME, "inputs", f"shapes {shapes}", expected, "add dimensions of size 1")
     checks.tensor(NAME, "weight", weight, 2)
     features = sum(x.size(-1) for x in inputs)
-    out_features = weight.size(0)
-    checks.shape(NAME, "weight", weight, "K, sum of C_i", (out_features, features))
+    checks.shape(NAME, "weight", weight, "K, sum of C_i", (weight.size(0), features))
     if bias is not None:
         checks.tensor(NAME, "bias", bias, 1)
-        checks.shape(NAME, "bias", bias, "K", (out_features,))
-    cast = autocast.cast(*inputs, weight, bias)
-    parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
-    named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
-    checks.same_floating(NAME, (*named, ("weight", weight), ("bias", bias)))
-    sizes = _sizes(parts, math.prod(leading), features, out_features)
-    y: Tensor = OP(backend, parts, weight, bias, sizes=sizes)
-    return y
+        checks.shape(NAME, "bias", bias, "K", (weight.size(0),))
+    return math.prod(leading)
 
 
 def _sizes(inputs: Sequence[Tensor], rows: int, features: int, out_features: int) -> dict[str, int]:

@@ -33,6 +33,7 @@ OP = Op(
     reference=reference.contrastive_loss,
     torch_fwd=backend_torch.fwd,
 )
+_remembered = checks.Remembered()
 
 
 def contrastive_loss(
@@ -78,24 +79,33 @@ def contrastive_loss(
     2021; Zhai et al., "Sigmoid loss for language image pre-training", 2023.
     """
     checks.choice(NAME, "kind", kind, KINDS)
-    checks.tensor(NAME, "image", image, 2)
-    checks.tensor(NAME, "text", text, 2)
-    checks.shape(NAME, "text", text, "B, D", tuple(image.shape))
-    single = torch.float64 if image.dtype == torch.float64 else torch.float32
+    key = _remembered.key(image, text)
+    sizes = _remembered.get(key)
+    if sizes is None:
+        checks.tensor(NAME, "image", image, 2)
+        checks.tensor(NAME, "text", text, 2)
+        checks.shape(NAME, "text", text, "B, D", tuple(image.shape))
+    result_dtype = image.dtype
+    single = torch.float64 if result_dtype == torch.float64 else torch.float32
     scale = _scalar("scale", scale, image, single)
     bias = None if bias is None else _scalar("bias", bias, image, single)
-    in_autocast = autocast.enabled(image.device)
-    result_dtype = single if in_autocast else image.dtype
-    image, text = autocast.cast(image, text)
-    checks.same_floating(NAME, (("image", image), ("text", text)))
-    sizes = {"B": image.size(0), "D": image.size(1), "siglip": int(kind == "siglip")}
+    if sizes is None:
+        if autocast.enabled(image.device):
+            result_dtype = single
+        image, text = autocast.cast(image, text)
+        checks.same_floating(NAME, (("image", image), ("text", text)))
+        sizes = {"B": image.size(0), "D": image.size(1)}
+        _remembered.put(key, sizes)
+    sizes["siglip"] = int(kind == "siglip")
     loss: Tensor = OP(backend, image, text, scale, bias, kind, sizes=sizes)
-    return loss.to(result_dtype)
+    return loss if loss.dtype is result_dtype else loss.to(result_dtype)
 
 
 def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a 0-dimensional tensor of `dtype` on the device of `like`."""
     if isinstance(value, Tensor):
+        if value.dtype is dtype and value.dim() == 0 and value.device == like.device:
+            return value
         if value.numel() != 1 or value.dim() > 1:
             got, expected = f"shape {list(value.shape)}", "one element, [] or [1]"
             checks.fail(NAME, name, got, expected, "reduce it first")

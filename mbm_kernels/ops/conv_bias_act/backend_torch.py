@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.conv_bias_act import geometry
 
 # In place only where autograd keeps the result rather than the input: the others would be copied.

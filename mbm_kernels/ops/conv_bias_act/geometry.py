@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
 
 Pair = tuple[int, int]
 BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values

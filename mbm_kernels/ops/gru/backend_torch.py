@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru_cell.composite import composite
 
 # Packed sequences skip the steps past a row's length, but cost more per step backward: on a CPU

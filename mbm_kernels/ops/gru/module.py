@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from mbm_kernels._core import autocast, dispatch
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
 from mbm_kernels.ops.gru_bidirectional import gru_bidirectional

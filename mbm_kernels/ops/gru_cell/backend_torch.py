@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core.op import in_functorch
+from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru_cell.composite import composite
 
 
