@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import dispatch
-from mbm_kernels._core.op import is_plain
+from mbm_kernels._core.tracing import is_plain
 
 
 class Beams(NamedTuple):
