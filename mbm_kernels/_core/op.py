@@ -19,7 +19,7 @@ A backend that was not asked to save may return None for its last output, the sa
 leave out all gradients to be made: making an empty tensor takes 0.5 us.
 
 The `torch` backend is plain differentiable torch code: autograd sees through it, so it needs
-neither way, unless `opaque_torch` says that compilers cannot trace it.
+neither way and may return None for what is not public, unless `opaque_torch` says that compilers cannot trace it.
 """
 
 from collections.abc import Callable, Sequence
@@ -272,7 +272,12 @@ class Op:
 
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
         if backend == "torch":
-            return self._without_made(as_tuple(self.torch_fwd(*args)))
+            outputs = self._without_made(as_tuple(self.torch_fwd(*args)))
+            if all(o is not None for o in outputs):
+                return outputs
+            # What autograd keeps by itself.
+            made = as_tuple(self.fake(*args))
+            return tuple(m if o is None else o for o, m in zip(outputs, made, strict=True))
         outputs = as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
         if outputs[-1] is None:
             outputs = (*outputs[:-1], outputs[0].new_empty(0))

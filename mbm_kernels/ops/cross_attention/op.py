@@ -46,6 +46,7 @@ OP = Op(
     reference=reference.cross_attention,
     torch_fwd=backend_torch.fwd,
 )
+_remembered = checks.Remembered()
 
 
 def cross_attention(
@@ -93,40 +94,41 @@ def cross_attention(
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
-    checks.tensor(NAME, "query", query, 4)
-    checks.tensor(NAME, "key", key, 4)
-    checks.tensor(NAME, "value", value, 4)
-    batch, heads, steps, features = query.shape
-    positions, value_features = key.size(2), value.size(3)
-    checks.shape(NAME, "key", key, "B, N, S, D", (batch, heads, positions, features))
-    checks.shape(NAME, "value", value, "B, N, S, E", (batch, heads, positions, value_features))
+    known = _remembered.key(query, key, value)
+    found = _remembered.get(known)
+    sizes = _check_shapes(query, key, value) if found is None else found
     checks.choice(NAME, "need_weights", need_weights, NEED_WEIGHTS)
     if scale is None:
-        scale = max(features, 1) ** -0.5
+        scale = max(sizes["D"], 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         expected = "None or a number"
         checks.fail(NAME, "scale", checks.describe(scale), expected, "scale the query", TypeError)
     if key_lengths is not None:
-        checks.lengths(NAME, "key_lengths", key_lengths, batch, positions, "S")
+        checks.lengths(NAME, "key_lengths", key_lengths, sizes["B"], sizes["S"], "S")
     if mask is not None:
-        shape = (batch, heads, steps, positions)
+        shape = (sizes["B"], sizes["N"], sizes["T"], sizes["S"])
         checks.mask(NAME, "mask", mask, "B, N, T, S", shape, floating=True)
         checks.same_device(NAME, "mask", mask, "query", query)
     query, key, value, mask = autocast.cast(query, key, value, mask)
     added = mask if mask is not None and mask.is_floating_point() else None
-    checks.same_floating(NAME, (("query", query), ("key", key), ("value", value), ("mask", added)))
-    sizes = {
-        "B": batch,
-        "N": heads,
-        "T": steps,
-        "S": positions,
-        "D": features,
-        "E": value_features,
-        "weights": int(need_weights is not None),
-        "masked": int(mask is not None or key_lengths is not None),
-        "elements": batch * heads * steps * positions * features,
-    }
+    if found is None or added is not None:
+        named = (("query", query), ("key", key), ("value", value), ("mask", added))
+        checks.same_floating(NAME, named)
+        _remembered.put(known, sizes)
+    sizes["weights"] = int(need_weights is not None)
+    sizes["masked"] = int(mask is not None or key_lengths is not None)
     context, weights = OP(
         backend, query, key, value, key_lengths, mask, float(scale), need_weights, sizes=sizes
     )
     return context if need_weights is None else (context, weights)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    checks.tensor(NAME, "query", query, 4)
+    checks.tensor(NAME, "key", key, 4)
+    checks.tensor(NAME, "value", value, 4)
+    B, N, T, D = query.shape
+    S, E = key.size(2), value.size(3)
+    checks.shape(NAME, "key", key, "B, N, S, D", (B, N, S, D))
+    checks.shape(NAME, "value", value, "B, N, S, E", (B, N, S, E))
+    return {"B": B, "N": N, "T": T, "S": S, "D": D, "E": E, "elements": B * N * T * S * D}
