@@ -74,6 +74,7 @@ BENCHMARK = Benchmark(
         *(captioner(size) for size in SIZES),
         Case(sizes(32, 1, 512, 512), note="one step"),
         Case(sizes(4, 8, 64, 64), {"shared": True}, "first shared over T"),
+        Case(sizes(32, 4, 128, 192), {"shared": True}, "as little as auto takes"),
         Case(sizes(8, 100, 256, 1000), {"shared": True}, "first shared over T"),
     ],
     gpu_cases=[

@@ -81,6 +81,8 @@ BENCHMARK = Benchmark(
         Case(sizes(128, 256), {"kind": "siglip"}, "siglip small"),
         Case(sizes(64, 512), {"kind": "infonce"}, "infonce tiny"),
         Case(sizes(64, 512), {"kind": "siglip"}, "siglip tiny"),
+        Case(sizes(8, 64), {"kind": "infonce"}, "infonce least"),
+        Case(sizes(64, 16), {"kind": "siglip"}, "siglip least"),
     ],
     gpu_cases=[
         Case(sizes(4096, 512), {"kind": "infonce"}, "infonce", quick=True),

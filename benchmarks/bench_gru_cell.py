@@ -54,6 +54,7 @@ BENCHMARK = Benchmark(
     cases=[
         Case(sizes(1, 256, 512), quick=True),
         *(captioner(size) for size in SIZES),
+        Case(sizes(1, 16, 64), note="tiny"),
     ],
     gpu_cases=[
         Case(sizes(320, 512, 512), quick=True),
