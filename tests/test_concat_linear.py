@@ -146,6 +146,22 @@ class TestConcatLinear(OpSuite):
             call([a, b], weight.to("meta"))
 
 
+def test_a_shape_seen_before_is_still_checked():
+    a, b, weight = torch.randn(2, 5, 3), torch.randn(2, 1, 4), torch.randn(6, 7)
+    call = mbm_kernels.concat_linear
+    call([a, b], weight)
+    with raises(TypeError, r"inputs\[1\]", "float64"):
+        call([a, b.double()], weight)
+    with raises(TypeError, r"inputs\[1\]", "torch.Tensor"):
+        call([a, b.numpy()], weight)
+    with raises(TypeError, "int64"):
+        call([a.long(), b.long()], weight.long())
+    with raises(ValueError, "meta"):
+        call([a, b], weight.to("meta"))
+    with raises(ValueError, "weight", "2 dimensions"):
+        call([a], b, weight)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_module_compiles(dynamic):
     torch._dynamo.reset()

@@ -19,7 +19,8 @@ A backend that was not asked to save may return None for its last output, the sa
 leave out all gradients to be made: making an empty tensor takes 0.5 us.
 
 The `torch` backend is plain differentiable torch code: autograd sees through it, so it needs
-neither way and may return None for what is not public, unless `opaque_torch` says that compilers cannot trace it.
+neither way and may return None for what is not public, unless `opaque_torch` says that compilers
+cannot trace it.
 """
 
 from collections.abc import Callable, Sequence
