@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -263,12 +264,14 @@ mbm::ConvWeight conv_weight(const ConvInts& v, const ConvTaps& taps) {
 
 void bind_conv_bias_act(py::module_& m) {
   m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
-    return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd});
+    return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd, 1, 1, 1, 1});
   });
-  m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd, const ConvTaps& taps,
-                        Address packed, int num_threads) {
+  // apart: stride and dilation, rows before columns.
+  m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd,
+                        const std::array<int64_t, 4>& apart, const ConvTaps& taps, Address packed,
+                        int num_threads) {
     const mbm::ConvWeight weight = conv_weight(sizes, taps);
-    const mbm::ConvPacking packing{transposed, winograd};
+    const mbm::ConvPacking packing{transposed, winograd, apart[0], apart[1], apart[2], apart[3]};
     checked_ptr<const float>(std::get<0>(taps), weight.K, "weight");
     auto* packed_ptr =
         checked_ptr<float>(packed, MBM_CALL(conv_packed_size, weight, packing), "packed");

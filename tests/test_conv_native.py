@@ -22,6 +22,10 @@ SHAPES = {
     "stem": (3, 3, 40, 70, 66, 3, {"padding": 1, "activation": "relu", "max_pool": 2}),
     "strided stem": (2, 3, 40, 61, 64, 7, {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
     "one by one": (2, 70, 90, 12, 11, 1, {"activation": "gelu"}),
+    # grad_x by the phases of the stride; some of the last two's meet no tap.
+    "strided": (2, 37, 70, 17, 30, 3, {"padding": 1, "stride": 2, "activation": "relu"}),
+    "strided, dilated": (2, 20, 24, 19, 22, 4, {"padding": 3, "stride": 4, "dilation": 2}),
+    "strided one by one": (2, 36, 40, 10, 33, 1, {"stride": 2, "groups": 2}),
     "groups": (2, 24, 36, 15, 17, 3, {"padding": 1, "groups": 4, "dilation": 2}),
     "stem, no pool": (2, 1, 21, 9, 75, 3, {"padding": 1, "activation": "relu"}),
     "stem of one vector": (1, 2, 5, 11, 31, 4, {"stride": 3, "dilation": 2, "max_pool": 2}),

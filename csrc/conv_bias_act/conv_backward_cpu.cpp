@@ -102,8 +102,9 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
     if (args.grad_weight || args.grad_bias) direct_grad_weight(args, nullptr, num_threads);
     return;
   }
+  const bool phases = phases_fit(s.C, s.K, s.groups, s.stride_y, s.stride_x);
   // Strided products of grad_z with the kernel are plain ones with zeros between its pixels.
-  const bool apart = args.grad_x.data && !few && (s.stride_y > 1 || s.stride_x > 1);
+  const bool apart = args.grad_x.data && !few && !phases && s.stride_y * s.stride_x > 1;
   const int64_t chunks = (s.conv_y + kRows - 1) / kRows;
   const int64_t slack = 2 * kLanes;  // a vector of the last group may end past its channels
   const bool given = is_grad_z(args);
@@ -144,7 +145,10 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
   });
   if (args.grad_bias) sum_bias(args, bias, s.B * chunks, padded);
   if (args.grad_residual.data) copy_residual(args, grad_z, padded, num_threads);
-  if (args.grad_x.data && !few) {
+  if (args.grad_x.data && phases) {
+    const int64_t row = s.conv_x * padded;
+    phases_grad_x(args, {grad_z, s.conv_y * row, 1, row, padded}, num_threads);
+  } else if (args.grad_x.data && !few) {
     const ConvMap<const float> map{apart ? spaced : grad_z, height * width * padded, 1,
                                    width * padded, padded};
     const ConvForward f = transposed(args, map, height, width);

@@ -60,6 +60,7 @@ struct ConvWeight {
 struct ConvPacking {
   bool transposed;  // for grad_x: K and C change roles, the kernel is turned by 180 degrees
   bool winograd;    // R = S = 3, groups = 1; the convolution has stride 1 and dilation 1
+  int64_t stride_y, stride_x, dilation_y, dilation_x;  // of the convolution; read where transposed
 };
 
 struct ConvForward {

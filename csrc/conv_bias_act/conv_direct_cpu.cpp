@@ -177,6 +177,9 @@ void conv_pack(const ConvWeight& weight, const ConvPacking& packing, float* pack
     depthwise_pack(weight, packing.transposed, packed);
   else if (packing.winograd)
     winograd_pack(weight, packing.transposed, packed, num_threads);
+  else if (packing.transposed &&
+           phases_fit(weight.C, weight.K, weight.groups, packing.stride_y, packing.stride_x))
+    phases_pack(weight, packing, packed, num_threads);
   else
     direct_pack(weight, packing.transposed, packed, num_threads);
 }

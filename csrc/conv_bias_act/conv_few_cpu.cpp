@@ -270,6 +270,7 @@ class Few {
 bool few_forward_fits(const ConvForward& args) {
   const ConvSizes& s = args.sizes;
   return s.groups == 1 && s.C <= kFewChannels && pool_kind(s) != 1 && !args.residual.data &&
+         (args.y.c == 1 || args.y.x == 1) &&
          (s.activation == Activation::kNone || s.activation == Activation::kRelu);
 }
 

@@ -16,7 +16,8 @@ void direct_forward(const ConvForward& args, int num_threads);
 // 1x1, stride 1, no padding, no pool; x, residual and y channels_last without gaps between rows.
 bool pointwise_fits(const ConvForward& args);
 void pointwise_forward(const ConvForward& args, int num_threads);
-// Up to four channels; pools of 2x2 side by side, or none; no activation but relu.
+// Up to four channels; pools of 2x2 side by side, or none; no activation but relu; the channels of
+// y or its columns side by side.
 bool few_forward_fits(const ConvForward& args);
 void few_forward(const ConvForward& args, int num_threads);
 // Pools of 2x2 side by side, or none.
@@ -37,6 +38,13 @@ void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, i
 // grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+
+// Strided, more than a few channels, not depthwise. The weight is then packed phase by phase;
+// grad_z [B, Y', X', K] as laid out, grad_x written.
+bool phases_fit(int64_t C, int64_t K, int64_t groups, int64_t stride_y, int64_t stride_x);
+void phases_pack(const ConvWeight& weight, const ConvPacking& packing, float* packed,
+                 int num_threads);
+void phases_grad_x(const ConvBackward& args, const ConvMap<const float>& grad_z, int num_threads);
 
 bool few_channels_fit(const ConvSizes& sizes);
 void few_channels_grad_x(const ConvBackward& args, int num_threads);

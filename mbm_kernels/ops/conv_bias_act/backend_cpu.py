@@ -110,7 +110,7 @@ def _taps(weight: Tensor | None) -> tuple[int, int, int, int]:
 
 @functools.cache
 def _packer(
-    groups: int, transposed: bool, winograd: bool
+    groups: int, transposed: bool, winograd: bool, apart: tuple[int, ...]
 ) -> tuple[Callable[[Tensor], int], Callable[[Tensor, Tensor], None]]:
     def size(weight: Tensor) -> int:
         sizes = [*weight.shape, groups]
@@ -122,6 +122,7 @@ def _packer(
             [*weight.shape, groups],
             transposed,
             winograd,
+            apart,
             _taps(dense),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -130,8 +131,15 @@ def _packer(
     return size, pack
 
 
-def _packed(weight: Tensor, groups: int, transposed: bool, winograd: bool) -> Tensor:
-    return packing.packed(*_packer(groups, transposed, winograd), weight)
+def _packed(
+    weight: Tensor,
+    groups: int,
+    transposed: bool,
+    winograd: bool,
+    apart: tuple[int, ...] = (1, 1, 1, 1),
+) -> Tensor:
+    """apart: stride and dilation, which a transposed weight is packed for."""
+    return packing.packed(*_packer(groups, transposed, winograd, apart), weight)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -230,7 +238,7 @@ def bwd(
     if wanted[0] and plan.fresh_backward:
         fresh = _dense_weight(weight)
     elif wanted[0]:
-        packed = _packed(weight, groups, True, plan.winograd_backward)
+        packed = _packed(weight, groups, True, plan.winograd_backward, (*stride, *dilation))
     native.cpu().conv_backward(
         plan.sizes,
         _map(grad_y),
