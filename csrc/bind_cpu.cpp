@@ -4,7 +4,6 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -266,12 +265,12 @@ void bind_conv_bias_act(py::module_& m) {
   m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
     return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd, 1, 1, 1, 1});
   });
-  // apart: stride and dilation, rows before columns.
-  m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd,
-                        const std::array<int64_t, 4>& apart, const ConvTaps& taps, Address packed,
-                        int num_threads) {
+  // sizes: of the weight, groups, then stride and dilation, rows before columns.
+  m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd, const ConvTaps& taps,
+                        Address packed, int num_threads) {
     const mbm::ConvWeight weight = conv_weight(sizes, taps);
-    const mbm::ConvPacking packing{transposed, winograd, apart[0], apart[1], apart[2], apart[3]};
+    const mbm::ConvPacking packing{transposed,  winograd,    sizes.at(5),
+                                   sizes.at(6), sizes.at(7), sizes.at(8)};
     checked_ptr<const float>(std::get<0>(taps), weight.K, "weight");
     auto* packed_ptr =
         checked_ptr<float>(packed, MBM_CALL(conv_packed_size, weight, packing), "packed");

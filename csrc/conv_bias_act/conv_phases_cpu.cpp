@@ -74,27 +74,28 @@ void phases_pack(const ConvWeight& weight, const ConvPacking& packing, float* pa
   const int64_t channels = weight.C / weight.groups;
   const Scratch memory(sizeof(float) * weight.K * channels * weight.R * weight.S);
   float* taken = memory.as<float>();
-  each_phase(
-      weight, packing,
-      [&](int64_t, int64_t, const PhaseTaps& rows, const PhaseTaps& columns, ConvWeight part,
-          int64_t at) {
-        const int64_t taps = part.R * part.S;
-        if (taps == 0) return;
-        float* to = taken;
-        for (int64_t k = 0; k < weight.K; ++k)
-          for (int64_t c = 0; c < channels; ++c)
-            for (int64_t r = 0; r < part.R; ++r)
-              for (int64_t s = 0; s < part.S; ++s) {
-                const int64_t tap =
-                    (rows.first + r * rows.step) * weight.S + columns.first + s * columns.step;
-                *to++ = weight.data[k * weight.k_step + c * weight.c_step + tap * weight.tap_step];
-              }
-        part.data = taken;
-        part.k_step = channels * taps;
-        part.c_step = taps;
-        part.tap_step = 1;
-        direct_pack(part, true, packed + at, num_threads);
-      });
+  each_phase(weight, packing,
+             [&](int64_t, int64_t, const PhaseTaps& rows, const PhaseTaps& columns, ConvWeight part,
+                 int64_t at) {
+               const int64_t taps = part.R * part.S;
+               if (taps == 0) return;
+               const int64_t across = columns.step * weight.tap_step;
+               const int64_t down = rows.step * weight.S * weight.tap_step;
+               const float* first =
+                   weight.data + (rows.first * weight.S + columns.first) * weight.tap_step;
+               float* to = taken;
+               for (int64_t k = 0; k < weight.K; ++k)
+                 for (int64_t c = 0; c < channels; ++c) {
+                   const float* from = first + k * weight.k_step + c * weight.c_step;
+                   for (int64_t r = 0; r < part.R; ++r, from += down)
+                     for (int64_t s = 0; s < part.S; ++s) *to++ = from[s * across];
+                 }
+               part.data = taken;
+               part.k_step = channels * taps;
+               part.c_step = taps;
+               part.tap_step = 1;
+               direct_pack(part, true, packed + at, num_threads);
+             });
 }
 
 void phases_grad_x(const ConvBackward& args, const ConvMap<const float>& grad_z, int num_threads) {

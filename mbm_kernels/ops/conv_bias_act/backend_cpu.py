@@ -119,10 +119,9 @@ def _packer(
     def pack(out: Tensor, weight: Tensor) -> None:
         dense = _dense_weight(weight)
         native.cpu().conv_pack(
-            [*weight.shape, groups],
+            [*weight.shape, groups, *apart],
             transposed,
             winograd,
-            apart,
             _taps(dense),
             out.data_ptr(),
             torch.get_num_threads(),
