@@ -376,3 +376,10 @@ def test_each_layer_follows_the_table(monkeypatch):
     single.load_state_dict(stock.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(single(x), stock(x), strict=True))
     assert seen == [H, H]
+
+
+def test_packed_sequences_under_another_default_device(backend):
+    stock, ours = pair(backend, num_layers=2)
+    packed = pack_sequence([torch.randn(n, C) for n in (2, 4, 1)], enforce_sorted=False)
+    with torch.device("meta"):
+        assert_same(ours, stock, packed)

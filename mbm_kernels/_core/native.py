@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
@@ -64,6 +65,11 @@ def why_not(device: Any, dtype: Any) -> str | None:
 def address(tensor: Tensor | None) -> int:
     """As the bindings take it: 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: Sequence[int]) -> Tensor:
+    """Contiguous float32 for a kernel to write, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 @overload

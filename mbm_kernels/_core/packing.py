@@ -29,11 +29,6 @@ class _Entry:
         self.buffer: Tensor | None = None
 
 
-def _empty(elements: int) -> Tensor:
-    # Whatever the default dtype and device are.
-    return torch.empty(elements, dtype=torch.float32, device="cpu")
-
-
 def packed(
     size: Callable[..., int], pack: Callable[..., None], owner: Tensor, *others: Tensor | None
 ) -> Tensor:
@@ -50,7 +45,7 @@ def packed(
     sources = (owner, *others)
     state = _state_of(sources)
     if state is None:
-        unkept = _empty(size(*sources))
+        unkept = native.empty((size(*sources),))
         pack(unkept, *sources)
         return unkept
     entry = _entry_of(owner, pack)
@@ -110,7 +105,7 @@ def _fill(
 ) -> Tensor:
     elements = size(*sources)
     kept = entry.buffer
-    fresh = kept if kept is not None and kept.numel() == elements else _empty(elements)
+    fresh = kept if kept is not None and kept.numel() == elements else native.empty((elements,))
     entry.state = None
     pack(fresh, *sources)
     entry.buffer, entry.state = fresh, state

@@ -178,6 +178,27 @@ class OpSuite:
         self.check_forward(inputs, backend)
         self.check_backward(inputs, backend)
 
+    def test_default_dtype_and_device_do_not_matter(self, backend: str) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+
+        def results() -> list[Tensor]:
+            given, leaves = with_leaves(inputs, self.diff)
+            outputs = self.run(given, backend)
+            ones = [torch.ones_like(o) for o in outputs]
+            found = torch.autograd.grad(outputs, list(leaves.values()), ones, allow_unused=True)
+            return [*outputs, *(g for g in found if g is not None)]
+
+        expected = results()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                actual = results()
+        finally:
+            torch.set_default_dtype(before)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+
     def test_backward_twice(self, backend: str) -> None:
         inputs = self.inputs(self.cases[0], torch.float32)
 

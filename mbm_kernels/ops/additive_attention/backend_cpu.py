@@ -91,8 +91,8 @@ def fwd(
     inputs = _Inputs(query, key, value, v, key_lengths, mask)
     batch, steps, positions, _, value_features = inputs.sizes
     kept = _kept_key(query, key)
-    context = torch.empty(batch, steps, value_features)
-    weights = torch.empty(batch, steps, positions)
+    context = native.empty((batch, steps, value_features))
+    weights = native.empty((batch, steps, positions))
     native.cpu().additive_attention_fwd(
         *inputs.args,
         0 if kept is None else kept.data_ptr(),
@@ -120,7 +120,7 @@ def bwd(
     grad_weights, grad_weights_rows = _rows(grad_weights)
     saved = weights.float().contiguous()
     grads = [
-        torch.empty(x.shape) if need else None
+        native.empty(x.shape) if need else None
         for x, need in zip((query, key, value, v), needs, strict=True)
     ]
     native.cpu().additive_attention_bwd(

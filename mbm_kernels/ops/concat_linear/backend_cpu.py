@@ -127,7 +127,7 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
         if fewer.leading == leading:  # else all repeat along some dimension
             plan, inputs = fewer, dropped
     outputs = weight.size(0)
-    y = torch.empty((*leading, outputs), device="cpu", dtype=torch.float32)
+    y = native.empty((*leading, outputs))
     if plan.rows > 0 and outputs > 0:
         rows = [_rows(x) for x in inputs]
         packed = packing.panels(weight)

@@ -54,7 +54,7 @@ def fwd(
     kind: str,
     save: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    loss = torch.empty((), dtype=torch.float32)
+    loss = native.empty(())
     if not any(save):
         _run(None, loss, (None,) * 4, image, text, scale, bias, kind)
         return (loss,)
@@ -78,7 +78,7 @@ def bwd(
 ) -> tuple[Tensor | None, ...]:
     inputs = (image, text, scale, bias)
     wanted = [
-        torch.empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        native.empty(x.shape) if x is not None and needed else None
         for x, needed in zip(inputs, needs, strict=True)
     ]
     _run(grad_loss, None, wanted, *inputs, kind)

@@ -157,7 +157,7 @@ def _map(x: Tensor | None) -> tuple[int, ...]:
 
 def _empty(shape: Sequence[int], channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=torch.float32, memory_format=layout)
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu", memory_format=layout)
 
 
 def fwd(
@@ -227,8 +227,8 @@ def bwd(
     plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
     wanted = [n and g is not None for n, g in zip(needs, (x, weight, bias, residual), strict=True)]
     grad_x = _empty(x.shape, channels_last) if wanted[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32) if wanted[1] else None
-    grad_bias = torch.empty(plan.out_channels, dtype=torch.float32) if wanted[2] else None
+    grad_weight = native.empty(weight.shape) if wanted[1] else None
+    grad_bias = native.empty((plan.out_channels,)) if wanted[2] else None
     shape = (plan.batch, plan.out_channels, *plan.conv)
     grad_residual = None
     if wanted[3] and residual is not None:

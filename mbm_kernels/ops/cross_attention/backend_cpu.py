@@ -135,8 +135,8 @@ def bwd(
         torch.empty_like(x, dtype=torch.float32) if need else None
         for x, need in zip((query, key, value), needs, strict=False)
     ]
-    grads = [g if g is None or g.stride(3) == 1 else torch.empty(g.shape) for g in grads]
-    grad_mask = torch.empty(inputs.weights_shape) if needs[3] and mask is not None else None
+    grads = [g if g is None or g.stride(3) == 1 else native.empty(g.shape) for g in grads]
+    grad_mask = native.empty(inputs.weights_shape) if needs[3] and mask is not None else None
     native.cpu().cross_attention_bwd(
         *inputs.args,
         heads.data_ptr(),

@@ -99,7 +99,7 @@ def _packed(
     steps, batch, features = x.shape
     hidden = h0.size(1)
     falling, order = lengths.sort(descending=True, stable=True)
-    inside = torch.arange(steps).unsqueeze(1) < falling  # [T, B]
+    inside = torch.arange(steps, device="cpu").unsqueeze(1) < falling  # [T, B]
     batch_sizes = inside.sum(1)
     batch_sizes = batch_sizes[: int(falling[0])]
     time, column = inside.nonzero(as_tuple=True)

@@ -92,7 +92,7 @@ class GRU(torch.nn.GRU):
             y, h_n = self._run(data.view(-1, batch, data.size(1)), hx, None)
             out = y.flatten(0, 1)
         else:
-            lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+            lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
             places = _places(batch_sizes, data.size(0), batch).to(data.device)
             x = data.new_zeros(batch_sizes.size(0) * batch, data.size(1))
             x = x.index_copy(0, places, data).view(-1, batch, data.size(1))
@@ -161,7 +161,7 @@ class GRU(torch.nn.GRU):
 def _places(batch_sizes: Tensor, rows: int, batch: int) -> Tensor:
     """Where each of a PackedSequence's rows lies in [T * B]; unlike ATen's padding, traceable."""
     ends = batch_sizes.cumsum(0)
-    row = torch.arange(rows)
+    row = torch.arange(rows, device="cpu")
     time = torch.searchsorted(ends, row, right=True)
     return time * batch + row - (ends - batch_sizes)[time]
 

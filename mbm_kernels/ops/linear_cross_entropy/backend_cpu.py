@@ -68,7 +68,7 @@ def fwd(
     reduction: str,
     save: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    loss = torch.empty(target.shape if reduction == "none" else (), dtype=torch.float32)
+    loss = native.empty(target.shape if reduction == "none" else ())
     made = targets.gradients_to_make((hidden, weight, bias), save, reduction)
     options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
     _run(
@@ -91,7 +91,7 @@ def bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     gradients = [
-        torch.empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        native.empty(x.shape) if x is not None and needed else None
         for x, needed in zip((hidden, weight, bias), needs, strict=True)
     ]
     options = (ignore_index, label_smoothing, softcap, z_loss, reduction)

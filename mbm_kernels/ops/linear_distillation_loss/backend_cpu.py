@@ -86,7 +86,7 @@ def fwd(
     *options, save = rest
     reduction = options[-1]
     shape = target.shape if reduction == "none" else ()
-    results = [torch.empty(shape, dtype=torch.float32) for _ in range(3)]
+    results = [native.empty(shape) for _ in range(3)]
     made = targets.gradients_to_make((student_hidden, student_weight, rest[0]), save, reduction)
     gradients = [x if x.numel() else None for x in made]
     none = (None, None, None)
@@ -106,7 +106,7 @@ def bwd(
     """Arguments as in the schema of op.py, whose last one is `needs`."""
     *options, needs = rest
     gradients = [
-        torch.empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        native.empty(x.shape) if x is not None and needed else None
         for x, needed in zip((student_hidden, student_weight, rest[0]), needs, strict=True)
     ]
     grads, none = (grad_loss, grad_hard, grad_soft), (None, None, None)

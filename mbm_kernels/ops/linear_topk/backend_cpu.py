@@ -26,7 +26,7 @@ def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Te
         hidden = hidden.contiguous()
     bias = native.dense(bias)
     packed = packing.panels(weight)
-    values = torch.empty((rows, k), dtype=torch.float32, device="cpu")
+    values = native.empty((rows, k))
     ids = torch.empty((rows, k), dtype=torch.int64, device="cpu")
     native.cpu().linear_topk(
         (rows, features, weight.size(0), k),
