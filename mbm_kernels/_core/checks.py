@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from mbm_kernels._core import tracing
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -132,13 +134,7 @@ def choice(op: str, name: str, value: object, choices: Sequence[object]) -> None
 
 def values_readable(value: Tensor) -> bool:
     """Whether reading values is free: a real CPU tensor, nothing tracing."""
-    return (
-        value.device.type == "cpu"
-        and type(value) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    return value.device.type == "cpu" and tracing.is_plain((value,))
 
 
 def lengths(op: str, name: str, value: object, batch: int, limit: int, letter: str) -> Tensor:

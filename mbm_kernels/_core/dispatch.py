@@ -145,6 +145,15 @@ def unavailable(op: str, backend: str, reason: str) -> BackendUnavailableError:
     )
 
 
+def without_kernels(op: str, backend: str, reason: str) -> str:
+    """The backend of a call that only plain torch can run; raises where another is named."""
+    check_backend(op, backend)
+    named = default(op) if backend == "auto" else backend
+    if named not in ("auto", "torch") and _disabled_depth == 0:
+        raise unavailable(op, named, reason)
+    return "torch"
+
+
 def _why_not_call(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
 ) -> str | None:

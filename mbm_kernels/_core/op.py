@@ -11,9 +11,9 @@ and calls the backend's only where it does not hold what is asked for.
 
 Two ways into a backend. In eager mode with plain tensors its functions are called directly under
 one autograd.Function: 3 to 5 times less overhead than a registered op. Everything else (compile,
-export, fake and meta tensors, dispatch modes) goes through `torch.ops.mbm_kernels.<op>`, which has
-a fake kernel and an autograd formula made of the same two functions; functorch takes the Function,
-and the registered op inside it.
+export, jit.trace, fake and meta tensors, dispatch modes) goes through
+`torch.ops.mbm_kernels.<op>`, which has a fake kernel and an autograd formula made of the same two
+functions; functorch takes the Function, and the registered op inside it.
 
 A backend that was not asked to save may return None for its last output, the saved state, and
 leave out all gradients to be made: making an empty tensor takes 0.5 us.
@@ -30,7 +30,12 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import arguments, autocast, dispatch
-from mbm_kernels._core.tracing import in_functorch, is_plain
+from mbm_kernels._core.tracing import (
+    differentiates_forward,
+    in_functorch,
+    in_jit_trace,
+    is_plain,
+)
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -235,6 +240,13 @@ class Op:
             for tensor in tensors:
                 needs_grad = needs_grad or tensor.requires_grad
         sizes["training"] = int(needs_grad)
+        reason = None
+        if differentiates_forward(tensors):
+            reason = "it has no forward-mode derivative"
+        elif self.saves_each and in_jit_trace():
+            reason = "torch.jit.trace records no list of bool"
+        if reason is not None:
+            backend = dispatch.without_kernels(self.name, backend, reason)
         chosen = dispatch.select(self.name, backend, device, dtype, sizes)
         if self.saves_each:
             wanted = [args[i] for i in self.diff_positions]

@@ -1,9 +1,10 @@
-"""What else is at work around a call: compilers, dispatch modes, functorch."""
+"""What else is at work around a call: compilers, tracers, dispatch modes, functorch, tangents."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def in_functorch() -> bool:
@@ -14,21 +15,38 @@ def in_functorch() -> bool:
     )
 
 
+def in_jit_trace() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel may take the data pointers of these tensors.
 
-    Not under compilation, a dispatch mode (fake tensors, FLOP counters, selective checkpointing) or
-    functorch, nor for a subclass or a meta tensor: their addresses are 0 or someone else's.
+    Not under compilation, torch.jit.trace, a dispatch mode (fake tensors, FLOP counters, selective
+    checkpointing) or functorch, nor for a subclass or a meta tensor: their addresses are 0 or
+    someone else's. Nor for one whose memory holds its negative (the imaginary part of a conjugate).
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or (
-            tensor.is_meta
+        if (
+            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
+            or tensor.is_meta
+            or tensor.is_neg()
         ):
             return False
     return True
+
+
+def differentiates_forward(tensors: Sequence[Tensor]) -> bool:
+    """Whether one of them carries a tangent of forward-mode differentiation."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(
+        t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 import mbm_kernels
 from mbm_kernels._core import dispatch
@@ -220,6 +221,65 @@ class OpSuite:
         for name in truth:
             results = (actual[name], truth[name], yardstick[name], absolute[name])
             assert_matches(*results, gradient=True, what=f"second derivative by {name}")
+
+    def test_forward_mode_is_plain_torchs(self, backend: str) -> None:
+        inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+        with forward_ad.dual_level():
+            tangents = {
+                id(x): torch.linspace(-1, 1, x.numel()).view(x.shape) for x in leaves.values()
+            }
+            dual = map_tensors(
+                inputs,
+                lambda x: forward_ad.make_dual(x, tangents[id(x)]) if id(x) in tangents else x,
+            )
+            if backend != "torch":
+                with pytest.raises(mbm_kernels.BackendUnavailableError, match="forward-mode"):
+                    self.run(dual, backend)
+            outputs = [forward_ad.unpack_dual(o) for o in self.run(dual, "torch")]
+        smooth = [o for o in outputs if o.tangent is not None]
+        total = sum((o.primal.sum() for o in smooth), torch.zeros(()))
+        grads = torch.autograd.grad(total, list(leaves.values()))
+        pairs = zip(grads, tangents.values(), strict=True)
+        expected = sum(((g * t).sum() for g, t in pairs), torch.zeros(()))
+        actual = sum((o.tangent.sum() for o in smooth), torch.zeros(()))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_jit_trace(self, backend: str) -> None:
+        inputs = self.inputs(self.cases[0], torch.float32)
+        moving = [x for x in flat_tensors(inputs) if x.is_floating_point()]
+
+        def call(*values: Tensor) -> tuple[Tensor, ...]:
+            given = dict(zip(map(id, moving), values, strict=True))
+            return self.run(map_tensors(inputs, lambda x: given.get(id(x), x)), backend)
+
+        if backend != "torch" and OPS[self.op].saves_each:
+            with pytest.raises(mbm_kernels.BackendUnavailableError, match=r"jit\.trace"):
+                torch.jit.trace(call, moving)
+            return
+        traced = torch.jit.trace(call, moving, check_trace=False)
+        others = [x.roll(1, 0) if x.dim() else x / 2 for x in moving]
+        for a, e in zip(as_tuple(traced(*others)), call(*others), strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+
+    def test_negative_views(self, backend: str) -> None:
+        """What `z.conj().imag` is: memory that holds the negative of the values."""
+        inputs = self.inputs(self.cases[0], torch.float32)
+        views = map_floating(inputs, lambda x: torch._neg_view(-x))
+        assert all(x.is_neg() for x in flat_tensors(views) if x.is_floating_point())
+        outputs = self.run(inputs, backend)
+        grads = [torch.randn(o.shape) for o in outputs]
+        expected = self.gradients(lambda given: self.run(given, backend), inputs, grads)
+        actual = self.gradients(
+            lambda given: self.run(given, backend), views, [torch._neg_view(-g) for g in grads]
+        )
+        pairs = zip(
+            (*self.run(views, backend), *actual.values()),
+            (*outputs, *expected.values()),
+            strict=True,
+        )
+        for a, e in pairs:
+            torch.testing.assert_close(a, e, equal_nan=True)
 
     def test_autocast(self, backend: str) -> None:
         inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
