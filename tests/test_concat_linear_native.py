@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import mbm_kernels
-from mbm_kernels._core import native
-from mbm_kernels.ops.concat_linear import reference
+from mbm_kernels._core import native, packing
+from mbm_kernels.ops.concat_linear import backend_cpu, reference
 from mbm_kernels.testing import assert_matches
 
 cpu = native.cpu()
@@ -110,3 +110,16 @@ def test_not_finite_spreads_as_in_torch(isa):
     inputs[0][1, 2, 3], inputs[1][2, 0, 5], weight[8, 1] = float("nan"), float("inf"), float("-inf")
     expected = reference.concat_linear(inputs, weight, bias)
     torch.testing.assert_close(on_cpu(inputs, weight, bias), expected, equal_nan=True)
+
+
+def test_many_splits_are_packed_once_each():
+    """The gradient's entry for a part is known again however many other parts there were."""
+    weight = torch.randn(3, 301)
+    gradient = torch.randn(2, 3)
+    needs = [True, False, False]
+    for again in range(2):
+        for features in range(1, 301):
+            inputs = [torch.randn(2, features), torch.randn(2, 301 - features)]
+            backend_cpu.bwd(gradient, inputs, weight, None, needs)
+        entries = [key for key in packing._entries if key[0] == id(weight)]
+        assert len(entries) == 600, again

@@ -130,3 +130,11 @@ def test_bad_shapes():
         gru_bidirectional(**{**inputs, "h0": inputs["h0"][:1]})
     with raises(ValueError, "gru_bidirectional: w_hh: got shape .15, 4."):
         gru_bidirectional(**{**inputs, "w_hh_reverse": torch.randn(15, 4)})
+
+
+def test_directions_may_share_recurrent_weights():
+    inputs = single(sizes(5, 3, 6, 20))
+    inputs["w_hh_reverse"] = inputs["w_hh"]
+    actual = gru_bidirectional(**inputs, backend="cpu")
+    expected = gru_bidirectional(**inputs, backend="torch")
+    torch.testing.assert_close(actual, expected)

@@ -55,6 +55,27 @@ def test_redone_when_another_tensor_changes_or_comes(weight):
     assert packed(weight, bias).tolist() == [6] * 6
 
 
+def test_what_is_held_is_not_written_again(weight):
+    """A kernel of another thread, or of the other direction of a GRU, may be about to read it."""
+    first = packed(weight, torch.ones(6))
+    assert packed(weight, torch.zeros(6)).tolist() == [1] * 6
+    assert first.tolist() == [2] * 6
+
+
+def test_other_entries_may_come_while_one_is_looked_for(weight):
+    """From another thread."""
+    packing.packed_if_used_again(size, pack, weight)
+    entry, others = packing._entries[id(weight), pack], []
+
+    def owner():
+        others.append(torch.ones(3))
+        packed(others[-1])
+        return weight
+
+    entry.owner = owner
+    assert packing.awaits_second_use(weight)
+
+
 def test_one_use_packs_nothing(weight):
     def used():
         return packing.packed_if_used_again(size, pack, weight)
@@ -145,6 +166,13 @@ def test_inference_tensors_are_packed_each_time():
         packed(weight)
         weight.fill_(2)
         assert packed(weight).tolist() == [2] * 6
+
+
+def test_packed_in_inference_mode_and_again_outside(weight):
+    with torch.inference_mode():
+        packed(weight)
+    weight.fill_(2)
+    assert packed(weight).tolist() == [2] * 6
 
 
 def test_default_dtype_and_device_do_not_matter(weight):

@@ -7,6 +7,7 @@ written (an average of weights, an initialisation); call `forget(weight)` after 
 numbers of it in that way.
 """
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,8 @@ def packed(
     Args:
         size: size(owner, *others), elements of the packed form in the ISA in use.
         pack: pack(out, owner, *others) writes it. The buffer is written again when a weight
-            changes, so that training touches no new pages each step. One form is kept for each
-            owner and `pack`.
+            changes, so that training touches no new pages each step, unless a kernel is
+            about to read it. One form is kept for each owner and `pack`.
         owner: the weight with whose life the entry ends.
         others: further tensors packed with it; an entry made with others is redone.
     """
@@ -49,9 +50,8 @@ def packed(
         pack(unkept, *sources)
         return unkept
     entry = _entry_of(owner, pack)
-    if entry.buffer is not None and entry.state == state:
-        return entry.buffer
-    return _fill(entry, state, size, pack, sources)
+    found = _current(entry, state)
+    return _fill(entry, state, size, pack, sources) if found is None else found
 
 
 def packed_if_used_again(
@@ -66,13 +66,19 @@ def packed_if_used_again(
     if entry.state != state:
         entry.state, entry.buffer = state, None
         return None
-    return entry.buffer if entry.buffer is not None else _fill(entry, state, size, pack, (owner,))
+    found = _current(entry, state)
+    return _fill(entry, state, size, pack, (owner,)) if found is None else found
 
 
 def awaits_second_use(owner: Tensor) -> bool:
     """Whether something was asked for once by `packed_if_used_again`, and would be packed next."""
-    mine = [e for (key, _), e in _entries.items() if key == id(owner) and e.owner() is owner]
+    mine = [entry for _, entry in _entries_of(owner) if entry.owner() is owner]
     return any(e.state is not None and e.buffer is None for e in mine)
+
+
+def _entries_of(owner: Tensor) -> list[tuple[tuple[int, Callable[..., None]], _Entry]]:
+    # A copy: another thread may add an entry, and the garbage collector drop one.
+    return [(key, entry) for key, entry in _entries.copy().items() if key[0] == id(owner)]
 
 
 def _state_of(sources: tuple[Tensor | None, ...]) -> list[Any] | None:
@@ -92,8 +98,22 @@ def _entry_of(owner: Tensor, pack: Callable[..., None]) -> _Entry:
     key = (id(owner), pack)
     entry = _entries.get(key)
     if entry is None or entry.owner() is not owner:  # an id may be used again
-        entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: _entries.pop(key, None)))
+        drop = _entries.pop  # bound: at exit a module's names go before its weights
+        entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)))
     return entry
+
+
+def _current(entry: _Entry, state: list[Any]) -> Tensor | None:
+    buffer = entry.buffer  # before the state: another thread may write both
+    return buffer if entry.state == state else None
+
+
+def _held_here() -> int:
+    kept = object()
+    return sys.getrefcount(kept)
+
+
+_HELD_HERE = _held_here()  # references to what one local name holds
 
 
 def _fill(
@@ -104,9 +124,13 @@ def _fill(
     sources: tuple[Tensor | None, ...],
 ) -> Tensor:
     elements = size(*sources)
-    kept = entry.buffer
-    fresh = kept if kept is not None and kept.numel() == elements else native.empty((elements,))
-    entry.state = None
+    kept, entry.buffer, entry.state = entry.buffer, None, None
+    # Whoever else holds it is about to run a kernel on it, in this thread or another.
+    if kept is not None and kept.numel() == elements and sys.getrefcount(kept) == _HELD_HERE:
+        fresh = kept
+    else:
+        with torch.inference_mode(False):  # one made in it could not be written outside
+            fresh = native.empty((elements,))
     pack(fresh, *sources)
     entry.buffer, entry.state = fresh, state
     return fresh
@@ -130,5 +154,5 @@ def panels(weight: Tensor) -> Tensor:
 
 def forget(weight: Tensor) -> None:
     """Drops what was packed from `weight`: for writes that its version counter does not see."""
-    for key in [k for k in _entries if k[0] == id(weight)]:
-        del _entries[key]
+    for key, _ in _entries_of(weight):
+        _entries.pop(key, None)

@@ -74,7 +74,7 @@ def _repeats_dropped(x: Tensor) -> Tensor:
     return x
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # its functions are keys of packing's entries
 def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[..., None]]:
     """What `packing` needs for the columns [column, column + features) of a weight."""
 
