@@ -30,12 +30,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import arguments, autocast, dispatch
-from mbm_kernels._core.tracing import (
-    differentiates_forward,
-    in_functorch,
-    in_jit_trace,
-    is_plain,
-)
+from mbm_kernels._core.tracing import graph_is_kept, in_functorch, is_plain, no_kernel
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -47,10 +42,6 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-
-
-def _graph_is_kept() -> bool:
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _bwd_by_autograd(
@@ -240,12 +231,7 @@ class Op:
             for tensor in tensors:
                 needs_grad = needs_grad or tensor.requires_grad
         sizes["training"] = int(needs_grad)
-        reason = None
-        if differentiates_forward(tensors):
-            reason = "it has no forward-mode derivative"
-        elif self.saves_each and in_jit_trace():
-            reason = "torch.jit.trace records no list of bool"
-        if reason is not None:
+        if reason := no_kernel(tensors, self.saves_each):
             backend = dispatch.without_kernels(self.name, backend, reason)
         chosen = dispatch.select(self.name, backend, device, dtype, sizes)
         if self.saves_each:
@@ -426,7 +412,7 @@ class Op:
             if plain and not on_cpu and dtype != made.dtype:
                 # Scaled and rounded in one pass: 30 MB instead of 70 at V 10000, H 512.
                 made = torch.mul(made, grad, out=torch.empty_like(made, dtype=dtype))
-            elif plain and not _graph_is_kept():
+            elif plain and not graph_is_kept():
                 # A graph that is freed gives away what it saved: a second [V, H] would be felt.
                 if ones is None:
                     ones = on_cpu and grad.item() == 1

@@ -15,10 +15,6 @@ def in_functorch() -> bool:
     )
 
 
-def in_jit_trace() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel may take the data pointers of these tensors.
 
@@ -43,10 +39,19 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def differentiates_forward(tensors: Sequence[Tensor]) -> bool:
-    """Whether one of them carries a tangent of forward-mode differentiation."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return any(
+def no_kernel(tensors: Sequence[Tensor], takes_bools: bool) -> str | None:
+    """Why plain torch alone can run this call, if so; `takes_bools`: an argument is a bool[]."""
+    if torch.compiler.is_compiling():
+        return None
+    if takes_bools and torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records no list of bool"
+    if forward_ad._current_level >= 0 and any(
         t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    ):
+        return "it has no forward-mode derivative"
+    return None
+
+
+def graph_is_kept() -> bool:
+    """Within a backward: whether its graph will be run again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
