@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
+from mbm_kernels import nn
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 
@@ -79,6 +80,24 @@ class TestSelect:
         with raises(mbm_kernels.BackendUnavailableError, "float64"):
             select("cpu", dtype=torch.float64)
         assert issubclass(mbm_kernels.BackendUnavailableError, RuntimeError)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda **b: nn.Conv2d(2, 3, 1, **b),
+            lambda **b: nn.ConvBiasAct(2, 3, 1, **b),
+            lambda **b: nn.GRU(2, 3, **b),
+            lambda **b: nn.GRUCell(2, 3, **b),
+            lambda **b: nn.AdditiveAttention(2, 3, 4, **b),
+            lambda **b: nn.MultiheadAttention(4, 2, **b),
+            lambda **b: nn.ConcatLinear((2, 3), 4, **b),
+            lambda **b: nn.LinearDistillationLoss(**b),
+        ],
+    )
+    def test_modules_refuse_an_unknown_name(self, make):
+        with raises(ValueError, r"^nn\.\w+: backend: got 'fast'; expected one of auto, cpu"):
+            make(backend="fast")
+        assert make(backend="torch").backend == "torch"
 
     @pytest.mark.usefixtures("_restored")
     def test_set_backend(self, table):

@@ -256,3 +256,12 @@ class TestLinearCrossEntropy(OpSuite):
             for value in values:
                 with raises(ValueError, f"{name}: got {value}", name):
                     call(**bad(**{name: value}))
+        for name in ("label_smoothing", "z_loss", "softcap"):
+            for value in ("0.5", True, torch.tensor(0.5)):
+                with raises(TypeError, f"{name}: got", "expected a number", "float"):
+                    call(**bad(**{name: value}))
+        for value in (2.0, None, True):
+            with raises(TypeError, "ignore_index: got", "expected an int", "int"):
+                call(**bad(ignore_index=value))
+        with raises(ValueError, "ignore_index", "64 bits"):
+            call(**bad(ignore_index=2**63))

@@ -132,6 +132,19 @@ def choice(op: str, name: str, value: object, choices: Sequence[object]) -> None
         fail(op, name, repr(value), f"one of {listed}", "check the spelling")
 
 
+def number(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(op, name, describe(value), "a number", "convert it with float(...)", TypeError)
+
+
+def index(op: str, name: str, value: object) -> None:
+    """An int that int64 holds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail(op, name, describe(value), "an int", "convert it with int(...)", TypeError)
+    if not -(2**63) <= value < 2**63:
+        fail(op, name, value, "an int of 64 bits", "take a smaller one")
+
+
 def values_readable(value: Tensor) -> bool:
     """Whether reading values is free: a real CPU tensor, nothing tracing."""
     return value.device.type == "cpu" and tracing.is_plain((value,))

@@ -14,6 +14,7 @@ def check_target(
     op: str, target: object, lead: Sequence[int], classes: int, ignore_index: int, like: Tensor
 ) -> Tensor:
     """int64 of shape `lead`, 0 <= target < V or equal to ignore_index, on the device of `like`."""
+    checks.index(op, "ignore_index", ignore_index)
     value = checks.tensor(op, "target", target)
     if value.dtype != torch.int64:
         checks.fail(op, "target", value.dtype, "int64", "convert it with .long()", TypeError)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from mbm_kernels._core import dispatch
 from mbm_kernels.ops.additive_attention.op import additive_attention
 from mbm_kernels.ops.concat_linear.module import Linear
 
@@ -31,6 +32,7 @@ class AdditiveAttention(nn.Module):
         bias: bool = True,
         backend: str = "auto",
     ):
+        dispatch.check_backend("nn.AdditiveAttention", backend)
         super().__init__()
         self.backend = backend
         linear = nn.Linear if backend == "torch" else Linear

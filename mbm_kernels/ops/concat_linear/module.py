@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks
+from mbm_kernels._core import checks, dispatch
 from mbm_kernels.ops.concat_linear.op import NAME, concat_linear, linear
 
 
@@ -42,6 +42,7 @@ class ConcatLinear(nn.Linear):
         if isinstance(in_features, int):
             expected = "a sequence of ints, one for each input"
             checks.fail(NAME, "in_features", in_features, expected, "wrap it in a list", TypeError)
+        dispatch.check_backend("nn.ConcatLinear", backend)
         super().__init__(sum(in_features), out_features, bias, device=device, dtype=dtype)
         self.parts = tuple(in_features)
         self.backend = backend

@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks
+from mbm_kernels._core import checks, dispatch
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.op import ACTIVATIONS, NAME, conv_bias_act
 
@@ -19,6 +19,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any):
+        dispatch.check_backend(f"nn.{type(self).__name__}", backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
 

@@ -138,6 +138,10 @@ def linear_cross_entropy(
 
 
 def _check_options(label_smoothing: float, softcap: float | None, z_loss: float) -> None:
+    checks.number(NAME, "label_smoothing", label_smoothing)
+    checks.number(NAME, "z_loss", z_loss)
+    if softcap is not None:
+        checks.number(NAME, "softcap", softcap)
     if not 0 <= label_smoothing <= 1:
         expected = "0 <= label_smoothing <= 1"
         checks.fail(

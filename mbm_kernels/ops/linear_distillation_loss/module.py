@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mbm_kernels._core import dispatch
 from mbm_kernels.ops.linear_distillation_loss.op import (
     check_options,
     linear_distillation_loss,
@@ -35,6 +36,7 @@ class LinearDistillationLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
     ):
+        dispatch.check_backend("nn.LinearDistillationLoss", backend)
         super().__init__()
         check_options(temperature, hard_weight, divergence, beta, reduction)
         self.temperature = temperature

@@ -231,6 +231,8 @@ def linear_distillation_loss(
 def check_options(
     temperature: float, hard_weight: float, divergence: str, beta: float, reduction: str
 ) -> None:
+    for name, value in (("temperature", temperature), ("hard_weight", hard_weight), ("beta", beta)):
+        checks.number(NAME, name, value)
     if not 0 < temperature < float("inf"):
         remedy = "give a positive number; 1 leaves the distributions as they are"
         checks.fail(NAME, "temperature", temperature, "0 < temperature < inf", remedy)
