@@ -66,7 +66,7 @@ class _Inputs:
         self.query, query_rows = _rows(query)
         self.key, key_rows = _rows(key)
         self.value, value_rows = _rows(value)
-        self.v = v.float().contiguous()
+        self.v = native.dense(v)
         self.key_lengths = None if key_lengths is None else key_lengths.cpu().contiguous()
         self.mask = None if mask is None else mask.expand(batch, steps, positions)
         self.args = (
@@ -75,7 +75,7 @@ class _Inputs:
             key_rows,
             value_rows,
             self.v.data_ptr(),
-            0 if self.key_lengths is None else self.key_lengths.data_ptr(),
+            native.address(self.key_lengths),
             (0, 0, 0, 0) if self.mask is None else (self.mask.data_ptr(), *self.mask.stride()),
         )
 
@@ -95,7 +95,7 @@ def fwd(
     weights = native.empty((batch, steps, positions))
     native.cpu().additive_attention_fwd(
         *inputs.args,
-        0 if kept is None else kept.data_ptr(),
+        native.address(kept),
         context.data_ptr(),
         weights.data_ptr(),
         torch.get_num_threads(),
@@ -118,7 +118,7 @@ def bwd(
     inputs = _Inputs(query, key, value, v, key_lengths, mask)
     grad_context, grad_context_rows = _rows(grad_context)
     grad_weights, grad_weights_rows = _rows(grad_weights)
-    saved = weights.float().contiguous()
+    saved = native.dense(weights)
     grads = [
         native.empty(x.shape) if need else None
         for x, need in zip((query, key, value, v), needs, strict=True)
@@ -128,7 +128,7 @@ def bwd(
         saved.data_ptr(),
         grad_context_rows,
         grad_weights_rows,
-        *(0 if grad is None else grad.data_ptr() for grad in grads),
+        *map(native.address, grads),
         torch.get_num_threads(),
     )
     return tuple(None if grad is None else grad.to(query.dtype) for grad in grads)

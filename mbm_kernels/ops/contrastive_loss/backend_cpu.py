@@ -29,7 +29,7 @@ def _run(
     kind: str,
 ) -> None:
     # Named, so that what was converted lives as long as the call.
-    image, text = image.float().contiguous(), text.float().contiguous()
+    image, text = native.dense(image), native.dense(text)
     scale, bias, grad_loss = scale.float(), native.dense(bias), native.dense(grad_loss)
     native.cpu().contrastive_loss(
         image.size(0),

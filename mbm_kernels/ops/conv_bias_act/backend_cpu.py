@@ -19,19 +19,6 @@ WINOGRAD_ERROR = 5e-6
 WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
 LARGEST_POOL = 128  # places of a window that fit into seven bits
 
-# In the order of csrc's enum.
-_ACTIVATIONS = (
-    None,
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "hardswish",
-    "sigmoid",
-    "tanh",
-)
 _NO_MAP = (0, 0, 0, 0, 0)
 _NO_TAPS = (0, 0, 0, 0)
 
@@ -65,7 +52,7 @@ class _Plan:
         self.sizes = (
             *(batch, channels, out_channels, height, width, *kernel),
             *(*stride, padding[0], padding[2], *dilation, groups),
-            *(*self.conv, *self.out, *pool, _ACTIVATIONS.index(activation)),
+            *(*self.conv, *self.out, *pool, geometry.ACTIVATIONS.index(activation)),
         )
         self.weight_sizes = (out_channels, group_channels, *kernel, groups)
         self.winograd_backward = (
@@ -179,7 +166,7 @@ def fwd(
     )
     x = _dense(x)
     residual = None if residual is None else _dense(residual)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = native.dense(bias)
     plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
     packed, fresh = None, None
     if save and plan.fresh:

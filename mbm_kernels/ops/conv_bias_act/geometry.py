@@ -10,6 +10,19 @@ from mbm_kernels._core import checks
 from mbm_kernels._core.tracing import in_functorch
 
 Pair = tuple[int, int]
+# In the order of csrc's enum.
+ACTIVATIONS = (
+    None,
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "sigmoid",
+    "tanh",
+)
 BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch
 from mbm_kernels.ops.conv_bias_act import geometry
-from mbm_kernels.ops.conv_bias_act.op import ACTIVATIONS, NAME, conv_bias_act
+from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
+from mbm_kernels.ops.conv_bias_act.op import NAME, conv_bias_act
 
 
 class Conv2d(nn.Conv2d):

@@ -9,20 +9,9 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, reference
+from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 
 NAME = "conv_bias_act"
-ACTIVATIONS = (
-    None,
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "hardswish",
-    "sigmoid",
-    "tanh",
-)
 
 
 def _fake(

@@ -122,7 +122,7 @@ def bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     inputs = _Inputs(query, key, value, key_lengths, mask, scale)
-    heads = (weights if need_weights == "heads" else saved).to(torch.float32).contiguous()
+    heads = native.dense(weights if need_weights == "heads" else saved)
     if grad_context is not None:
         grad_context = _rows(grad_context)
     share = 1.0
