@@ -146,6 +146,12 @@ def ninja_is_quiet() -> bool:
 
 
 class BuildNative(build_ext):
+    def run(self) -> None:
+        # Otherwise an editable install compiles in a folder of its own, and `make` all of it again.
+        if self.inplace or self.editable_mode:
+            self.build_temp = str(ROOT / "build")
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
