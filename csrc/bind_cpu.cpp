@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "additive_attention/additive_attention.h"
+#include "common/fingerprint.h"
 #include "common/isa.h"
 #include "common/peak.h"
-#include "common/sample.h"
 #include "common/scratch_release.h"
 #include "common/vector_math.h"
 #include "conv_bias_act/conv_bias_act.h"
@@ -33,8 +33,10 @@ void bind_common(py::module_& m) {
   m.def("runs_isa", [](const std::string& name) { return mbm::runs(parse_isa(name)); });
   m.def("set_isa", [](const std::string& name) { mbm::set_isa(parse_isa(name)); });
 
-  m.def("sample", [](uintptr_t data, int64_t bytes) {
-    return mbm::sample(reinterpret_cast<const unsigned char*>(data), bytes);
+  m.def("fingerprint", [](Address data, int64_t bytes, int num_threads) {
+    const auto* data_ptr = checked_ptr<const unsigned char>(data, bytes, "data");
+    py::gil_scoped_release release;
+    return MBM_CALL(fingerprint, data_ptr, bytes, num_threads);
   });
   m.def("release_scratch", [](int num_threads) { MBM_CALL(release_scratch, num_threads); });
   m.def("peak_operations", [] { return MBM_CALL(peak_operations); });

@@ -84,16 +84,27 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
-def sample(tensor: Tensor) -> int:
-    """Of 32 places: changes when the values of a CPU tensor do, but for a few; else 0."""
-    module, _ = _load_cpu()
-    if module is None or not tensor.is_cpu:
-        return 0
+def fingerprint(tensor: Tensor) -> int:
+    """A 64-bit hash of every byte of a CPU tensor (csrc/common/fingerprint.h).
+
+    Of a tensor with gaps the bytes between its first and its last element are hashed.
+
+    Raises:
+        ValueError: the tensor's storage was freed or is too small for its shape.
+    """
     extent = int(tensor.nbytes)
-    if not tensor.is_contiguous():
-        start = int(tensor.storage_offset()) * tensor.element_size()
-        extent = min(extent, tensor.untyped_storage().nbytes() - start)
-    found: int = module.sample(tensor.data_ptr(), extent)
+    if not tensor.is_contiguous() and extent > 0:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        extent = (last + 1) * tensor.element_size()
+    start = tensor.storage_offset() * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if extent > 0 and held < start + extent:
+        raise ValueError(
+            f"weight: got a tensor of shape {tuple(tensor.shape)} whose storage holds {held} bytes; "
+            f"expected {start + extent}; restore the storage before the call"
+        )
+    found: int = cpu().fingerprint(tensor.data_ptr(), extent, torch.get_num_threads())
     return found
 
 
