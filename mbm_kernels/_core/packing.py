@@ -25,7 +25,6 @@ class _Entry:
 
     def __init__(self, owner: "weakref.ref[Tensor]"):
         self.owner = owner
-        # Of what was packed; with no buffer, of what was asked for once.
         self.state: list[Any] | None = None
         self.buffer: Tensor | None = None
 
@@ -52,28 +51,6 @@ def packed(
     entry = _entry_of(owner, pack)
     found = _current(entry, state)
     return _fill(entry, state, size, pack, sources) if found is None else found
-
-
-def packed_if_used_again(
-    size: Callable[..., int], pack: Callable[..., None], owner: Tensor
-) -> Tensor | None:
-    """As `packed`, but None at the first call with `owner` as it is now: packing costs about what
-    one use of it saves. None also for an inference tensor, whose changes nothing counts."""
-    state = _state_of((owner,))
-    if state is None:
-        return None
-    entry = _entry_of(owner, pack)
-    if entry.state != state:
-        entry.state, entry.buffer = state, None
-        return None
-    found = _current(entry, state)
-    return _fill(entry, state, size, pack, (owner,)) if found is None else found
-
-
-def awaits_second_use(owner: Tensor) -> bool:
-    """Whether something was asked for once by `packed_if_used_again`, and would be packed next."""
-    mine = [entry for _, entry in _entries_of(owner) if entry.owner() is owner]
-    return any(e.state is not None and e.buffer is None for e in mine)
 
 
 def _entries_of(owner: Tensor) -> list[tuple[tuple[int, Callable[..., None]], _Entry]]:
