@@ -6,7 +6,18 @@ from mbm_kernels._core.dispatch import disabled as disabled
 from mbm_kernels._core.dispatch import set_backend as set_backend
 from mbm_kernels._core.errors import BackendUnavailableError as BackendUnavailableError
 from mbm_kernels.ops import *  # noqa: F403
+from mbm_kernels.ops import AdditiveAttentionKeys as AdditiveAttentionKeys
 from mbm_kernels.ops import __all__ as _ops
+from mbm_kernels.ops import additive_attention_keys as additive_attention_keys
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailableError", "backends", "disabled", "nn", "set_backend", *_ops]
+__all__ = [
+    "AdditiveAttentionKeys",
+    "BackendUnavailableError",
+    "additive_attention_keys",
+    "backends",
+    "disabled",
+    "nn",
+    "set_backend",
+    *_ops,
+]

@@ -18,31 +18,30 @@ constexpr int64_t kRowBlock = kLanes == 16 ? 8 : 4;  // queries whose context is
 constexpr int64_t kKeyPiece = 64;       // keys of a piece of work where batch elements are few
 constexpr int64_t kSerialWork = 30000;  // tanh below which a second thread costs more than it saves
 
-// Keys for several forwards: [B][tiles][pairs][kKeys][2][kLanes], then max |k| of each tile,
-// [B][tiles].
+// Keys for several forwards: [B][tiles][pairs][kKeys][2][kLanes], then max |k| of each key,
+// [B][tiles][kKeys], since a forward may end within a tile.
 struct PackedKeys {
   int64_t tiles, tile_size, count;
 
   PackedKeys(int64_t B, int64_t S, int64_t D)
       : tiles((S + kKeys - 1) / kKeys), tile_size(kKeys * round_up(D, kPair)), count(B * tiles) {}
-  int64_t size() const { return count * (tile_size + 1); }
+  int64_t size() const { return count * (tile_size + kKeys); }
   int64_t at(int64_t tile) const { return tile * tile_size; }
-  int64_t magnitude_at(int64_t tile) const { return count * tile_size + tile; }
+  int64_t magnitudes_at(int64_t tile) const { return count * tile_size + tile * kKeys; }
 };
 
 inline float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
-// Up to kKeys keys of batch element b from s on; those from `end` on count as 0. Returns max |k|.
+// Up to kKeys keys of batch element b from s on, and max |k| of each; those from `end` on count as
+// 0.
 template <ScoreForm form>
-float pack_keys(const AdditiveAttentionInputs& in, int64_t b, int64_t s, int64_t end, float* out) {
-  float magnitude = 0.0f;
+void pack_keys(const AdditiveAttentionInputs& in, int64_t b, int64_t s, int64_t end, float* out,
+               float* magnitudes) {
   for (int j = 0; j < kKeys; ++j) {
     const bool inside = s + j < end;
     const float* row = in.key + b * in.key_stride_b + (inside ? s + j : s) * in.key_stride_s;
-    magnitude = larger_or_nan(
-        magnitude, pack_key<form>(row, inside ? in.D : 0, round_up(in.D, kPair), out, j));
+    magnitudes[j] = pack_key<form>(row, inside ? in.D : 0, round_up(in.D, kPair), out, j);
   }
-  return magnitude;
 }
 
 // What one piece of work owns.
@@ -51,8 +50,8 @@ struct Workspace {
   float* query;  // up to kQueryChunk queries, in blocks of kQueries, 2 and 1: see score_tile
   float* key;    // kGroup keys: 16 x 512 are 32 KiB, which the queries of a block meet in L1
   float* row;    // [round_up(S, kLanes)], in the memory of the panels
-  float magnitude[kQueryChunk];         // max |q|, for each query
-  float key_magnitude[kGroup / kKeys];  // max |k|, for each tile
+  float magnitude[kQueryChunk];  // max |q|, for each query
+  float key_magnitude[kGroup];   // max |k|, for each key
 
   Workspace(const AdditiveAttentionInputs& in, int64_t padded_D)
       : Workspace(std::min<int64_t>(in.T, kQueryChunk), padded_D, round_up(in.S, kLanes)) {}
@@ -108,7 +107,7 @@ class Forward {
   // Queries [t0, t1) against the keys [s0, s1), packed tile after tile.
   struct Group {
     int64_t b, t0, t1, s0, s1;
-    const float *packed, *magnitudes;  // the latter one for each tile
+    const float *packed, *magnitudes;  // the latter one for each key
   };
 
   float* score_row(int64_t b, int64_t t) const { return args_.weights + (b * in_.T + t) * in_.S; }
@@ -130,12 +129,18 @@ class Forward {
     return in_.key + b * in_.key_stride_b + s * in_.key_stride_s;
   }
 
+  // max |k| of the keys [0, count).
+  float largest_key(int64_t b, int64_t count) const {
+    if (args_.packed_key == nullptr)
+      return max_magnitude(key_row(b, 0), in_.key_stride_s, count, in_.D);
+    return max_magnitude(args_.packed_key + packed_.magnitudes_at(b * packed_.tiles), 0, 1, count);
+  }
+
   // Whether queries [t0, t1) need relative accuracy against the keys [0, count), and get it.
   bool is_small(int64_t b, int64_t t0, int64_t t1, int64_t count) const {
     if (!v_.precise) return false;
     const float query = max_magnitude(query_row(b, t0), in_.query_stride_t, t1 - t0, in_.D);
-    return query <= kSmallScore &&
-           query + max_magnitude(key_row(b, 0), in_.key_stride_s, count, in_.D) <= kSmallScore;
+    return query <= kSmallScore && query + largest_key(b, count) <= kSmallScore;
   }
 
   template <ScoreForm form>
@@ -150,11 +155,11 @@ class Forward {
       if (form != ScoreForm::kSmall && args_.packed_key != nullptr) {
         const int64_t tile = b * packed_.tiles + s / kKeys;
         group.packed = args_.packed_key + packed_.at(tile);
-        group.magnitudes = args_.packed_key + packed_.magnitude_at(tile);
+        group.magnitudes = args_.packed_key + packed_.magnitudes_at(tile);
       } else {
         for (int64_t i = 0; s + i * kKeys < group.s1; ++i)
-          work.key_magnitude[i] =
-              pack_keys<form>(in_, b, s + i * kKeys, group.s1, work.key + i * key_size<form>());
+          pack_keys<form>(in_, b, s + i * kKeys, group.s1, work.key + i * key_size<form>(),
+                          work.key_magnitude + i * kKeys);
       }
       int64_t t = score_queries<form, kQueries>(work, group, t0, &ahead);
       if constexpr (kQueries > 2) t = score_queries<form, 2>(work, group, t, &ahead);
@@ -223,8 +228,11 @@ class Forward {
         const int64_t s = group.s0 + i * kKeys;
         const int keys = static_cast<int>(std::min<int64_t>(kKeys, group.s1 - s));
         if (!attends(group.b, t, queries, s, keys)) continue;
+        float key_magnitude = 0.0f;
+        for (int j = 0; j < keys; ++j)
+          key_magnitude = larger_or_nan(key_magnitude, group.magnitudes[i * kKeys + j]);
         float score[queries * kKeys];
-        if (v_.factorable && query_magnitude + group.magnitudes[i] <= kRatioLimit) {
+        if (v_.factorable && query_magnitude + key_magnitude <= kRatioLimit) {
           vf lanes[queries * kKeys];
           score_tile<form, queries>(q, group.packed + i * key_size<form>(), v_.data(), v_.pairs,
                                     lanes, ahead);
@@ -303,8 +311,8 @@ void additive_attention_pack_key(const AdditiveAttentionInputs& in, float* out, 
   if (in.B * in.S * in.D < kSerialWork) num_threads = 1;
   parallel_for(num_threads, packed.count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile)
-      out[packed.magnitude_at(tile)] = pack_keys<ScoreForm::kRatio>(
-          in, tile / packed.tiles, tile % packed.tiles * kKeys, in.S, out + packed.at(tile));
+      pack_keys<ScoreForm::kRatio>(in, tile / packed.tiles, tile % packed.tiles * kKeys, in.S,
+                                   out + packed.at(tile), out + packed.magnitudes_at(tile));
   });
 }
 

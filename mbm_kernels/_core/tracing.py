@@ -45,11 +45,22 @@ def no_kernel(tensors: Sequence[Tensor], takes_bools: bool) -> str | None:
         return None
     if takes_bools and torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records no list of bool"
-    if forward_ad._current_level >= 0 and any(
-        t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
+    if has_tangent(tensors):
         return "it has no forward-mode derivative"
     return None
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def wants_gradient(tensor: Tensor) -> bool:
+    """Whether what is computed from it now has a derivative by it, of either mode."""
+    return (torch.is_grad_enabled() and tensor.requires_grad) or (
+        not torch.compiler.is_compiling() and has_tangent((tensor,))
+    )
 
 
 def graph_is_kept() -> bool:

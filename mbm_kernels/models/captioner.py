@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mbm_kernels.models.generation import search
 from mbm_kernels.models.layers import Layers, layers_named
+from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
 
 @dataclass(frozen=True)
@@ -271,12 +272,13 @@ class Captioner(nn.Module):
         return self.head(hidden), state, weights
 
     def advance(
-        self, x: Tensor, state: Tensor, key: Tensor, value: Tensor
+        self, x: Tensor, state: Tensor, key: Tensor | AdditiveAttentionKeys, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The recurrence, attention over what `encode` gives, and their join, for one word.
 
         Args:
             x: [B, K, H], the joined input. state: [B, K, H].
+            key: additive attention's may be AdditiveAttentionKeys, in "mbm" layers.
 
         Returns:
             hidden [B, K, H], the new state [B, K, H], weights [B, K, S].

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import autocast, native
+from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.linear_topk import linear_topk
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Decoder(Protocol):
     def for_pictures(self, pictures: Any) -> Decoder:
         """The same for other pictures."""
 
+    def for_steps(self) -> Decoder:
+        """The same, with what its steps have in common made once of the pictures as they are."""
+
 
 class StockDecoder:
     """`Captioner.step`, then torch's argmax, or its stable sort: of a tie the lower id is first."""
@@ -58,6 +62,9 @@ class StockDecoder:
 
     def for_pictures(self, pictures: EncodedImages) -> StockDecoder:
         return StockDecoder(self.model, pictures)
+
+    def for_steps(self) -> StockDecoder:
+        return self
 
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words:
         logits, state, weights = self.model.step(self.pictures, last, state)
@@ -81,11 +88,19 @@ class FusedDecoder:
     """The step with what repeats taken out of it, and a vocabulary of which no logit is stored.
 
     relu(join_input(summary, embedding)) is the relu of a sum: the summary's half is made once for
-    each picture, the embedding's once for each word and version of the weights (`word_table`).
+    each picture, the embedding's once for each word and version of the weights (`word_table`), and
+    what attention makes of the keys once for all steps (`for_steps`).
     """
 
-    def __init__(self, model: Captioner, table: Tensor, pictures: FusedPictures) -> None:
+    def __init__(
+        self,
+        model: Captioner,
+        table: Tensor,
+        pictures: FusedPictures,
+        keys: AdditiveAttentionKeys | None = None,
+    ) -> None:
         self.model, self.table, self.pictures = model, table, pictures
+        self.key = pictures.key if keys is None else keys
 
     @classmethod
     def of(cls, model: Captioner, encoded: EncodedImages) -> FusedDecoder:
@@ -97,6 +112,12 @@ class FusedDecoder:
     def for_pictures(self, pictures: FusedPictures) -> FusedDecoder:
         return FusedDecoder(self.model, self.table, pictures)
 
+    def for_steps(self) -> FusedDecoder:
+        if self.model.settings["attention"] != "additive" or torch.is_grad_enabled():
+            return self
+        keys = additive_attention_keys(self.pictures.key)
+        return FusedDecoder(self.model, self.table, self.pictures, keys)
+
     @property
     def made(self) -> tuple[Tensor, ...]:
         return (self.table,)
@@ -105,7 +126,7 @@ class FusedDecoder:
         model, pictures = self.model, self.pictures
         # Autocast may have made one of them in its own dtype.
         x = torch.relu_(F.embedding(last, self.table) + pictures.by_summary)
-        hidden, state, weights = model.advance(x, state, pictures.key, pictures.value)
+        hidden, state, weights = model.advance(x, state, self.key, pictures.value)
         head = model.head
         values, ids = linear_topk(hidden, head.weight, head.bias, k)
         return Words(values, ids, state, weights)

@@ -113,7 +113,7 @@ def search(
     if recorded:
         carry, trace = decode_graph.run(model, how, decoder, carry, max_length)
     else:
-        carry, trace = loop(how, decoder, carry, max_length)
+        carry, trace = loop(how, decoder.for_steps(), carry, max_length)
     words, weights = _best(carry, trace, want_weights)
     ends = [row.index(model.eos_id) if model.eos_id in row else len(row) for row in words]
     captions = [row[:end] for row, end in zip(words, ends, strict=True)]

@@ -1,6 +1,8 @@
 """The operations; one folder each. This list is also the library's public functions."""
 
+from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys as AdditiveAttentionKeys
 from mbm_kernels.ops.additive_attention import additive_attention
+from mbm_kernels.ops.additive_attention import additive_attention_keys as additive_attention_keys
 from mbm_kernels.ops.concat_linear import concat_linear
 from mbm_kernels.ops.contrastive_loss import contrastive_loss
 from mbm_kernels.ops.conv_bias_act import conv_bias_act

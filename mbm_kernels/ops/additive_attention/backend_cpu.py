@@ -1,17 +1,12 @@
 """The C++ kernels of csrc/additive_attention: float32 inside, 16-bit floats cast around them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native, packing
-
-# Where a key's exponentials are kept: 1.2 to 2 times faster; below, looking them up (2 us) costs
-# what they save, above they would cost memory (64 MiB).
-MOST_STEP_QUERIES = 8
-LEAST_KEPT, MOST_KEPT = 2**15, 2**24
+from mbm_kernels._core import native
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -28,24 +23,21 @@ def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
     return x, (x.data_ptr(), x.stride(0), x.stride(1))
 
 
-def _packed_key_size(key: Tensor) -> int:
-    size: int = native.cpu().additive_attention_packed_key_size(*key.shape)
-    return size
+class PreparedKey(NamedTuple):
+    """A key's exponentials and magnitudes, float32, in the layout of one ISA."""
+
+    packed: Tensor
+    isa: str | None
 
 
-def _pack_key(out: Tensor, key: Tensor) -> None:
+def prepare_key(key: Tensor) -> PreparedKey:
+    """key [B, S, D], which `fwd` is given beside it: it reads both."""
     _converted, rows = _rows(key)  # alive until the call is over
+    packed = native.empty((native.cpu().additive_attention_packed_key_size(*key.shape),))
     native.cpu().additive_attention_pack_key(
-        *key.shape, rows, out.data_ptr(), torch.get_num_threads()
+        *key.shape, rows, packed.data_ptr(), torch.get_num_threads()
     )
-
-
-def _kept_key(query: Tensor, key: Tensor) -> Tensor | None:
-    """The key's exponentials, from the second call with a key on: decoding keeps one for all its
-    steps, training has a new one each time."""
-    if query.size(1) > MOST_STEP_QUERIES or not LEAST_KEPT <= key.numel() <= MOST_KEPT:
-        return None
-    return packing.packed_if_used_again(_packed_key_size, _pack_key, key)
+    return PreparedKey(packed, native.isa())
 
 
 class _Inputs:
@@ -87,15 +79,17 @@ def fwd(
     v: Tensor,
     key_lengths: Tensor | None,
     mask: Tensor | None,
+    prepared: PreparedKey | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """`prepared` is what `prepare_key` made of `key`; of another ISA it is left alone."""
     inputs = _Inputs(query, key, value, v, key_lengths, mask)
     batch, steps, positions, _, value_features = inputs.sizes
-    kept = _kept_key(query, key)
+    packed = prepared.packed if prepared is not None and prepared.isa == native.isa() else None
     context = native.empty((batch, steps, value_features))
     weights = native.empty((batch, steps, positions))
     native.cpu().additive_attention_fwd(
         *inputs.args,
-        native.address(kept),
+        native.address(packed),
         context.data_ptr(),
         weights.data_ptr(),
         torch.get_num_threads(),

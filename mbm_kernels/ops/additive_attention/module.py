@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import checks, dispatch
+from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.additive_attention.op import additive_attention
 from mbm_kernels.ops.concat_linear.module import Linear
 
@@ -48,10 +49,14 @@ class AdditiveAttention(nn.Module):
         bound = max(1, self.v.numel()) ** -0.5
         nn.init.uniform_(self.v, -bound, bound)
 
+    def keys(self, key: Tensor) -> AdditiveAttentionKeys:
+        """key [B, S, key_dim], projected and prepared once for several calls without gradients."""
+        return additive_attention_keys(self.key_proj(key), backend=self.backend)
+
     def forward(
         self,
         query: Tensor,
-        key: Tensor,
+        key: Tensor | AdditiveAttentionKeys,
         value: Tensor | None = None,
         *,
         key_lengths: Tensor | None = None,
@@ -59,13 +64,22 @@ class AdditiveAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """query [B, T, query_dim], key [B, S, key_dim], value [B, S, E] or None for `key`.
 
+        `key` may be what `keys` made of one; then it is given the value too.
+
         Returns:
             context [B, T, E] and weights [B, T, S].
         """
+        if isinstance(key, AdditiveAttentionKeys):
+            if value is None:
+                remedy = "pass the features that the keys were made of"
+                checks.fail("nn.AdditiveAttention", "value", None, "a tensor beside keys", remedy)
+            projected: Tensor | AdditiveAttentionKeys = key
+        else:
+            projected, value = self.key_proj(key), key if value is None else value
         return additive_attention(
             self.query_proj(query),
-            self.key_proj(key),
-            key if value is None else value,
+            projected,
+            value,
             self.v,
             key_lengths=key_lengths,
             mask=mask,

@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, dispatch
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.tracing import is_plain, wants_gradient
 from mbm_kernels.ops.additive_attention import backend_torch, reference
+from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys
 
 NAME = "additive_attention"
 
@@ -39,7 +41,7 @@ OP = Op(
 
 def additive_attention(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | AdditiveAttentionKeys,
     value: Tensor,
     v: Tensor,
     *,
@@ -56,7 +58,7 @@ def additive_attention(
 
     Args:
         query: [B, T, D], floating.
-        key: [B, S, D].
+        key: [B, S, D]; or what `additive_attention_keys` made of one, where no gradient is wanted.
         value: [B, S, E].
         v: [D].
         key_lengths: int64 [B], 0 <= length <= S; positions at or past the length are not attended.
@@ -69,7 +71,8 @@ def additive_attention(
 
     Raises:
         TypeError: an argument is not a tensor of the right kind, or dtypes differ outside autocast.
-        ValueError: shapes, devices, lengths or the backend's name do not fit.
+        ValueError: shapes, devices, lengths or the backend's name do not fit, or a gradient is
+            wanted and key is AdditiveAttentionKeys.
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
@@ -80,12 +83,13 @@ def additive_attention(
     translate", 2015, section A.1.2.
     """
     checks.tensor(NAME, "query", query, 3)
-    checks.tensor(NAME, "key", key, 3)
+    given = key._snapshot if isinstance(key, AdditiveAttentionKeys) else key
+    checks.tensor(NAME, "key", given, 3)
     checks.tensor(NAME, "value", value, 3)
     checks.tensor(NAME, "v", v, 1)
     batch, steps, features = query.shape
-    positions = key.size(1)
-    checks.shape(NAME, "key", key, "B, S, D", (batch, positions, features))
+    positions = given.size(1)
+    checks.shape(NAME, "key", given, "B, S, D", (batch, positions, features))
     checks.shape(NAME, "value", value, "B, S, E", (batch, positions, value.size(2)))
     checks.shape(NAME, "v", v, "D", (features,))
     if key_lengths is not None:
@@ -93,9 +97,45 @@ def additive_attention(
     if mask is not None:
         checks.mask(NAME, "mask", mask, "B, T, S", (batch, steps, positions))
         checks.same_device(NAME, "mask", mask, "query", query)
-    query, key, value, v = autocast.cast(query, key, value, v)
-    checks.same_floating(NAME, (("query", query), ("key", key), ("value", value), ("v", v)))
     sizes = {"B": batch, "T": steps, "S": positions, "D": features, "E": value.size(2)}
     sizes["elements"] = batch * steps * positions * features
-    context, weights = OP(backend, query, key, value, v, key_lengths, mask, sizes=sizes)
+    if isinstance(key, AdditiveAttentionKeys):
+        for name, tensor in (("query", query), ("value", value), ("v", v)):
+            if wants_gradient(tensor):
+                got = f"AdditiveAttentionKeys where a gradient by {name} is wanted"
+                remedy = "pass the key itself, or call under torch.no_grad()"
+                checks.fail(NAME, "key", got, "a tensor: keys are a snapshot", remedy)
+        query, value, v = autocast.cast(query, value, v)
+        if _serves(key, query, value, v, key_lengths, mask, backend, sizes):
+            run = dispatch.load_backend(NAME, key.backend).fwd
+            context, weights = run(query, given, value, v, key_lengths, mask, key._prepared)
+            return context, weights
+        given = key.key()
+        (given,) = autocast.cast(given)
+    else:
+        query, given, value, v = autocast.cast(query, key, value, v)
+    checks.same_floating(NAME, (("query", query), ("key", given), ("value", value), ("v", v)))
+    context, weights = OP(backend, query, given, value, v, key_lengths, mask, sizes=sizes)
     return context, weights
+
+
+def _serves(
+    keys: AdditiveAttentionKeys,
+    query: Tensor,
+    value: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+    sizes: dict[str, int],
+) -> bool:
+    """Whether the call may be given what the keys have prepared."""
+    if keys._prepared is None:
+        return False
+    tensors = (query, value, v)
+    if any(x.dtype != keys.dtype or x.device != keys.device for x in tensors):
+        return False
+    if not is_plain([x for x in (*tensors, key_lengths, mask) if x is not None]):
+        return False
+    sizes["training"] = 0
+    return dispatch.select(NAME, backend, keys.device, keys.dtype, sizes) == keys.backend
