@@ -5,6 +5,7 @@ from mbm_kernels._core.dispatch import backends as backends
 from mbm_kernels._core.dispatch import disabled as disabled
 from mbm_kernels._core.dispatch import set_backend as set_backend
 from mbm_kernels._core.errors import BackendUnavailableError as BackendUnavailableError
+from mbm_kernels._core.packing import forget as forget
 from mbm_kernels.ops import *  # noqa: F403
 from mbm_kernels.ops import AdditiveAttentionKeys as AdditiveAttentionKeys
 from mbm_kernels.ops import __all__ as _ops
@@ -17,6 +18,7 @@ __all__ = [
     "additive_attention_keys",
     "backends",
     "disabled",
+    "forget",
     "nn",
     "set_backend",
     *_ops,

@@ -184,8 +184,21 @@ def test_word_table_follows_its_weights(images):
     check(model, images, 5, 1)
     with torch.inference_mode():
         inner = make()
-        assert decoding.word_table(inner) is not decoding.word_table(inner)
+        first = decoding.word_table(inner)
+        assert decoding.word_table(inner) is first
+        inner.embedding.weight[9, 3] += 1
+        assert not torch.equal(decoding.word_table(inner), first)
         check(inner, images, 5, 2)
+
+
+def test_word_table_sees_one_number_written_through_data(images):
+    model = make()
+    first = decoding.word_table(model)
+    model.join_input.weight.data[3, -2] += 1
+    weight = model.join_input.weight[:, -model.embedding.weight.shape[1] :]
+    torch.testing.assert_close(decoding.word_table(model), model.embedding.weight @ weight.t())
+    assert not torch.equal(decoding.word_table(model), first)
+    check(model, images, 5, 2)
 
 
 def test_autocast_makes_its_own_table(images):

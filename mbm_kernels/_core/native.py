@@ -101,8 +101,8 @@ def fingerprint(tensor: Tensor) -> int:
     held = tensor.untyped_storage().nbytes()
     if extent > 0 and held < start + extent:
         raise ValueError(
-            f"weight: got a tensor of shape {tuple(tensor.shape)} whose storage holds {held} bytes; "
-            f"expected {start + extent}; restore the storage before the call"
+            f"weight: got a tensor of shape {tuple(tensor.shape)} whose storage holds {held} "
+            f"bytes; expected {start + extent}; restore the storage before the call"
         )
     found: int = cpu().fingerprint(tensor.data_ptr(), extent, torch.get_num_threads())
     return found

@@ -54,10 +54,13 @@ def packed(
     sources = (owner, *others)
     state = [native.cpu().isa(), *map(version_of, sources)]
     entry = _entry_of(owner, pack)
+    found = _current(entry, state)
+    return _fill(entry, state, size, pack, sources) if found is None else found
+
+
+def _current(entry: _Entry, state: list[Any]) -> Tensor | None:
     buffer = entry.buffer  # before the state: another thread may write both
-    if buffer is not None and entry.state == state:
-        return buffer
-    return _fill(entry, state, size, pack, sources)
+    return buffer if entry.state == state else None
 
 
 def version_of(tensor: Tensor | None) -> Version | None:

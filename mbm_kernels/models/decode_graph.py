@@ -1,12 +1,13 @@
-"""The search loop as a CUDA graph: recorded once for a shape and version of weights, then replayed.
+"""The search loop as a CUDA graph: recorded once for a shape and place of weights, then replayed.
 
 A step of stock PyTorch is some thirty launches of a few microseconds each, so that the host is what
 takes the time. Here `STEPS` of them are one replay, after which the host looks whether all captions
 have ended. A loop of another length ends with a shorter graph.
 
-What is recorded reads and writes fixed memory: the pictures and what is carried are copied in, the
-traces copied out. Parameters are read where they lie, so their addresses, and their versions for
-what was made of them, are part of the key. Graphs hold no reference to the model, and go with it.
+What is recorded reads and writes fixed memory: the pictures, the word table and what is carried are
+copied in, the traces copied out. Parameters are read where they lie, as they are at that time;
+their addresses and layouts are part of the key. Graphs hold no reference to the model, and go with
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.tracing import is_plain
-from mbm_kernels.models.decoding import Decoder, version_of
+from mbm_kernels.models.decoding import Decoder
 
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner
@@ -62,8 +63,6 @@ def why_not(model: Captioner, device: torch.device) -> str | None:
     parameters = list(model.parameters())
     if not is_plain(parameters):
         return "a mode, a compiler or a tensor subclass is at work"
-    if version_of(*parameters) is None:
-        return "inference tensors count no versions"
     if any(p.device != device for p in parameters):
         return "parameters are on several devices"
     return None
@@ -104,12 +103,11 @@ class Piece:
 
 
 class Loop:
-    """Pieces for one shape and version, and the memory that they share."""
+    """Pieces for one shape, and the memory that they share."""
 
     def __init__(self, decoder: Decoder, carry: Carry) -> None:
         self.pictures = _own(decoder.pictures)
         self.carry = _own(carry)
-        self.made = decoder.made
         self.pieces: dict[int, Piece] = {}
 
     def run(
@@ -151,12 +149,12 @@ def run(
     max_length: int,
 ) -> tuple[Carry, Trace]:
     """What `generation.loop` returns; steps after the end of every caption change nothing."""
-    version = version_of(*model.parameters(), *decoder.made)
+    placed = tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in model.parameters())
     shapes = tuple((x.shape, x.dtype, x.device) for x in (*decoder.pictures, *carry))
-    key = (version, shapes, dispatch.state(), torch.get_float32_matmul_precision())
+    key = (placed, shapes, dispatch.state(), torch.get_float32_matmul_precision())
     with _lock:
         loops = _loops.setdefault(model, {})
-        for stale in [k for k in loops if k[0] != version]:
+        for stale in [k for k in loops if k[0] != placed]:
             del loops[stale]
         if key not in loops and len(loops) >= MOST_KEPT:
             del loops[next(iter(loops))]

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import autocast, native
+from mbm_kernels._core import autocast, packing
+from mbm_kernels._core.tracing import is_plain
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.linear_topk import linear_topk
 
 if TYPE_CHECKING:
     from mbm_kernels.models.captioner import Captioner, EncodedImages
-
-Version = tuple[tuple[int, int, int, torch.dtype], ...]
 
 
 class Words(NamedTuple):
@@ -39,10 +38,6 @@ class Decoder(Protocol):
     @property
     def pictures(self) -> tuple[Tensor, ...]: ...
 
-    @property
-    def made(self) -> tuple[Tensor, ...]:
-        """What was made of the weights."""
-
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words: ...
 
     def for_pictures(self, pictures: Any) -> Decoder:
@@ -54,8 +49,6 @@ class Decoder(Protocol):
 
 class StockDecoder:
     """`Captioner.step`, then torch's argmax, or its stable sort: of a tie the lower id is first."""
-
-    made = ()
 
     def __init__(self, model: Captioner, encoded: EncodedImages) -> None:
         self.model, self.pictures = model, encoded
@@ -77,8 +70,9 @@ class StockDecoder:
 
 
 class FusedPictures(NamedTuple):
-    """by_summary [B, 1, H], key and value as in EncodedImages."""
+    """table [V, H] (`word_table`), by_summary [B, 1, H], key and value as in EncodedImages."""
 
+    table: Tensor
     by_summary: Tensor
     key: Tensor
     value: Tensor
@@ -88,44 +82,38 @@ class FusedDecoder:
     """The step with what repeats taken out of it, and a vocabulary of which no logit is stored.
 
     relu(join_input(summary, embedding)) is the relu of a sum: the summary's half is made once for
-    each picture, the embedding's once for each word and version of the weights (`word_table`), and
+    each picture, the embedding's once for each word (`word_table`), and
     what attention makes of the keys once for all steps (`for_steps`).
     """
 
     def __init__(
         self,
         model: Captioner,
-        table: Tensor,
         pictures: FusedPictures,
         keys: AdditiveAttentionKeys | None = None,
     ) -> None:
-        self.model, self.table, self.pictures = model, table, pictures
+        self.model, self.pictures = model, pictures
         self.key = pictures.key if keys is None else keys
 
     @classmethod
     def of(cls, model: Captioner, encoded: EncodedImages) -> FusedDecoder:
         join, split = model.join_input, encoded.summary.shape[-1]
         by_summary = F.linear(encoded.summary, join.weight[:, :split], join.bias).unsqueeze(1)
-        pictures = FusedPictures(by_summary, encoded.key, encoded.value)
-        return cls(model, word_table(model), pictures)
+        return cls(model, FusedPictures(word_table(model), by_summary, encoded.key, encoded.value))
 
     def for_pictures(self, pictures: FusedPictures) -> FusedDecoder:
-        return FusedDecoder(self.model, self.table, pictures)
+        return FusedDecoder(self.model, pictures)
 
     def for_steps(self) -> FusedDecoder:
         if self.model.settings["attention"] != "additive" or torch.is_grad_enabled():
             return self
         keys = additive_attention_keys(self.pictures.key)
-        return FusedDecoder(self.model, self.table, self.pictures, keys)
-
-    @property
-    def made(self) -> tuple[Tensor, ...]:
-        return (self.table,)
+        return FusedDecoder(self.model, self.pictures, keys)
 
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words:
         model, pictures = self.model, self.pictures
         # Autocast may have made one of them in its own dtype.
-        x = torch.relu_(F.embedding(last, self.table) + pictures.by_summary)
+        x = torch.relu_(F.embedding(last, pictures.table) + pictures.by_summary)
         hidden, state, weights = model.advance(x, state, self.key, pictures.value)
         head = model.head
         values, ids = linear_topk(hidden, head.weight, head.bias, k)
@@ -138,15 +126,8 @@ def decoder_for(model: Captioner, encoded: EncodedImages) -> Decoder:
     return StockDecoder(model, encoded)
 
 
-def version_of(*tensors: Tensor) -> Version | None:
-    """Changes when a tensor is written in place or replaced; None where none is counted."""
-    if any(t.is_inference() for t in tensors):
-        return None
-    return tuple((t.data_ptr(), t._version, native.sample(t), t.dtype) for t in tensors)
-
-
 class _Kept(NamedTuple):
-    version: Version
+    versions: tuple[packing.Version | None, ...]
     table: Tensor
 
 
@@ -154,14 +135,23 @@ _tables: weakref.WeakKeyDictionary[Captioner, _Kept] = weakref.WeakKeyDictionary
 
 
 def word_table(model: Captioner) -> Tensor:
-    """join_input's product with the embedding of each word, [V, H]; kept until a weight changes."""
+    """join_input's product with the embedding of each word, [V, H].
+
+    On CPU it is kept as packed weights are, while a hash of both weights stays (packing.py). A hash
+    costs a GPU more than the product.
+    """
     words, weight = model.embedding.weight, model.join_input.weight
-    version = None if autocast.enabled(words.device) else version_of(words, weight)
+    kept_here = words.is_cpu and not autocast.enabled(words.device) and is_plain((words, weight))
+    if not kept_here:
+        return _word_table(words, weight)
+    versions = (packing.version_of(words), packing.version_of(weight))
     kept = _tables.get(model)
-    if kept is not None and kept.version == version:
-        return kept.table
-    table = F.linear(words, weight[:, -words.shape[1] :]).detach()
-    if version is None:
-        return table
-    _tables[model] = _Kept(version, table)
-    return table
+    if kept is None or kept.versions != versions:
+        kept = _tables[model] = _Kept(versions, _word_table(words, weight))
+    return kept.table
+
+
+def _word_table(words: Tensor, weight: Tensor) -> Tensor:
+    # One made in inference mode could not be used by a call outside it.
+    with torch.inference_mode(False), torch.no_grad():
+        return F.linear(words, weight[:, -words.shape[1] :])

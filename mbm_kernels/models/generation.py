@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mbm_kernels._core import packing
 from mbm_kernels.models import decode_graph
 from mbm_kernels.models.decode_graph import Trace, stacked
 from mbm_kernels.models.decoding import Decoder, decoder_for
@@ -113,7 +114,8 @@ def search(
     if recorded:
         carry, trace = decode_graph.run(model, how, decoder, carry, max_length)
     else:
-        carry, trace = loop(how, decoder.for_steps(), carry, max_length)
+        with packing.unchanged():  # each weight is hashed once for all steps
+            carry, trace = loop(how, decoder.for_steps(), carry, max_length)
     words, weights = _best(carry, trace, want_weights)
     ends = [row.index(model.eos_id) if model.eos_id in row else len(row) for row in words]
     captions = [row[:end] for row, end in zip(words, ends, strict=True)]
