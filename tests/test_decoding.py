@@ -288,6 +288,10 @@ def test_recorded_anew_where_it_must_be(images, recorded):
     assert len(recorded) == 2
     with torch.no_grad():
         model.head.weight.mul_(0.5)
+        model.embedding.weight[:, ::3] -= 1
+    check(model, images, 8, 2)
+    assert len(recorded) == 2, "a loop reads weights where they lie"
+    model.head.weight = torch.nn.Parameter(model.head.weight * 2)
     check(model, images, 8, 2)
     assert len(recorded) == 3
     (loops,) = decode_graph._loops.values()

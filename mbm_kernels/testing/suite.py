@@ -2,7 +2,8 @@
 
 A test file subclasses `OpSuite` as Test<Op>, fills in what an operation is (its cases and how to
 make inputs) and adds the operation's own properties. `generate`, called from conftest's
-pytest_generate_tests, spreads the tests over cases, dtypes and the backends that run here.
+pytest_generate_tests, spreads the tests over cases, dtypes and the backends that run here. 16-bit
+floats, which kernels compute in float32 and round on store, take the first cases alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ class OpSuite:
     cases: ClassVar[list[Case]]  # the grid of forward and backward; the first is the usual one
     edge_cases: ClassVar[list[Case]]  # sizes of 0 and 1, empty rows, ...
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
+    rounded_cases: ClassVar[int] = 3  # the first of `cases` that are run in 16-bit floats too
     autocast_output: ClassVar[torch.dtype] = torch.bfloat16
     extra: ClassVar[float] = 0.0  # the operation's named constant, see assert_matches
 
@@ -423,20 +425,36 @@ def generate(metafunc: pytest.Metafunc) -> None:
     if suite is None or not issubclass(suite, OpSuite):
         return
     names = metafunc.fixturenames
+    if {"case", "backend", "dtype"} <= set(names):
+        cells = [
+            (case, backend, dtype)
+            for number, case in enumerate(suite.cases)
+            for backend, dtype in _pairs(suite)
+            if dtype.itemsize > 2 or number < suite.rounded_cases
+        ]
+        ids = [f"{case}-{_pair_id(backend, dtype)}" for case, backend, dtype in cells]
+        metafunc.parametrize(("case", "backend", "dtype"), cells, ids=ids)
+        return
     if "case" in names:
         metafunc.parametrize("case", suite.cases, ids=str)
     if "edge_case" in names:
         metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
-    if "backend" in names:
-        backends = list(available_backends(suite.op))
-        if "dtype" not in names:
-            metafunc.parametrize("backend", backends)
-            return
-        pairs = [
-            (backend, dtype)
-            for backend in backends
-            for dtype in suite.dtypes
-            if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
-        ]
-        ids = [f"{b}-{str(d).removeprefix('torch.')}" for b, d in pairs]
+    if "dtype" in names:
+        pairs = _pairs(suite)
+        ids = [_pair_id(*pair) for pair in pairs]
         metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)
+    elif "backend" in names:
+        metafunc.parametrize("backend", list(available_backends(suite.op)))
+
+
+def _pairs(suite: type[OpSuite]) -> list[tuple[str, torch.dtype]]:
+    return [
+        (backend, dtype)
+        for backend in available_backends(suite.op)
+        for dtype in suite.dtypes
+        if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
+    ]
+
+
+def _pair_id(backend: str, dtype: torch.dtype) -> str:
+    return f"{backend}-{str(dtype).removeprefix('torch.')}"
