@@ -62,36 +62,6 @@ def test_what_is_held_is_not_written_again(weight):
     assert first.tolist() == [2] * 6
 
 
-def test_other_entries_may_come_while_one_is_looked_for(weight):
-    """From another thread."""
-    packing.packed_if_used_again(size, pack, weight)
-    entry, others = packing._entries[id(weight), pack], []
-
-    def owner():
-        others.append(torch.ones(3))
-        packed(others[-1])
-        return weight
-
-    entry.owner = owner
-    assert packing.awaits_second_use(weight)
-
-
-def test_one_use_packs_nothing(weight):
-    def used():
-        return packing.packed_if_used_again(size, pack, weight)
-
-    assert used() is None
-    assert not calls
-    second = used()
-    assert second.tolist() == [1] * 6
-    assert used() is second
-    weight.add_(1)
-    assert used() is None  # what was packed is of no use now, and is freed
-    assert packing._entries[id(weight), pack].buffer is None
-    assert used().tolist() == [2] * 6
-    assert len(calls) == 2
-
-
 def test_freed_with_the_weight():
     weight = torch.ones(6)
     key = (id(weight), pack)
