@@ -1,16 +1,12 @@
 """additive_attention: the common suite, then its own properties."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels._core import native, packing
-from mbm_kernels.ops.additive_attention import backend_cpu, reference
-from mbm_kernels.testing import Case, OpSuite, assert_matches
+from mbm_kernels.ops.additive_attention import reference
+from mbm_kernels.testing import Case, OpSuite
 
 from .conftest import raises
 
@@ -185,88 +181,6 @@ class TestAdditiveAttention(OpSuite):
             call(**bad(key_lengths=torch.tensor([1, 6])))
         with raises(ValueError, "key", "device|cpu"):
             call(**bad(key=good["key"].to("meta")))
-
-
-@pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
-class TestKeptKey:
-    """Decoding asks with a few queries for the same key again and again."""
-
-    def inputs(self, queries=3):
-        generator = torch.Generator().manual_seed(3)
-
-        def randn(*shape):
-            return torch.randn(*shape, generator=generator)
-
-        b, s, d = 3, 67, 261  # tails in keys and features
-        assert b * s * d >= backend_cpu.LEAST_KEPT
-        inputs = {"query": randn(b, queries, d), "key": randn(b, s, d), "value": randn(b, s, 33)}
-        inputs["key_lengths"] = torch.tensor([s, 0, 30])
-        return {**inputs, "v": randn(d)}
-
-    def kept(self, key):
-        entry = packing._entries.get((id(key), backend_cpu._pack_key))
-        return None if entry is None else entry.buffer
-
-    def check(self, inputs):
-        found = mbm_kernels.additive_attention(**inputs, backend="cpu")
-        wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-        absolute = {n: x.abs() for n, x in wide.items()}
-        expected = (reference.additive_attention(**given) for given in (wide, inputs, absolute))
-        for x, others in zip(found, zip(*expected, strict=True), strict=True):
-            assert_matches(x, *others)
-
-    @pytest.mark.parametrize("queries", [1, 3, 5])
-    @pytest.mark.parametrize("scale", [1.0, 1e-2, 24.0])
-    def test_the_same_from_kept_keys(self, queries, scale):
-        inputs = self.inputs(queries)
-        inputs["key"] = inputs["key"] * scale  # 24: past the range of e^2k here and there
-        for use in range(3):
-            self.check(inputs)
-            assert (self.kept(inputs["key"]) is not None) == (use > 0)
-
-    def test_a_changed_key_is_seen(self):
-        inputs = self.inputs()
-        for _ in range(3):
-            self.check(inputs)
-        inputs["key"].mul_(-0.5)
-        for _ in range(3):
-            self.check(inputs)
-        inputs["key"][0, 5] = torch.nan
-        mbm_kernels.additive_attention(**inputs, backend="cpu")
-        context, _ = mbm_kernels.additive_attention(**inputs, backend="cpu")
-        assert context[0].isnan().all()
-        assert context[1:].isfinite().all()
-
-    def test_freed_with_the_key(self):
-        inputs = self.inputs()
-        for _ in range(2):
-            mbm_kernels.additive_attention(**inputs, backend="cpu")
-        kept = weakref.ref(self.kept(inputs["key"]))
-        assert kept() is not None
-        del inputs
-        gc.collect()
-        assert kept() is None
-
-    def test_nothing_is_kept_for_many_queries(self):
-        inputs = self.inputs(backend_cpu.MOST_STEP_QUERIES + 1)
-        for _ in range(3):
-            mbm_kernels.additive_attention(**inputs, backend="cpu")
-        assert self.kept(inputs["key"]) is None
-
-    def test_threads_do_not_change_a_bit(self):
-        inputs, before, results = self.inputs(), torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                inputs["key"] = inputs["key"].clone()
-                for _ in range(3):
-                    found = mbm_kernels.additive_attention(**inputs, backend="cpu")
-                assert self.kept(inputs["key"]) is not None
-                results.append(found)
-        finally:
-            torch.set_num_threads(before)
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_pattern_of_the_message():

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbm_kernels
-from mbm_kernels._core import native
-from mbm_kernels.models import Captioner, decode_graph, decoding
+from mbm_kernels._core import dispatch, native
+from mbm_kernels.models import Captioner, decode_graph, decoding, generation
+from tests.gates import record as gates_record
 
 VOCAB = 37
 
@@ -325,3 +326,35 @@ def test_where_nothing_is_recorded(images):
     assert "graphs are CUDA's" in decode_graph.why_not(make(), device)
     cuda = torch.device("cuda", 0)
     assert "compared with" in decode_graph.why_not(make(layers="stock"), cuda)
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+@pytest.mark.parametrize("beam", [1, 3])
+def test_keys_are_prepared_once_for_all_steps(beam, images, tmp_path):
+    model = make(image_size=32)
+    images = torch.nn.functional.interpolate(images, scale_factor=2)
+    dispatch.set_backend("cpu", op="additive_attention")
+    try:
+        with gates_record.recording(tmp_path / "records") as recorder, torch.no_grad():
+            encoded = model.encode(images)
+            words, weights = generation.search(model, encoded, 9, beam, True)
+            calls = dict(recorder.calls)
+            how = generation.Greedy(model) if beam == 1 else generation.Beam(model, beam)
+            carry = generation.start(model, encoded, beam)
+            plain = generation.loop(how, decoding.decoder_for(model, encoded), carry, 9)
+    finally:
+        dispatch.set_backend("auto")
+    assert calls["additive_attention_fwd"] > calls["additive_attention_pack_key"] == 1
+    assert recorder.calls["additive_attention_pack_key"] == 1
+    expected, their_weights = generation._best(*plain, True)
+    for row, ours, theirs, full in zip(words, weights, their_weights, expected, strict=True):
+        assert full[: len(row)] == row
+        assert torch.equal(ours, theirs[: len(row)])
+
+
+def test_search_in_grad_mode_takes_the_keys_as_they_are(images):
+    model = make()
+    with torch.no_grad():
+        expected = generation.search(model, model.encode(images), 5, 2, False)
+    assert generation.search(model, model.encode(images), 5, 2, False) == expected
+    assert decoding.decoder_for(model, model.encode(images)).for_steps().key.requires_grad

@@ -50,10 +50,10 @@ class TestReplay:
         assert torch.get_num_threads.__name__ != "<lambda>"
         found = list(replay.read(path))
         forward = [r for r in found if r.function == "additive_attention_fwd"]
-        first = [r for r in forward if not r.label.endswith(", again")]
-        assert len(first) == 3
-        packed = sum(r.function == "additive_attention_pack_key" for r in found)
-        assert packed == len(forward) - len(first) > 0
+        assert len(forward) == 6
+        kept = [r for r in forward if r.label.endswith(", keys")]
+        assert len(kept) == 3
+        assert sum(r.function == "additive_attention_pack_key" for r in found) == len(kept)
         assert all(r.arguments[-1] == 3 and len(r.buffers) >= 6 for r in forward)
         extension = sanitize.extension(ROOT)
         command = [sys.executable, "-S", str(REPLAY), str(extension), str(path)]

@@ -94,11 +94,11 @@ def _attention() -> Iterator[tuple[str, str, Inputs]]:
     yield "additive_attention", "6 queries, long v", {**inputs, **long_v}
     step = {
         "query": numbers(2, 1, 128),
-        "key": numbers(2, 130, 128),  # large enough to be kept: the case is made again
+        "key": numbers(2, 130, 128),
         "value": numbers(2, 130, 64),
         "v": numbers(128, scale=0.1),
     }
-    yield "additive_attention", "one query, kept key", step
+    yield "additive_attention", "one query, 130 positions", step
     inputs = {
         "query": numbers(2, 4, 20, 32),
         "key": numbers(2, 4, 98, 32),

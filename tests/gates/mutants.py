@@ -134,9 +134,31 @@ MUTANTS = (
     Mutant(
         "magnitude-of-a-kept-key-forgotten",
         ATTENTION,
-        "out[packed.magnitude_at(tile)] = pack_keys<ScoreForm::kRatio>(",
-        "out[packed.magnitude_at(tile)] = 0.0f * pack_keys<ScoreForm::kRatio>(",
-        "tests/test_additive_attention.py -k kept_keys",
+        "out + packed.at(tile), out + packed.magnitudes_at(tile));",
+        "out + packed.at(tile), out + packed.magnitudes_at(tile)),\n"
+        "          std::fill_n(out + packed.magnitudes_at(tile), kKeys, 0.0f);",
+        "tests/test_additive_attention_keys.py -k form",
+    ),
+    Mutant(
+        "keys-of-the-tile-past-the-length-count",
+        ATTENTION,
+        "for (int j = 0; j < keys; ++j)\n          key_magnitude",
+        "for (int j = 0; j < kKeys; ++j)\n          key_magnitude",
+        "tests/test_additive_attention_keys.py -k influence",
+    ),
+    Mutant(
+        "keys-share-the-memory-of-the-key",
+        "mbm_kernels/ops/additive_attention/keys.py",
+        "key.to(torch.float32, copy=True, memory_format=torch.contiguous_format)",
+        "key.to(torch.float32)",
+        "tests/test_additive_attention_keys.py -k Snapshot",
+    ),
+    Mutant(
+        "exponentials-of-another-isa",
+        "mbm_kernels/ops/additive_attention/backend_cpu.py",
+        "if prepared is not None and prepared.isa == native.isa() else None",
+        "if prepared is not None else None",
+        "tests/test_additive_attention_keys.py -k isa",
     ),
     Mutant(
         "sign-left-out-of-the-gradient-of-v",

@@ -21,9 +21,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 import mbm_kernels
-from mbm_kernels._core import native, packing
+from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.ops.additive_attention import backend_cpu as additive_attention
 from mbm_kernels.testing import cases
 from mbm_kernels.testing.suite import Inputs, flat_tensors, map_tensors
 
@@ -111,24 +110,14 @@ def recording(path: Path, threads: int = 1) -> Iterator[Recorder]:
             torch.get_num_threads = real_threads
 
 
-@contextmanager
-def keys_of_any_size_kept() -> Iterator[None]:
-    """Drawn keys are small, and of those the ones with tails are worth recording."""
-    least, additive_attention.LEAST_KEPT = additive_attention.LEAST_KEPT, 1
-    try:
-        yield
-    finally:
-        additive_attention.LEAST_KEPT = least
-
-
 def run(
     recorder: Recorder,
     op: str,
     inputs: Inputs,
     wanted: Callable[[int], bool] = lambda i: True,
 ) -> None:
-    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`. A
-    second forward, labelled so, where one of the inputs is packed if it is used again."""
+    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`. For
+    additive attention a second forward, labelled so, with keys made of its key."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -149,9 +138,11 @@ def run(
             [g for _, g in pairs],
             allow_unused=True,
         )
-    if any(packing.awaits_second_use(x) for x in leaves):
-        recorder.label += ", again"
-        getattr(mbm_kernels.ops, op)(**inputs, backend="cpu")
+    if op == "additive_attention":
+        recorder.label += ", keys"
+        with torch.no_grad():
+            keys = mbm_kernels.additive_attention_keys(inputs["key"], backend="cpu")
+            mbm_kernels.additive_attention(**{**inputs, "key": keys}, backend="cpu")
 
 
 def kernels() -> list[str]:
@@ -192,8 +183,7 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
         recorder.forget()
         count += 1
 
-    with keys_of_any_size_kept():
-        each()
+    each()
 
 
 def main() -> None:
