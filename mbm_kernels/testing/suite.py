@@ -427,6 +427,8 @@ def generate(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", suite.cases, ids=str)
     if "edge_case" in names:
         metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if "hiding_case" in names:
+        metafunc.parametrize("hiding_case", suite.hiding_cases, ids=str)
     if "backend" in names:
         backends = list(available_backends(suite.op))
         if "dtype" not in names:
