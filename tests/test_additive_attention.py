@@ -6,7 +6,8 @@ import torch
 import mbm_kernels
 from mbm_kernels import nn
 from mbm_kernels.ops.additive_attention import reference
-from mbm_kernels.testing import Case, OpSuite
+from mbm_kernels.testing import Case, Hiding
+from mbm_kernels.testing.hiding import partly_read_by_attention, unread_by_attention
 
 from .conftest import raises
 
@@ -15,7 +16,7 @@ def sizes(b, t, s, d, e):
     return {"B": b, "T": t, "S": s, "D": d, "E": e}
 
 
-class TestAdditiveAttention(OpSuite):
+class TestAdditiveAttention(Hiding):
     op = "additive_attention"
     function = staticmethod(mbm_kernels.additive_attention)
     reference = staticmethod(reference.additive_attention)
@@ -79,7 +80,42 @@ class TestAdditiveAttention(OpSuite):
             inputs["mask"] = torch.rand(shapes[kind], generator=generator) < 0.7
             if kind == "none":
                 inputs["mask"][:] = False
+            if case.options.get("hide_keys"):
+                inputs["mask"][..., 2] = False
+            if case.options.get("hide_rows"):
+                inputs["mask"][..., 1, :] = False
         return inputs
+
+    hiding_cases = [
+        Case("lengths", sizes(3, 3, 5, 7, 4), {"lengths": True}),
+        Case("lengths of zero", sizes(3, 2, 5, 8, 4), {"lengths": "zero"}),
+        Case("mask over keys", sizes(2, 3, 9, 17, 8), {"mask": "keys", "hide_keys": True}),
+        Case("keys hidden from all", sizes(2, 9, 19, 33, 8), {"mask": "full", "hide_keys": True}),
+        Case("rows with nothing", sizes(2, 3, 9, 17, 8), {"mask": "full", "hide_rows": True}),
+        Case(
+            "mask over steps and lengths",
+            sizes(2, 9, 70, 130, 8),
+            {"mask": "shared", "hide_rows": True, "lengths": True},
+        ),
+        Case("mask that hides all", sizes(2, 2, 5, 8, 4), {"mask": "none"}),
+        Case("tiny magnitudes", sizes(2, 3, 9, 33, 5), {"mask": "full", "hide_keys": True}, 1e-3),
+    ]
+
+    def attend(self, inputs):
+        b, t, s = inputs["query"].size(0), inputs["query"].size(1), inputs["key"].size(1)
+        attend = torch.ones(b, t, s, dtype=torch.bool)
+        if "mask" in inputs:
+            attend &= inputs["mask"]
+        if "key_lengths" in inputs:
+            attend &= (torch.arange(s) < inputs["key_lengths"][:, None])[:, None]
+        return attend
+
+    def unread(self, inputs):
+        attend = self.attend(inputs)
+        return unread_by_attention(attend, ~attend)
+
+    def partly_read(self, inputs):
+        return partly_read_by_attention(self.attend(inputs), inputs)
 
     def test_module_is_drop_in(self, backend):
         module = nn.AdditiveAttention(6, 7, 8, backend=backend)

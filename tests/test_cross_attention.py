@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import mbm_kernels
 from mbm_kernels import nn
 from mbm_kernels.ops.cross_attention import reference
-from mbm_kernels.testing import Case, OpSuite
+from mbm_kernels.testing import Case, Hiding
+from mbm_kernels.testing.hiding import partly_read_by_attention, unread_by_attention
 
 from .conftest import raises
 
@@ -23,6 +24,7 @@ def option(**given):
 USUAL = sizes(2, 3, 4, 5, 6, 7)
 # The error is that of the few rows with two nearly equal maxima: with few rows chance decides.
 LARGE = sizes(2, 4, 101, 31, 8, 9)
+SMALL = sizes(3, 2, 3, 5, 6, 4)
 
 
 def stock(query, key, value, *, key_lengths=None, mask=None, scale=None, need_weights=None):
@@ -46,7 +48,7 @@ def stock(query, key, value, *, key_lengths=None, mask=None, scale=None, need_we
     return context, weights.mean(1) if need_weights == "mean" else weights
 
 
-class CrossAttention(OpSuite):
+class CrossAttention(Hiding):
     op = "cross_attention"
     function = staticmethod(mbm_kernels.cross_attention)
     reference = staticmethod(reference.cross_attention)
@@ -69,13 +71,37 @@ class CrossAttention(OpSuite):
         if mask is not None:
             inputs["mask"] = torch.rand(shapes[mask], generator=generator) < 0.7
             inputs["mask"][..., 0] |= ~inputs["mask"].any(-1)
-            if case.options.get("hide_rows"):
-                inputs["mask"][..., 1, :] = False
         if (added := case.options.get("added")) is not None:
             inputs["mask"] = randn(*shapes[added])
-            if case.options.get("hide_rows"):
-                inputs["mask"][..., 1, :] = -torch.inf
+        if case.options.get("hide_rows"):
+            inputs["mask"][..., 1, :] = False if added is None else -torch.inf
+        if case.options.get("hide_keys"):
+            inputs["mask"][..., 2] = False if added is None else -torch.inf
+        if (large := case.options.get("large")) is not None:  # as libraries write left padding
+            inputs["mask"][..., 0] = large
+            inputs["mask"][..., -1, :] = large
         return inputs
+
+    def attend(self, inputs):
+        b, n, t, _ = inputs["query"].shape
+        s, mask = inputs["key"].size(2), inputs.get("mask")
+        attend = torch.ones(b, n, t, s, dtype=torch.bool)
+        if mask is not None:
+            attend &= mask if mask.dtype == torch.bool else mask != -torch.inf
+        if (lengths := inputs.get("key_lengths")) is not None:
+            attend &= (torch.arange(s) < lengths[:, None])[:, None, None]
+        return attend
+
+    def unread(self, inputs):
+        attend, kind = self.attend(inputs), inputs.get("need_weights")
+        weights = {None: None, "mean": ~attend.any(1), "heads": ~attend}[kind]
+        unread, arriving = unread_by_attention(attend, weights)
+        if "mask" in inputs and inputs["mask"].is_floating_point() and "key_lengths" in inputs:
+            unread["mask"] = torch.arange(attend.size(-1)) >= inputs["key_lengths"].max()
+        return unread, arriving
+
+    def partly_read(self, inputs):
+        return partly_read_by_attention(self.attend(inputs), inputs)
 
     def stock(self, inputs, backend):
         return stock(**inputs) if backend == "torch" else super().stock(inputs, backend)
@@ -121,13 +147,26 @@ class TestCrossAttention(CrossAttention):
         ),
         Case("no heads", sizes(2, 0, 3, 4, 5, 6)),
         *(
-            Case(f"{what} {kind}", sizes(3, 2, 3, 5, 6, 4), option(need_weights=kind, **given))
+            Case(f"{what} {kind}", SMALL, option(need_weights=kind, **given))
             for kind in (None, "mean", "heads")
             for what, given in (
                 ("lengths of zero", option(lengths="zero")),
                 ("hidden rows", option(mask="full", hide_rows=True)),
             )
         ),
+    ]
+
+    hiding_cases = [
+        Case(f"{what} {kind}", SMALL, option(need_weights=kind, **given))
+        for kind in (None, "mean", "heads")
+        for what, given in (
+            ("lengths", option(lengths=True)),
+            ("lengths of zero", option(lengths="zero")),
+            ("mask over keys", option(mask="keys", hide_keys=True)),
+            ("keys hidden from every query", option(mask="full", hide_keys=True)),
+            ("rows with nothing", option(mask="full", hide_rows=True)),
+            ("mask over steps, lengths", option(mask="steps", hide_rows=True, lengths=True)),
+        )
     ]
 
     def test_backward_twice_without_weights(self, backend):
@@ -272,17 +311,38 @@ class TestAddedMask(CrossAttention):
         Case("over keys, with lengths", USUAL, option(added="keys", lengths=True)),
         Case("over steps, mean", USUAL, option(added="steps", need_weights="mean", lengths=True)),
         Case("large magnitudes", LARGE, option(added="full", scale=0.05), scale=10.0),
+        # Beside -1e30 no score is left even in float64: rows that it fills are uniform.
+        *(
+            Case(f"{what}, {kind}", USUAL, option(need_weights=kind, **given))
+            for kind in (None, "mean", "heads")
+            for what, given in (
+                ("filled with -1e30", option(added="full", large=-1e30)),
+                ("filled with -1e9", option(added="steps", large=-1e9)),
+                ("filled with -1e30, lengths", option(added="steps", large=-1e30, lengths=True)),
+                ("filled with 1e30", option(added="heads", large=1e30)),
+            )
+        ),
     ]
     edge_cases = [
         Case("no positions", sizes(2, 2, 3, 0, 5, 6), option(added="full")),
         *(
-            Case(f"{what} {kind}", sizes(3, 2, 3, 5, 6, 4), option(need_weights=kind, **given))
+            Case(f"{what} {kind}", SMALL, option(need_weights=kind, **given))
             for kind in (None, "mean", "heads")
             for what, given in (
                 ("hidden rows", option(added="full", hide_rows=True)),
                 ("lengths of zero", option(added="heads", lengths="zero")),
             )
         ),
+    ]
+
+    hiding_cases = [
+        Case(f"{what} {kind}", SMALL, option(need_weights=kind, **given))
+        for kind in (None, "mean", "heads")
+        for what, given in (
+            ("keys hidden from every query", option(added="full", hide_keys=True)),
+            ("rows with nothing, lengths", option(added="steps", hide_rows=True, lengths=True)),
+            ("mask over keys", option(added="keys", hide_keys=True, lengths=True)),
+        )
     ]
 
     def test_bool_mask_is_minus_infinity(self, backend):

@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import mbm_kernels
 from mbm_kernels.ops.gru import reference
-from mbm_kernels.testing import Case, OpSuite
+from mbm_kernels.testing import Case, Hiding
 
 from .conftest import raises
 
@@ -17,7 +17,28 @@ def sizes(t, b, c, h):
     return {"T": t, "B": b, "C": c, "H": h}
 
 
-class TestGru(OpSuite):
+HIDING = [
+    Case("a row of length 0", sizes(5, 3, 3, 7), {"lengths": [3, 0, 5]}),
+    Case("reversed", sizes(5, 4, 5, 8), {"reverse": True, "lengths": [2, 5, 0, 4]}),
+    Case("most steps valid", sizes(5, 4, 5, 8), {"lengths": [5, 4, 5, 5]}),
+    Case("most steps valid, reversed", sizes(5, 2, 5, 8), {"reverse": True, "lengths": [4, 5]}),
+    Case("past a tile", sizes(3, 13, 33, 37), {"lengths": [3, 0, 1, 2, *[3] * 8, 0]}),
+    Case("only rows of length 0", sizes(3, 2, 4, 5), {"lengths": [0, 0]}),
+]
+
+
+def unread_past_lengths(inputs):
+    beyond = (torch.arange(len(inputs["x"]))[:, None] >= inputs["lengths"])[:, :, None]
+    return {"x": beyond}, [beyond, torch.zeros(1, 1, dtype=torch.bool)]
+
+
+def state_of_rows_without_steps(inputs):
+    """h0 [..., B, H] is their h_n, and nothing else."""
+    rests = (inputs["lengths"] == 0)[:, None]
+    return [{**inputs, "h0": inputs["h0"].masked_fill(rests, torch.nan)}] if rests.any() else []
+
+
+class TestGru(Hiding):
     op = "gru"
     function = staticmethod(mbm_kernels.gru)
     reference = staticmethod(reference.gru)
@@ -69,6 +90,14 @@ class TestGru(OpSuite):
         if "lengths" in given:
             inputs["lengths"] = torch.tensor(given["lengths"], dtype=torch.int64)
         return inputs | {"reverse": given.get("reverse", False)}
+
+    hiding_cases = HIDING
+
+    def unread(self, inputs):
+        return unread_past_lengths(inputs)
+
+    def partly_read(self, inputs):
+        return state_of_rows_without_steps(inputs)
 
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("initial", [True, False])

@@ -6,11 +6,17 @@ import torch
 import mbm_kernels
 from mbm_kernels._core import dispatch, native
 from mbm_kernels.ops.gru_bidirectional import gru_bidirectional, reference
-from mbm_kernels.testing import Case, OpSuite
+from mbm_kernels.testing import Case, Hiding
 from mbm_kernels.testing.suite import map_floating
 
 from .conftest import raises
-from .test_gru import WEIGHTS, sizes
+from .test_gru import (
+    HIDING,
+    WEIGHTS,
+    sizes,
+    state_of_rows_without_steps,
+    unread_past_lengths,
+)
 from .test_gru_native import check
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
@@ -35,7 +41,7 @@ def make(sizes, options, generator):
     return inputs
 
 
-class TestGruBidirectional(OpSuite):
+class TestGruBidirectional(Hiding):
     op = "gru_bidirectional"
     function = staticmethod(gru_bidirectional)
     reference = staticmethod(reference.gru_bidirectional)
@@ -55,6 +61,14 @@ class TestGruBidirectional(OpSuite):
         Case("no units", sizes(3, 2, 4, 0)),
         Case("only rows of length 0", sizes(3, 2, 4, 5), {"lengths": [0, 0]}),
     ]
+
+    hiding_cases = [c for c in HIDING if not c.options.get("reverse")]
+
+    def unread(self, inputs):
+        return unread_past_lengths(inputs)
+
+    def partly_read(self, inputs):
+        return state_of_rows_without_steps(inputs)
 
     def make(self, case, generator):
         return make(case.sizes, case.options, generator)

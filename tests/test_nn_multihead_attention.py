@@ -150,6 +150,37 @@ def test_row_with_nothing_is_torchs_nan(average, added):
         assert expected[0].isnan().any() == need_weights
 
 
+@pytest.mark.parametrize("large", [-1e9, torch.finfo(torch.float32).min, 1e9])
+@pytest.mark.parametrize("kind", ["steps", "each", "padding", "steps and padding"])
+@pytest.mark.parametrize("backend", [None, "torch", "cpu"])
+def test_rows_filled_with_a_large_number(backend, kind, large):
+    """Left padding as transformer libraries write it: the explicit softmax decides, in outputs and
+    gradients, whether or not weights are asked for. (Stock's fused form has other gradients.)"""
+    if backend is not None and mbm_kernels.backends("cross_attention")[backend] is not None:
+        pytest.skip("cannot run here")
+    stock, ours = twins()
+    ours.backend = backend or "auto"
+    causal = torch.ones(4, 5, dtype=torch.bool).triu(1)
+    causal[:, :2] = True
+    given_masks = {}
+    if "steps" in kind:
+        given_masks["attn_mask"] = torch.zeros(4, 5).masked_fill(causal, large)
+    if kind == "each":
+        given_masks["attn_mask"] = torch.zeros(3 * HEADS, 4, 5).masked_fill(causal, large)
+    if "padding" in kind:
+        padded = torch.arange(5) < torch.tensor([0, 3, 5])[:, None]
+        given_masks["key_padding_mask"] = torch.zeros(3, 5).masked_fill(padded, large)
+    given = inputs(stock)
+    results = []
+    for module, need_weights in ((stock, True), (ours, True), (ours, False)):
+        output, _ = module(*given, need_weights=need_weights, **given_masks)
+        leaves = (*given, *module.parameters())
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    for actual in results[1:]:
+        for a, e in zip(actual, results[0], strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+
+
 def test_causal_hint():
     stock, ours = twins()
     given = inputs(stock, "self")

@@ -4,6 +4,9 @@
 //   weights[b,t,:] = softmax over s of sum_d v[d] tanh(query[b,t,d] + key[b,s,d])
 //   context[b,t,:] = sum_s weights[b,t,s] value[b,s,:]
 //
+// Pairs that are hidden are not read: key and value may hold anything there, and so may the query
+// and gradients of a query with nothing to attend to.
+//
 // Strides count elements and may be 0 (expanded); the innermost dimension of every float tensor is
 // contiguous. Inputs may alias one another; outputs alias nothing. All memory is the caller's and
 // is used during the call only. [B,T,S,D] never exists: the largest buffer is [B,T,S] (backward).

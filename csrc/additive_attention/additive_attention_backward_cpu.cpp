@@ -2,9 +2,11 @@
 // recomputes tanh. Lanes run over d and work is cut by (b, block of d), so that no two pieces add
 // to the same element; grad_v alone is summed afterwards, over b in order.
 #include <algorithm>
+#include <cmath>
 
 #include "additive_attention/additive_attention.h"
 #include "additive_attention/tanh_forms.h"
+#include "common/hidden_pairs.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/small_matmul.h"
@@ -54,6 +56,8 @@ inline vf gradient_tile(int64_t T, const float* grad_score, const float* query, 
       }
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
+        if constexpr (form == Form::kDirect)
+          if (grad_score[t * kKeys + s + j] == 0.0f) continue;  // hidden: a or y may be a NaN
         const vf g = set1(grad_score[t * kKeys + s + j]);
         vf p;
         if constexpr (form == Form::kRatio) {
@@ -114,11 +118,19 @@ class Backward {
         add(row,
             args_.grad_weights + b * args_.grad_weights_stride_b + t * args_.grad_weights_stride_t,
             S);
-      const float mean = weighted_mean(row, weights, S);
+      float mean = weighted_mean(row, weights, S);
+      const bool spoilt = in_.mask != nullptr && !std::isfinite(mean);
+      if (spoilt) {  // a hidden g may be the cause
+        for (int64_t s = 0; s < S; ++s)
+          if (!attends(b, t, s)) row[s] = 0.0f;
+        mean = weighted_mean(row, weights, S);
+      }
       float* out = grad_scores_ + b * tiles_ * in_.T * kKeys + t * kKeys;
       for (int64_t s = 0; s < S; s += kKeys, out += in_.T * kKeys)
         for (int64_t j = 0; j < kKeys; ++j)
-          out[j] = s + j < S ? weights[s + j] * (row[s + j] - mean) : 0.0f;
+          out[j] = s + j < S && !(spoilt && !attends(b, t, s + j))
+                       ? weights[s + j] * (row[s + j] - mean)
+                       : 0.0f;
     }
   }
 
@@ -160,9 +172,20 @@ class Backward {
       std::fill_n(out, (s1 - s0) * in_.E, 0.0f);
       return;
     }
-    matmul_tn(S - s0, in_.T, in_.E, args_.weights + b * in_.T * in_.S + s0, in_.S,
-              args_.grad_context + b * args_.grad_context_stride_b, args_.grad_context_stride_t,
-              out, in_.E);
+    const float* g = args_.grad_context + b * args_.grad_context_stride_b;
+    int64_t g_stride = args_.grad_context_stride_t;
+    const bool spoilt = in_.mask != nullptr && any_special(in_.T, in_.E, g, g_stride);
+    const Scratch read(spoilt ? sizeof(float) * static_cast<size_t>(in_.T * in_.E) : 0);
+    if (spoilt) {
+      for (int64_t t = 0; t < in_.T; ++t)
+        if (attends_to_any(b, t))
+          std::copy_n(g + t * g_stride, in_.E, read.as<float>() + t * in_.E);
+        else
+          std::fill_n(read.as<float>() + t * in_.E, in_.E, 0.0f);
+      g = read.as<float>(), g_stride = in_.E;
+    }
+    matmul_tn(S - s0, in_.T, in_.E, args_.weights + b * in_.T * in_.S + s0, in_.S, g, g_stride, out,
+              in_.E);
     std::fill(out + (S - s0) * in_.E, out + (s1 - s0) * in_.E, 0.0f);
   }
 
@@ -201,6 +224,15 @@ class Backward {
     return bound <= kRatioLimit ? Form::kRatio : Form::kDirect;  // direct with a NaN
   }
 
+  bool attends(int64_t b, int64_t t, int64_t s) const {
+    return in_.mask[b * in_.mask_stride_b + t * in_.mask_stride_t + s * in_.mask_stride_s] != 0;
+  }
+  bool attends_to_any(int64_t b, int64_t t) const {
+    for (int64_t s = 0; s < key_count(in_, b); ++s)
+      if (attends(b, t, s)) return true;
+    return false;
+  }
+
   static int64_t key_tiles(int64_t S) { return (S + kKeys - 1) / kKeys; }
   static float sum_of(const float* x, int64_t n) {
     double total = 0.0;
@@ -226,9 +258,8 @@ class Backward {
     }
     const double sum = (total[0] + total[1]) + (total[2] + total[3]);
     // 0: nothing to attend to, and every w is 0.
-    return sum == 0.0 ? 0.0f
-                      : static_cast<float>(
-                            ((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) / sum);
+    return static_cast<float>(((weighted[0] + weighted[1]) + (weighted[2] + weighted[3])) /
+                              (sum == 0.0 ? 1.0 : sum));
   }
 
   bool any_gradient(const float* grad_score) const {

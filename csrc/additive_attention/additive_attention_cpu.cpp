@@ -5,6 +5,7 @@
 #include "additive_attention/additive_attention.h"
 #include "additive_attention/score_tile.h"
 #include "additive_attention/tanh_forms.h"
+#include "common/hidden_pairs.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/small_matmul.h"
@@ -93,14 +94,14 @@ class Forward {
   // Softmax over the scores of queries [t0, t1), at most kRowBlock, then their context.
   void finish(Workspace& work, int64_t b, int64_t t0, int64_t t1) const {
     const int64_t S = key_count(in_, b);
-    bool empty[kRowBlock];
-    for (int64_t t = t0; t < t1; ++t) empty[t - t0] = !softmax(work.row, b, t, S);
+    for (int64_t t = t0; t < t1; ++t) softmax(work.row, b, t, S);
     float* context = args_.context + (b * in_.T + t0) * in_.E;
-    matmul(t1 - t0, S, in_.E, score_row(b, t0), in_.S, in_.value + b * in_.value_stride_b,
-           in_.value_stride_s, context, in_.E);
-    // 0 times an infinite value is NaN, but a query with nothing to attend to has context 0.
-    for (int64_t i = 0; i < t1 - t0; ++i)
-      if (empty[i]) std::fill_n(context + i * in_.E, in_.E, 0.0f);
+    const float* value = in_.value + b * in_.value_stride_b;
+    matmul(t1 - t0, S, in_.E, score_row(b, t0), in_.S, value, in_.value_stride_s, context, in_.E);
+    if (in_.mask != nullptr && any_special(t1 - t0, in_.E, context, in_.E))
+      without_hidden_pairs(t1 - t0, S, in_.E, score_row(b, t0), in_.S, value, in_.value_stride_s,
+                           context, in_.E,
+                           [&](int64_t i, int64_t s) { return attends(b, t0 + i, 1, s, 1); });
   }
 
  private:
@@ -250,8 +251,8 @@ class Forward {
     return t;
   }
 
-  // false if the row has nothing to attend to. `padded` holds round_up(S, kLanes) floats.
-  bool softmax(float* padded, int64_t b, int64_t t, int64_t S) const {
+  // Scores to weights in place. `padded` holds round_up(S, kLanes) floats.
+  void softmax(float* padded, int64_t b, int64_t t, int64_t S) const {
     constexpr float kMasked = -std::numeric_limits<float>::infinity();
     float* row = score_row(b, t);
     bool any = S > 0;
@@ -268,7 +269,7 @@ class Forward {
     }
     if (!any) {
       std::fill_n(row, in_.S, 0.0f);
-      return false;
+      return;
     }
     const int64_t padded_S = round_up(S, kLanes);
     std::fill(padded + S, padded + padded_S, kMasked);
@@ -290,7 +291,6 @@ class Forward {
     }
     std::copy_n(padded, S, row);
     std::fill(row + S, row + in_.S, 0.0f);
-    return true;
   }
 
   const AdditiveAttentionForward& args_;

@@ -5,9 +5,10 @@
 //   context[b,n,t] = sum_s p[b,n,t,s] value[b,n,s]
 //   weights = p, or its mean over n
 //
-// A query with nothing to attend to has p 0. Strides count elements and may be 0 (expanded); rows
-// of float matrices are contiguous. Inputs may alias one another; outputs alias nothing. All memory
-// is the caller's and is used during the call only.
+// A query with nothing to attend to has p 0. Pairs that are hidden are not read: key and value may
+// hold anything there, and so may the query and gradients of a query with nothing. Strides count
+// elements and may be 0 (expanded); rows of float matrices are contiguous. Inputs may alias one
+// another; outputs alias nothing. All memory is the caller's and is used during the call only.
 //
 // Results are bitwise the same for any num_threads.
 #pragma once

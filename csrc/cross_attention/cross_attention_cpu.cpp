@@ -33,15 +33,12 @@ class Forward {
   void block(int64_t b, int64_t n, int64_t t0, int64_t t1) {
     const int64_t rows = t1 - t0, S = in_.S, padded_S = weights_.padded_S();
     const int64_t count = weights_.key_count(b, n);
-    bool empty[kMostRows];
     copy_rows(in_.query, b, n, t0, rows, in_.D, query_);
-    weights_.compute(b, n, t0, rows, count, query_, p_, empty);
-    matmul(rows, count, in_.E, p_, padded_S, in_.value.at(b, n, 0), in_.value.stride_r,
-           args_.context.at(b, n, t0), args_.context.stride_r);
+    weights_.compute(b, n, t0, rows, count, query_, p_);
+    weights_.product(b, n, t0, rows, count, in_.E, p_, padded_S, in_.value,
+                     args_.context.at(b, n, t0), args_.context.stride_r);
     for (int64_t i = 0; i < rows; ++i) {
       const float* p = p_ + i * padded_S;
-      // 0 times an infinite value is NaN, but an empty sum is 0.
-      if (empty[i]) std::fill_n(args_.context.at(b, n, t0 + i), in_.E, 0.0f);
       if (args_.heads) std::copy_n(p, S, args_.heads + ((b * in_.N + n) * in_.T + t0 + i) * S);
       if (add_heads_) add_head(n, in_.N, p, S, args_.mean + (b * in_.T + t0 + i) * S);
     }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/activations.h"
+#include "common/hidden_pairs.h"
 #include "common/scratch.h"
 #include "common/small_matmul.h"
 #include "cross_attention/cross_attention.h"
@@ -53,28 +54,47 @@ class HeadWeights {
   }
 
   // p of queries [t0, t0 + rows) into `p` [rows, padded_S()], 0 from `count` = key_count(b, n) on.
-  // `query` are their rows, contiguous. empty[i]: query t0 + i has nothing to attend to.
+  // `query` are their rows, contiguous.
   void compute(int64_t b, int64_t n, int64_t t0, int64_t rows, int64_t count, const float* query,
-               float* p, bool* empty) const {
+               float* p) const {
     matmul_nt(rows, count, in_.D, query, in_.D, in_.key.at(b, n, 0), in_.key.stride_r, p,
               padded_S_);
     for (int64_t i = 0; i < rows; ++i) {
       if (masked() && (i == 0 || !one_bias())) fill_bias(b, n, t0 + i, count);
       float* row = p + i * padded_S_;
-      empty[i] = !softmax(row, count);
+      softmax(row, count);
       std::fill(row + count, row + padded_S_, 0.0f);
     }
   }
 
- private:
   bool masked() const { return in_.mask.data || in_.added.data; }
-  bool one_bias() const {
-    if (!masked()) return false;
-    return in_.T == 1 || (in_.mask.data ? in_.mask.stride_r : in_.added.stride_r) == 0;
-  }
+
   bool hidden(int64_t b, int64_t n, int64_t t, int64_t s) const {
     return in_.mask.data ? in_.mask.at(b, n, t)[s * in_.mask_stride_s] == 0
                          : in_.added.at(b, n, t)[s * in_.mask_stride_s] == kHidden;
+  }
+  bool attends_to_none(int64_t b, int64_t n, int64_t t, int64_t count) const {
+    for (int64_t s = 0; s < count; ++s)
+      if (!hidden(b, n, t, s)) return false;
+    return true;
+  }
+
+  // out [rows, width] = w m for queries [t0, t0 + rows), where m, key or value of this head, may
+  // hold anything in the pairs that a mask hides.
+  void product(int64_t b, int64_t n, int64_t t0, int64_t rows, int64_t count, int64_t width,
+               const float* w, int64_t w_stride, const HeadRows<const float>& m, float* out,
+               int64_t out_stride) const {
+    const float* from = m.at(b, n, 0);
+    matmul(rows, count, width, w, w_stride, from, m.stride_r, out, out_stride);
+    if (masked() && any_special(rows, width, out, out_stride))
+      without_hidden_pairs(rows, count, width, w, w_stride, from, m.stride_r, out, out_stride,
+                           [&](int64_t i, int64_t s) { return !hidden(b, n, t0 + i, s); });
+  }
+
+ private:
+  bool one_bias() const {
+    if (!masked()) return false;
+    return in_.T == 1 || (in_.mask.data ? in_.mask.stride_r : in_.added.stride_r) == 0;
   }
 
   // What is added to the scores of query t.
@@ -101,8 +121,14 @@ class HeadWeights {
     return bias == set1(kHidden) ? bias : x + bias;
   }
 
-  // Scores to weights in place; lanes past `count` become 0. False if every score is -infinity.
-  bool softmax(float* row, int64_t count) const {
+  // Whether a query has something to attend to, by its bias_.
+  bool attends(int64_t count) const {
+    return !masked() ? count > 0
+                     : std::any_of(bias_, bias_ + count, [](float x) { return x != kHidden; });
+  }
+
+  // Scores to weights in place; lanes past `count` become 0.
+  void softmax(float* row, int64_t count) const {
     const int64_t padded = round_up(count, kLanes);
     vf largest = set1(kHidden);
     int64_t s = 0;
@@ -117,9 +143,9 @@ class HeadWeights {
       largest = max(load(row + s), largest);
     }
     const float top = max_lane(largest);  // without the NaN among them
-    if (top == kHidden && std::all_of(row, row + count, [](float x) { return x == kHidden; })) {
+    if (top == kHidden && !attends(count)) {
       std::fill(row, row + padded, 0.0f);
-      return false;
+      return;
     }
     // e^-87 is the least normal float, and what exp() gives for anything below.
     const vf shift = set1(top), least = set1(-87.0f);
@@ -132,14 +158,14 @@ class HeadWeights {
     }
     const float total = sum(sums);
     if (!(total > 0.0f)) {
-      // A NaN or +infinity among the scores: all that is attended becomes NaN, as in torch.
+      // A NaN or +infinity among the scores, or nothing but -infinity: all that is attended becomes
+      // NaN, as in torch.
       for (s = 0; s < count; ++s)
         row[s] = masked() && bias_[s] == kHidden ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-      return true;
+      return;
     }
     const vf inverse = set1(1.0f / total);
     for (s = 0; s < padded; s += kLanes) store(row + s, load(row + s) * inverse);
-    return true;
   }
 
   const CrossAttentionInputs& in_;

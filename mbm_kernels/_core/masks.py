@@ -1,7 +1,11 @@
 """Masks and lengths of attention, for the plain-torch backends."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from mbm_kernels._core import checks, tracing
 
 
 def attend_mask(
@@ -25,3 +29,45 @@ def attend_mask(
         return inside[:, None, :]
     between = max(mask.dim(), 3) - 2
     return mask & inside.view(inside.size(0), *(1,) * between, positions)
+
+
+def readable(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether looking at values is free: real CPU tensors, nothing tracing."""
+    given = [x for x in tensors if x is not None]
+    return tracing.is_plain(given) and all(checks.values_readable(x) for x in given)
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no element is NaN or infinite; may deny it where a sum overflows. One pass each."""
+    with torch.no_grad():
+        for x in tensors:
+            single = x.dtype in (torch.bfloat16, torch.float16)
+            total = x.sum(dtype=torch.float32) if single else x.sum()
+            if not bool(torch.isfinite(total)):
+                return False
+    return True
+
+
+def unread(
+    query: Tensor, key: Tensor, value: Tensor, attend: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """0 in queries that attend to nothing, and in keys and values that no query attends to.
+
+    Whatever they hold, even a NaN, then meets no weight of 0, and their gradients are 0.
+
+    Args:
+        query: [..., T, D].
+        key: [..., S, D].
+        value: [..., S, E].
+        attend: bool, broadcastable to [..., T, S], with as many dimensions.
+    """
+    hidden = ~attend.any(-2).unsqueeze(-1)
+    nothing = ~attend.any(-1, keepdim=True)
+    return query.masked_fill(nothing, 0), key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+
+
+def softmax(scores: Tensor, attend: Tensor) -> Tensor:
+    """softmax over the last dimension where `attend`, 0 elsewhere; a row of it may be empty."""
+    nothing = ~attend.any(-1, keepdim=True)
+    elsewhere = torch.zeros_like(nothing, dtype=scores.dtype).masked_fill(~nothing, -torch.inf)
+    return torch.softmax(torch.where(attend, scores, elsewhere), -1).masked_fill(~attend, 0)

@@ -109,3 +109,44 @@ def store_tile(x, tile, i, j, rows, columns, stride_i, stride_j):
     at = x + i.to(tl.int64)[:, None] * stride_i + j[None, :] * stride_j
     tile = rounded(tile, x.dtype.element_ty)
     tl.store(at, tile, (i < rows)[:, None] & (j < columns)[None, :])
+
+
+@triton.jit
+def dot_attended(
+    w,
+    use,
+    tile,
+    rows,
+    first,
+    count,
+    j,
+    columns,
+    stride_i,
+    stride_j,
+    total,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """total + w tile, of which infinities and NaN of the tile meet only the pairs in `use`.
+
+    `tile` holds rows first .. first + BLOCK - 1 of `rows`, up to `count`, and their columns j. Only
+    where the tile is not finite are its rows taken one by one.
+    """
+    a = w
+    if w.dtype != tile.dtype:
+        a = rounded(w, tile.dtype)
+    if MASKED:
+        finite = tl.abs(tile.to(tl.float32)) < float("inf")
+        total = dot(a, tl.where(finite, tile, 0.0).to(tile.dtype), total)
+        if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+            place = tl.arange(0, BLOCK)
+            for i in range(0, BLOCK):
+                at = rows + tl.cast(first + i, tl.int64) * stride_i + j * stride_j
+                row = tl.load(at, (j < columns) & (first + i < count), 0.0).to(tl.float32)
+                w_i = tl.sum(tl.where((place == i)[None, :], w, 0.0), 1)
+                use_i = tl.sum(((place == i)[None, :] & use).to(tl.int32), 1) != 0
+                taken = (tl.abs(row) < float("inf"))[None, :] | ~use_i[:, None]
+                total += tl.where(taken, 0.0, w_i[:, None] * row[None, :])
+    else:
+        total = dot(a, tile, total)
+    return total

@@ -170,6 +170,12 @@ def cross_attention(given: Draws) -> Inputs:
     )
     if mask is not None and given.flag():  # an addend in its place, that hides some positions
         shown, mask = mask, given.randn(*mask.shape)
+        # As libraries write padding, whole rows of it too; -1e30 leaves no score even in float64.
+        large = given.of(None, None, -1e9, -1e30)
+        if large is not None:
+            mask[~shown] = large
+            mask[..., : 1 + mask.size(-2) // 3, :] = large
+            shown = torch.rand(mask.shape, generator=given.generator) < 0.8
         mask[~shown] = -torch.inf
     return {
         "query": given.randn(batch, heads, steps, features) * given.scale,

@@ -439,6 +439,8 @@ def generate(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", suite.cases, ids=str)
     if "edge_case" in names:
         metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if "hiding_case" in names:
+        metafunc.parametrize("hiding_case", suite.hiding_cases, ids=str)
     if "dtype" in names:
         pairs = _pairs(suite)
         ids = [_pair_id(*pair) for pair in pairs]

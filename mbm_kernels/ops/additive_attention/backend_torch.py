@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core.masks import attend_mask
+from mbm_kernels._core import masks
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -20,11 +20,33 @@ def fwd(
     key_lengths: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    scores = torch.tanh(query.unsqueeze(2) + key.unsqueeze(1)) @ v
-    attend = attend_mask(mask, key_lengths, key.size(1), key.device)
+    attend = masks.attend_mask(mask, key_lengths, key.size(1), key.device)
     if attend is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        lowest = torch.finfo(scores.dtype).min
-        weights = torch.softmax(scores.masked_fill(~attend, lowest), -1).masked_fill(~attend, 0)
-    return torch.bmm(weights, value), weights
+        weights = torch.softmax(_scores(query, key, v, None), -1)
+        return torch.bmm(weights, value), weights
+    attend = attend.reshape(*(1,) * (3 - attend.dim()), *attend.shape)
+    looks = masks.readable((query, key, value, attend))
+    hidden = None
+    if not looks or not masks.all_finite(query, key, value):
+        clean = masks.unread(query, key, value, attend)
+        if looks and attend.size(1) > 1 and not masks.all_finite(*clean[1:]):
+            # A NaN that is hidden from some queries and not from others.
+            hidden = ~attend.unsqueeze(-1)
+        else:
+            query, key, value = clean
+    weights = masks.softmax(_scores(query, key, v, hidden), attend)
+    if hidden is not None:
+        values = value.unsqueeze(1).masked_fill(hidden, 0)  # [B, T, S, E]
+        return torch.matmul(weights.unsqueeze(2), values).squeeze(2), weights
+    context = torch.bmm(weights, value)
+    if torch.is_grad_enabled():
+        # An empty row is constant, whatever gradient arrives for it.
+        some = attend.any(-1, keepdim=True)
+        if not looks or not bool(some.all()):
+            context = context.masked_fill(~some, 0)
+    return context, weights
+
+
+def _scores(query: Tensor, key: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    sums = query.unsqueeze(2) + key.unsqueeze(1)
+    return torch.tanh(sums if hidden is None else sums.masked_fill(hidden, 0)) @ v

@@ -67,7 +67,8 @@ def additive_attention(
 
     Returns:
         context [B, T, E] and weights [B, T, S], both differentiable. A row with nothing to attend
-        to has context 0, weights 0 and gradients 0.
+        to has context 0, weights 0 and gradients 0. What is hidden is not read: a NaN there
+        reaches no result (README.md says where plain torch on a GPU falls short of this).
 
     Raises:
         TypeError: an argument is not a tensor of the right kind, or dtypes differ outside autocast.

@@ -14,7 +14,6 @@ def additive_attention(
 ) -> tuple[Tensor, Tensor]:
     """query [B, T, D], key [B, S, D], value [B, S, E], v [D] -> [B, T, E], [B, T, S]."""
     batch, steps, positions = query.size(0), query.size(1), key.size(1)
-    scores = (torch.tanh(query[:, :, None, :] + key[:, None, :, :]) * v).sum(-1)
     attend = torch.ones(batch, steps, positions, dtype=torch.bool, device=query.device)
     if mask is not None:
         attend = attend & mask
@@ -23,7 +22,14 @@ def additive_attention(
             torch.arange(positions, device=query.device) < key_lengths.to(query.device)[:, None]
         )
         attend = attend & inside[:, None, :]
+    # What is hidden is not read: a pair [T, S] that is hidden has 0 in place of its sum and of its
+    # value, so that a NaN there meets no factor in either direction.
+    hidden = ~attend[..., None]
+    sums = (query[:, :, None, :] + key[:, None, :, :]).masked_fill(hidden, 0)
+    scores = (torch.tanh(sums) * v).sum(-1)
     # A row with nothing to attend to has weights 0: the sum over an empty set.
-    lowest = torch.finfo(scores.dtype).min
-    weights = torch.softmax(scores.masked_fill(~attend, lowest), -1).masked_fill(~attend, 0)
-    return weights @ value, weights
+    nothing = ~attend.any(-1, keepdim=True)
+    scores = scores.masked_fill(~attend, -torch.inf).masked_fill(nothing, 0)
+    weights = torch.softmax(scores, -1).masked_fill(~attend, 0)
+    values = value[:, None, :, :].masked_fill(hidden, 0)
+    return (weights[..., None, :] @ values).squeeze(-2), weights

@@ -237,7 +237,10 @@ def attend(
             p = tl.load(p_at, (t < T)[:, None] & (s < count)[None, :], 0.0)
             x_at = value + b * value_b + s.to(tl.int64)[:, None] * value_s + e[None, :] * value_e
             x = tl.load(x_at, (s < count)[:, None] & (e < E)[None, :], 0.0)
-            sum_e = triton_math.dot(p, x, sum_e)
+            sum_e = triton_math.dot_attended(
+                p, p != 0, x, value + b * value_b, s0, count, e, E, value_s, value_e, sum_e,
+                mask is not None, BLOCK_K,
+            )
         to = context + b * T * E + t[:, None] * E + e[None, :]
         tl.store(to, sum_e.to(context.dtype.element_ty), (t < T)[:, None] & (e < E)[None, :])
 

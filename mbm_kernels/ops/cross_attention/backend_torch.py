@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core.masks import attend_mask
+from mbm_kernels._core import masks
+from mbm_kernels.ops.cross_attention.by_pairs import by_pairs
+
+# Fused SDPA saves a log-sum-exp for each row, rounded as the scores are: in a row that an added
+# mask moves by -1e9 the log of the sum is lost, and the backward's weights are up to S times too
+# large. Up to this size of a row's largest addend 64 eps is all that is lost.
+LARGEST_ADDED = 64.0
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -24,38 +30,108 @@ def fwd(
     save: bool,
 ) -> tuple[Tensor | None, ...]:
     attend, added = _masks(key_lengths, mask, key)
-    if need_weights is None:
-        # SDPA gives 0, and gradients of 0, for a row that is masked throughout.
-        masks = attend if added is None else added
-        context = F.scaled_dot_product_attention(query, key, value, masks, scale=scale)
+    if attend is None:
+        context, heads = _dense(query, key, value, None, None, scale, need_weights is not None)
+    else:
+        given = (query, key, value, attend, added, scale, need_weights is not None, save)
+        looks = masks.readable((query, key, value, attend, added))
+        context, heads = _looking(*given) if looks else _masked(*given)
+    if heads is None:
         return context, None, None  # making empty tensors takes 2 us
+    return context, heads.mean(1) if need_weights == "mean" else heads, None
+
+
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Tensor,
+    added: Tensor | None,
+    scale: float,
+    explicit: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Reads no value of a mask, so that it never waits for a device and can be traced."""
+    query, key, value = masks.unread(query, key, value, attend)
+    explicit = explicit or (save and added is not None)
+    context, heads = _dense(query, key, value, attend, added, scale, explicit)
+    # An empty row is constant, whatever gradient arrives for it.
+    return context.masked_fill(~attend.any(-1, keepdim=True), 0) if save else context, heads
+
+
+def _looking(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Tensor,
+    added: Tensor | None,
+    scale: float,
+    explicit: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Chooses the form by what masks and inputs hold.
+
+    A hidden NaN shows in the context, except that a gradient may meet one of a query or a key which
+    the softmax has dropped.
+    """
+    exact = explicit or (save and added is not None and not _keeps_sums(added))
+    if not save or masks.all_finite(query, key):
+        context, heads = _dense(query, key, value, attend, added, scale, exact)
+        if masks.all_finite(context):
+            if save and not bool((some := attend.any(-1, keepdim=True)).all()):
+                context = context.masked_fill(~some, 0)
+            return context, heads
+    same_for_all = attend.size(-2) == 1
+    if not same_for_all:
+        clean = masks.unread(query, key, value, attend)
+        if not masks.all_finite(*clean[1:]):
+            return by_pairs(query, key, value, attend, added, scale, save)
+    return _masked(query, key, value, attend, added, scale, exact, save)
+
+
+def _keeps_sums(added: Tensor) -> bool:
+    """Whether SDPA's backward finds the weights of its forward again."""
+    if added.size(-1) == 0:
+        return True
+    top = added.detach().amax(-1)
+    return bool(((top.abs() <= LARGEST_ADDED) | (top == -torch.inf)).all())
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Tensor | None,
+    added: Tensor | None,
+    scale: float,
+    explicit: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Context and, where `explicit`, the weights of each head."""
+    if not explicit:
+        # SDPA gives 0, and gradients of 0, for a row that is masked throughout.
+        given = attend if added is None else added
+        return F.scaled_dot_product_attention(query, key, value, given, scale=scale), None
     scores = _scores(query, key, scale)
     if added is not None:
-        attend = added != -torch.inf
         scores = scores + added
-    if attend is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        lowest = torch.finfo(scores.dtype).min
-        weights = torch.softmax(scores.masked_fill(~attend, lowest), -1).masked_fill(~attend, 0)
-    return weights @ value, weights.mean(1) if need_weights == "mean" else weights, None
+    weights = torch.softmax(scores, -1) if attend is None else masks.softmax(scores, attend)
+    return weights @ value, weights
 
 
 def _masks(
     key_lengths: Tensor | None, mask: Tensor | None, key: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One mask out of two, four-dimensional: bool (True = attend) or floating (added)."""
+    """Both masks as one, four-dimensional: which pairs attend; what is added, -inf elsewhere."""
     where = (key.size(2), key.device)
-    if mask is not None:
-        mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
-        if mask.dtype == torch.bool:
-            return attend_mask(mask, key_lengths, *where), None
-        inside = attend_mask(None, key_lengths, *where)
-        if inside is None:
-            return None, mask
-        return None, torch.where(inside[:, None], mask, -torch.inf)
-    inside = attend_mask(None, key_lengths, *where)
-    return (None if inside is None else inside[:, None]), None
+    inside = masks.attend_mask(None, key_lengths, *where)
+    inside = None if inside is None else inside[:, None]
+    if mask is None:
+        return inside, None
+    mask = mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
+    if mask.dtype == torch.bool:
+        return mask if inside is None else mask & inside, None
+    added = mask if inside is None else torch.where(inside, mask, -torch.inf)
+    return added != -torch.inf, added
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:

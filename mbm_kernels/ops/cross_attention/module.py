@@ -18,7 +18,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same constructor, state_dict and masks, and `backend`.
 
     As in torch a mask's True hides a position, and where weights are asked for a row with nothing
-    to attend to is NaN (its gradients are NaN in torch and 0 here). The projections take
+    to attend to is NaN (its gradients are NaN in torch and 0 here). A row that a float mask fills
+    with a large finite number, left padding of -1e9 say, has the outputs and gradients of torch's
+    explicit softmax, weights or none (torch's fused form has other gradients). The projections take
     `concat_linear`'s kernel where its table says that it wins, unless `backend` is "torch".
 
     torch's own forward runs instead, with its results, where

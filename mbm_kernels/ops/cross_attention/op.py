@@ -80,7 +80,9 @@ def cross_attention(
     Returns:
         context [B, N, T, E] if `need_weights` is None; (context, weights [B, T, S]) for "mean";
         (context, weights [B, N, T, S]) for "heads"; all differentiable. A row with nothing to
-        attend to has context 0, weights 0 and gradients 0.
+        attend to has context 0, weights 0 and gradients 0. What is hidden (by a length, False or
+        -inf) is not read: a NaN there reaches no result (README.md says where plain torch on a GPU
+        falls short of this).
 
     Raises:
         TypeError: an argument is not of the right kind, or dtypes differ outside autocast.
@@ -88,9 +90,11 @@ def cross_attention(
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
-        Sums are accumulated in float32 at least. The torch backend without weights is
-        torch's scaled_dot_product_attention, which has no second derivative in its fused forms and
-        says so; with weights every order of derivative exists.
+        Sums are accumulated in float32 at least. A large finite mask, -1e9 say, is added to the
+        scores as it is: what rounding leaves of them decides, as in the expression above, forward
+        and backward. Converted to float16 it is -inf, and hides. The torch backend without weights
+        is torch's scaled_dot_product_attention, except for gradients under such a mask; its fused
+        forms have no second derivative and say so. With weights every order of derivative exists.
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """

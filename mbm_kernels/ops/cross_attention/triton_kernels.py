@@ -7,7 +7,7 @@ Positions past a row's length are never read.
 import triton
 import triton.language as tl
 
-from mbm_kernels._core.triton_math import dot, load_tile, rounded, store_tile
+from mbm_kernels._core.triton_math import dot, dot_attended, load_tile, rounded, store_tile
 
 
 @triton.jit
@@ -118,7 +118,9 @@ def attend(
         if heads is not None and part == 0:
             store_tile(heads, w, t, s, T, S, S, 1)
         v = load_tile(value, s, e, count, E, value_s, value_e)
-        total = dot(rounded(w, v.dtype), v, total)
+        total = dot_attended(
+            w, use, v, value, 0, count, e, E, value_s, value_e, total, mask is not None, BLOCK_S
+        )
     else:
         largest, inverse = row_sums(
             query, key, mask, t, count, T, D, scale,
@@ -137,7 +139,10 @@ def attend(
             if heads is not None and part == 0:
                 store_tile(heads, w, t, s, T, S, S, 1)
             v = load_tile(value, s, e, count, E, value_s, value_e)
-            total = dot(rounded(w, v.dtype), v, total)
+            total = dot_attended(
+                w, use, v, value, s0, count, e, E, value_s, value_e, total,
+                mask is not None, BLOCK_S,
+            )
     if rows is not None and part == 0:
         tl.store(rows + head * T + t, largest, t < T)
         tl.store(rows + (head + tl.num_programs(0)) * T + t, inverse, t < T)
@@ -213,6 +218,15 @@ def grad_at(
         g = load_tile(grad_weights, t, s, T, count, weights_t, weights_s)
         total += share * g.to(tl.float32)
     return total
+
+
+@triton.jit
+def attending(tile, w, mask):
+    """Rows of the tile [t, ..], 0 where none of the weights [t, s] is anything but 0."""
+    if mask is not None:
+        some = tl.max((w != 0).to(tl.int32), 1) != 0
+        tile = tl.where(some[:, None], tile, 0.0).to(tile.dtype)
+    return tile
 
 
 @triton.jit
@@ -303,15 +317,18 @@ def grad_queries(
         if grad_mask is not None and part == 0:
             store_tile(grad_mask + head * T * S, g, t, s, T, S, S, 1)
         k = load_tile(key, s, d, count, D, key_s, key_d)
-        g = rounded(g, k.dtype)
-        by_query = dot(g, k, by_query)
+        by_query = dot_attended(
+            g, w != 0, k, key, s0, count, d, D, key_s, key_d, by_query, mask is not None, BLOCK_S
+        )
         if OWNS_T:
-            q = load_tile(query, t, d, T, D, query_t, query_d)
-            by_key = dot(tl.trans(g), q, tl.zeros((BLOCK_S, BLOCK_D), tl.float32))
+            q = attending(load_tile(query, t, d, T, D, query_t, query_d), w, mask)
+            g = tl.trans(rounded(g, q.dtype))
+            by_key = dot(g, q, tl.zeros((BLOCK_S, BLOCK_D), tl.float32))
             store_tile(grad_key, by_key * scale, s, d, S, D, to_key_s, to_key_d)
             by_value = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
             if grad_context is not None:
                 c = load_tile(grad_context, t, d, T, E, context_t, context_e)
+                c = attending(c, w, mask)
                 by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
             store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)
     grad_query += b * to_query_b + n * to_query_n
@@ -364,10 +381,10 @@ def grad_keys(
             context_t, context_e, weights_t, weights_s, value_s, value_e, BLOCK_T, BLOCK_S, BLOCK_K,
         )
         g = tl.where(w != 0, w * (g - sum_s[:, None]), 0.0)
-        q = load_tile(query, t, d, T, D, query_t, query_d)
+        q = attending(load_tile(query, t, d, T, D, query_t, query_d), w, mask)
         by_key = dot(tl.trans(rounded(g, q.dtype)), q, by_key)
         if grad_context is not None:
-            c = load_tile(grad_context, t, d, T, E, context_t, context_e)
+            c = attending(load_tile(grad_context, t, d, T, E, context_t, context_e), w, mask)
             by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
     store_tile(grad_key, by_key * scale, s, d, S, D, to_key_s, to_key_d)
     store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)

@@ -84,9 +84,10 @@ def _masked(
     x = x.masked_fill(outside, 0)
     if source is not None:
         x = x.gather(0, source.expand_as(x))
-    y, _ = _whole(x, h0, weights, save)
+    some = lengths.unsqueeze(1) > 0
+    y, _ = _whole(x, h0.masked_fill(~some, 0), weights, save)
     last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, y.size(2))
-    h_n = torch.where(lengths.unsqueeze(1) > 0, y.gather(0, last).squeeze(0), h0)
+    h_n = torch.where(some, y.gather(0, last).squeeze(0), h0)
     if source is not None:
         y = y.gather(0, source.expand_as(y))
     return y.masked_fill(outside, 0), h_n

@@ -168,7 +168,9 @@ def _by_recurrent(
     if h0 is None or steps == 0:
         return grad
     first = from_state[-1 if reverse else 0]
-    if reverse and lengths is not None:
-        last = lengths.clamp(1, steps).sub(1).view(1, batch, 1).expand(1, batch, gates)
-        first = from_state.gather(0, last)[0]
+    if lengths is not None:  # a row of length 0 does not read its h0, even a NaN
+        h0 = h0.masked_fill(lengths.unsqueeze(1) <= 0, 0)
+        if reverse:
+            last = lengths.clamp(1, steps).sub(1).view(1, batch, 1).expand(1, batch, gates)
+            first = from_state.gather(0, last)[0]
     return grad.addmm_(first.t(), h0)
