@@ -202,6 +202,20 @@ MUTANTS = (
         "tests/test_drawn.py -k linear_cross_entropy",
     ),
     Mutant(
+        "slope-of-a-capped-logit",
+        "csrc/common/tanh_slope.h",
+        "return {copysign(-em / sum, x), set1(4.0f) * (e / (sum * sum))};",
+        "return {copysign(-em / sum, x), set1(1.0f) - (em / sum) * (em / sum)};",
+        "tests/test_linear_cross_entropy.py -k softcap",
+    ),
+    Mutant(
+        "ids-are-addresses",
+        "csrc/linear_distillation_loss/linear_distillation_loss_cpu.cpp",
+        "if (!is_class(a_.topk_ids[n * a_.k + j], 0, a_.V)) return false;",
+        "",
+        "tests/test_indices.py",
+    ),
+    Mutant(
         "padding-counts-as-images",
         "csrc/contrastive_loss/contrastive_loss_cpu.cpp",
         "const vf e1 = keep_lanes(exp_or_zero((load(at + kLanes) - top) * s), live1);",

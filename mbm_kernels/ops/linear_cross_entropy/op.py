@@ -42,6 +42,7 @@ OP = Op(
     fake=_fake,
     reference=reference.linear_cross_entropy,
     torch_fwd=backend_torch.fwd,
+    ignored=targets.ignored_rows,
 )
 
 
@@ -75,7 +76,8 @@ def linear_cross_entropy(
         weight: [V, H].
         target: int64 [...], 0 <= target < V, or ignore_index.
         bias: [V].
-        ignore_index: rows with this target have loss 0 and gradient 0 and do not count.
+        ignore_index: rows with this target have loss 0 and gradient 0 and do not count; nothing of
+            them is read, not even a NaN.
         label_smoothing: 0 to 1; the share of the target that is spread evenly over V.
         softcap: above 0; logits become softcap * tanh(logits / softcap), before all else.
         z_loss: at least 0; adds z_loss * logsumexp(logits)^2 to each row.
@@ -92,8 +94,10 @@ def linear_cross_entropy(
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
-        Softmax and the sums over V and over rows are in float32 at least. Targets on a GPU, or
-        under compilation, are not checked against V.
+        Softmax and the sums over V and over rows are in float32 at least. A target that is no class
+        raises in eager mode on the CPU; where its value cannot be looked at (on a GPU, under
+        compilation, dispatch modes and torch.func, in tensor subclasses) its row is NaN, gradients
+        too, and nothing outside is read or written.
 
     Source: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7 (smoothing);
     Chowdhery et al., "PaLM", 2022, section 5 (z-loss); Gemma Team, "Gemma 2", 2024, section 2
