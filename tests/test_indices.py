@@ -112,7 +112,11 @@ SEQUENCES = {
     "cross_attention": "key_lengths",
 }
 MODES = ("flops", "subclass", "functorch", "compiled")
-COMPILED = ("linear_cross_entropy", "topk", *SEQUENCES)  # 2 s each; the others differ in no check
+# Compilation takes 2 s, the interpreter of Triton as long: the other losses differ in no check.
+FEW = ("linear_cross_entropy", "topk", *SEQUENCES)
+SLOW = (*((backend, "compiled") for backend in ("cpu", "torch", "reference")),
+        *(("triton", mode) for mode in ("flops", "plain")))  # fmt: skip
+NEVER = [("triton", mode) for mode in ("subclass", "functorch", "compiled")]
 
 
 def evaluate(op, inputs, diff, backend, mode, grad=1.0):
@@ -156,7 +160,7 @@ def every(names, modes=("plain",), more=()):
         for name in names
         for backend in (*suite.available_backends(op_of(name)), *more)
         for mode in modes
-        if mode != "compiled" or name in COMPILED
+        if (backend, mode) not in NEVER and (name in FEW or (backend, mode) not in SLOW)
     ]
     arguments = ("name", "backend", "mode")
     return pytest.mark.parametrize(arguments, found, ids=["-".join(f) for f in found])

@@ -56,6 +56,34 @@ def outside(index: Tensor, classes: int) -> Tensor:
     return (index < 0) | (index >= classes)
 
 
+def within(
+    target: Tensor, ids: Tensor | None, classes: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Target [...] and ids [..., k] with 0 for what is no class, and which rows that concerns."""
+    unknown = outside(target, classes)
+    target = target.masked_fill(unknown, 0)
+    if ids is None:
+        return target, None, unknown
+    wrong = outside(ids, classes)
+    return target, ids.masked_fill(wrong, 0), unknown | wrong.any(-1)
+
+
+def unlooked(
+    hidden: Tensor, target: Tensor, ignore_index: int, classes: int, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, target and ids for a definition that trusts its indices.
+
+    They become classes, and a row with a wrong one NaN.
+    """
+    keep = target != ignore_index
+    inside, safe_ids, unknown = within(target, ids, classes)
+    unknown = unknown & keep
+    if checks.values_readable(target) and not bool(unknown.any()):
+        return hidden, target, ids
+    factor = torch.ones_like(hidden[..., :1]).masked_fill(unknown.unsqueeze(-1), torch.nan)
+    return hidden * factor, torch.where(keep, inside, target), safe_ids
+
+
 class Rows:
     """The rows of target [N] that count, for plain torch.
 
@@ -83,12 +111,7 @@ class Rows:
                 self.ids = None if ids is None else ids.index_select(0, self.kept)
             return
         self.ignored = ~keep
-        unknown = outside(target, classes)
-        self.target = target.masked_fill(unknown, 0)
-        if ids is not None:
-            wrong = outside(ids, classes)
-            self.ids = ids.masked_fill(wrong, 0)
-            unknown = unknown | wrong.any(-1)
+        self.target, self.ids, unknown = within(target, ids, classes)
         self.unknown = unknown & keep
 
     def of(self, x: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ MUTANTS = (
     Mutant(
         "target-not-subtracted",
         "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
-        "if (v >= 0 && v < classes) z(v, r) = target_gradients()[r];",
+        "if (is_class(v, v0, v0 + classes)) z(v - v0, r) = target_gradients()[r];",
         "",
         "tests/test_drawn.py -k linear_cross_entropy",
     ),

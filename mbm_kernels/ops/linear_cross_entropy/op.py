@@ -1,6 +1,7 @@
 """Cross-entropy of projected hidden states: the public function and its registration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ def _fake(
     return loss, *made
 
 
+def _reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, **rest: Any
+) -> Tensor:
+    hidden, target, _ = targets.unlooked(hidden, target, ignore_index, weight.size(0))
+    return reference.linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index, **rest)
+
+
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
@@ -40,7 +48,7 @@ OP = Op(
     " bool[] needs)",
     diff=("hidden", "weight", "bias"),
     fake=_fake,
-    reference=reference.linear_cross_entropy,
+    reference=_reference,
     torch_fwd=backend_torch.fwd,
     ignored=targets.ignored_rows,
 )

@@ -25,13 +25,27 @@ def _fake(student_hidden: Tensor, student_weight: Tensor, target: Tensor, *rest:
 
 
 def _reference(
-    teacher_topk_ids: Tensor | None, teacher_topk_log_probs: Tensor | None, **rest: Any
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    teacher_topk_ids: Tensor | None,
+    teacher_topk_log_probs: Tensor | None,
+    **rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    student_hidden, target, ids = targets.unlooked(
+        student_hidden, target, ignore_index, student_weight.size(0), teacher_topk_ids
+    )
     topk = None
-    if teacher_topk_ids is not None:
+    if ids is not None:
         assert teacher_topk_log_probs is not None
-        topk = (teacher_topk_ids, teacher_topk_log_probs)
-    return reference.linear_distillation_loss(teacher_topk=topk, **rest)
+        topk = (ids, teacher_topk_log_probs)
+    return reference.linear_distillation_loss(
+        *(student_hidden, student_weight, target),
+        teacher_topk=topk,
+        ignore_index=ignore_index,
+        **rest,
+    )
 
 
 _INPUTS = (
