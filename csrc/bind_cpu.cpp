@@ -53,7 +53,8 @@ void bind_common(py::module_& m) {
       .value("sigmoid", mbm::VectorFunction::kSigmoid)
       .value("slope", mbm::VectorFunction::kSlope)
       .value("softplus", mbm::VectorFunction::kSoftplus)
-      .value("tanh", mbm::VectorFunction::kTanh);
+      .value("tanh", mbm::VectorFunction::kTanh)
+      .value("tanh_slope", mbm::VectorFunction::kTanhSlope);
   m.def("vector_math", [](mbm::VectorFunction function, Address x, Address y, int64_t n) {
     const float* x_ptr = checked_ptr<float>(x, n, "x");
     float* y_ptr = checked_ptr<float>(y, n, "y");

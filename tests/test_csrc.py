@@ -15,10 +15,15 @@ BOUNDS = {
     "slope": (None, 3.4e-7),
     "softplus": (None, 3.4e-7),
     "tanh": (2e-7, 3e-7),
+    "tanh_slope": (1.2e-7, 5e-7),
     "erf": (1.2e-7, 1.2e-7),
 }
 # softplus(x) and its slope, relative even where they are tiny.
-TRUTH = {"slope": torch.sigmoid, "softplus": lambda x: -torch.nn.functional.logsigmoid(-x)}
+TRUTH = {
+    "slope": torch.sigmoid,
+    "softplus": lambda x: -torch.nn.functional.logsigmoid(-x),
+    "tanh_slope": lambda x: x.cosh() ** -2,
+}
 
 
 def evaluate(name: str, x: torch.Tensor) -> torch.Tensor:

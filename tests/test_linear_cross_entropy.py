@@ -131,6 +131,15 @@ class TestLinearCrossEntropy(OpSuite):
         assert (logits.abs() <= 1.5).all()
         torch.testing.assert_close(self.run(inputs, backend)[0], expected)
 
+    @pytest.mark.parametrize("magnitude", [1e-3, 0.1, 1, 2, 4, 8, 30, 100])
+    def test_softcap_from_flat_to_saturated(self, backend, magnitude):
+        # All logits at `magnitude` caps, so that nothing else hides the error of their slopes.
+        inputs = self.inputs(Case("", sizes(9, 3, 33), {"softcap": 2.5}), precise(backend))
+        inputs["hidden"] = inputs["hidden"].sign() * (1 + inputs["hidden"].abs() / 30)
+        inputs["weight"] = inputs["weight"].sign() * 2.5 * magnitude
+        self.check_forward(inputs, backend)
+        self.check_backward(inputs, backend)
+
     def test_gradient_is_probability_minus_target(self, backend):
         inputs = self.inputs(self.cases[0], precise(backend))
         keep = inputs["target"] != IGNORED

@@ -30,7 +30,7 @@ struct AdditiveAttentionInputs {
   const float* value;  // [B, S, E]
   int64_t value_stride_b, value_stride_s;
   const float* v;              // [D]
-  const int64_t* key_lengths;  // [B], 0 <= length <= S, or null: every key
+  const int64_t* key_lengths;  // [B], values outside 0..S are clamped; null: every key
   const uint8_t* mask;         // [B, T, S] through the strides, nonzero = attend; or null
   int64_t mask_stride_b, mask_stride_t, mask_stride_s;
 };

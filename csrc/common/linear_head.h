@@ -63,6 +63,13 @@ inline int64_t forward_bytes_a_row(int64_t H) {
   return static_cast<int64_t>(sizeof(float)) * (H + 4 * kBlockClasses);
 }
 
+// Whether an index that came as data is one of the classes [begin, end). Nobody has looked at the
+// values that come from a compiled graph, a dispatch mode or a tensor subclass: what is no class of
+// [0, V) makes its row NaN and is no address.
+inline bool is_class(int64_t index, int64_t begin, int64_t end) {
+  return index >= begin && index < end;
+}
+
 inline std::vector<int64_t> kept_rows(const int64_t* target, int64_t N, int64_t ignore_index) {
   std::vector<int64_t> kept;
   for (int64_t n = 0; n < N; ++n)

@@ -1,4 +1,4 @@
-#include "common/activations.h"
+#include "common/tanh_slope.h"
 #include "common/vector_math.h"
 
 namespace mbm::MBM_ISA {
@@ -24,6 +24,8 @@ void vector_math(VectorFunction function, const float* x, float* y, int64_t n) {
     case VectorFunction::kSlope: return apply(x, y, n, [](vf v) { return softplus(v).slope; });
     case VectorFunction::kSoftplus: return apply(x, y, n, [](vf v) { return softplus(v).value; });
     case VectorFunction::kTanh: return apply(x, y, n, [](vf v) { return tanh(v); });
+    case VectorFunction::kTanhSlope:
+      return apply(x, y, n, [](vf v) { return tanh_and_slope(v).slope; });
   }
 }
 

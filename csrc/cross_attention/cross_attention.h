@@ -35,7 +35,7 @@ struct CrossAttentionInputs {
   HeadRows<const float> query;   // [B, N, T, D]
   HeadRows<const float> key;     // [B, N, S, D]
   HeadRows<const float> value;   // [B, N, S, E]
-  const int64_t* key_lengths;    // [B], 0 <= length <= S, or null: every key
+  const int64_t* key_lengths;    // [B], values outside 0..S are clamped; null: every key
   HeadRows<const uint8_t> mask;  // [B, N, T, S], nonzero = attend
   HeadRows<const float> added;   // [B, N, T, S], -infinity hides; at most one of the two masks
   int64_t mask_stride_s;         // of either mask, whose rows need not be contiguous

@@ -10,13 +10,15 @@ namespace mbm {
 enum class RowReduction { kNone = 0, kMean = 1, kSum = 2 };
 
 // All arrays are contiguous and overlap nowhere. Rows whose target is ignore_index are not
-// computed.
+// computed and nothing of them is read: not their hidden states, not their grad_loss. A row whose
+// target is neither that nor a class has loss NaN and gradients NaN; in the sums over rows these
+// make all NaN.
 struct LinearCrossEntropy {
   int64_t N, H, V;
   const float* hidden;    // [N, H]
   const float* weight;    // [V, H]
   const float* bias;      // [V], or null: 0
-  const int64_t* target;  // [N], 0 <= target < V or ignore_index
+  const int64_t* target;  // [N], ignore_index or 0 <= target < V, any other: NaN
   int64_t ignore_index;
   float label_smoothing, softcap, z_loss;  // softcap 0: none
   RowReduction reduction;

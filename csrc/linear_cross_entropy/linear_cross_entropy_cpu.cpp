@@ -1,7 +1,9 @@
 #include <cmath>
+#include <limits>
 
 #include "common/linear_head.h"
 #include "common/row_statistics.h"
+#include "common/tanh_slope.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace mbm::MBM_ISA {
@@ -20,7 +22,10 @@ class CrossEntropy {
         chunk_({args.V, args.H, args.hidden, args.weight, args.bias}, rows_, threads_, gradients_,
                args.grad_weight != nullptr),
         blocks_(chunk_.blocks().count, rows_.most_panels(), args.label_smoothing != 0),
-        per_row_(kFloat * kPerRow * static_cast<size_t>(stride())) {}
+        per_row_(kFloat * kPerRow * static_cast<size_t>(stride())),
+        capped_(gradients_ && args.softcap != 0
+                    ? kFloat * static_cast<size_t>(num_threads * kBlockClasses * kPanel)
+                    : 0) {}
 
   void run() {
     if (a_.loss && a_.reduction == RowReduction::kNone)
@@ -46,15 +51,17 @@ class CrossEntropy {
 
  private:
   static constexpr int64_t kFloat = sizeof(float);
-  static constexpr int64_t kPerRow = 6;
+  static constexpr int64_t kPerRow = 7;
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   int64_t stride() const { return rows_.most_panels() * kPanel; }
   float* row_array(int64_t i) const { return per_row_.as<float>() + i * stride(); }
-  float* picked() const { return row_array(0); }  // the target's logit
+  float* picked() const { return row_array(0); }  // the target's logit, NaN where that is no class
   float* losses() const { return row_array(1); }
   float* log_sums() const { return row_array(2); }  // of exp(z - max)
   float* on_softmax() const { return row_array(3); }
   float* target_gradients() const { return row_array(4); }
   float* on_all() const { return row_array(5); }
+  float* picked_slopes() const { return row_array(6); }  // of the cap, at the target's logit
 
   void clear_gradients() const {
     const bool empty = rows_.count == 0;
@@ -65,25 +72,35 @@ class CrossEntropy {
     if (a_.grad_bias && empty) std::memset(a_.grad_bias, 0, kFloat * static_cast<size_t>(a_.V));
   }
 
-  // Logits of a block of classes, and its share of every row's statistics.
+  // Logits of a block of classes, and its share of every row's statistics. Where gradients follow,
+  // the logits stay uncapped: a saturated one has lost its slope.
   void measure(const RowChunk& rows, int thread, int64_t b) {
     const int64_t v0 = chunk_.blocks().begin(b), classes = chunk_.blocks().end(b) - v0;
     const RowPanels z = chunk_.logits(thread, b);
     for (int64_t p = 0; p < rows.panels; ++p) {
-      float* panel = z.at(p, 0);
-      if (a_.softcap != 0) cap(panel, classes);
+      const float* panel = z.at(p, 0);
+      if (a_.softcap != 0) panel = cap(thread, z.at(p, 0), classes);
       blocks_.measure(panel, classes, b, p);
-    }
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      const int64_t v = a_.target[rows.kept[r]] - v0;
-      if (v >= 0 && v < classes) picked()[r] = z(v, r);
+      for (int64_t i = 0; i < rows.rows_of_panel(p); ++i) {
+        const int64_t r = p * kPanel + i, v = a_.target[rows.kept[r]];
+        if (!is_class(v, v0, v0 + classes)) continue;
+        picked()[r] = panel[(v - v0) * kPanel + i];
+        if (gradients_ && a_.softcap != 0) picked_slopes()[r] = exact_slope(z(v - v0, r));
+      }
     }
   }
 
-  void cap(float* z, int64_t classes) const {
+  // z [classes, kPanel] capped, in place or in a buffer of the thread.
+  const float* cap(int thread, float* z, int64_t classes) const {
+    float* out = gradients_ ? capped_.as<float>() + thread * kBlockClasses * kPanel : z;
     const vf c = set1(a_.softcap), inverse = set1(1.0f / a_.softcap);
     for (int64_t i = 0; i < classes * kPanel; i += kLanes)
-      store(z + i, c * tanh(load(z + i) * inverse));
+      store(out + i, c * tanh(load(z + i) * inverse));
+    return out;
+  }
+  float exact_slope(float logit) const {
+    const double e = std::exp(-2.0 * std::abs(static_cast<double>(logit) / a_.softcap));
+    return static_cast<float>(4 * e / ((1 + e) * (1 + e)));
   }
 
   // Losses of a panel's rows, and what their gradients are made of.
@@ -96,6 +113,8 @@ class CrossEntropy {
         log_sums()[r] = on_softmax()[r] = on_all()[r] = 0.0f;
         continue;
       }
+      const bool known = is_class(a_.target[rows.kept[r]], 0, a_.V);
+      if (!known) picked()[r] = kNan;
       const float log_sum = log_sums()[r] = std::log(blocks_.sums()[r]);
       const float max = blocks_.maxima()[r], lse = max + log_sum;
       float loss = log_sum + (max - picked()[r]);
@@ -107,14 +126,13 @@ class CrossEntropy {
         share *= a_.grad_loss[a_.reduction == RowReduction::kNone ? rows.kept[r] : 0];
       const double on_softmax_r = share * (1.0 + 2.0 * a_.z_loss * lse);
       const double smoothed = static_cast<double>(s) * share;
-      const double slope = a_.softcap != 0 ? picked()[r] * inverse_cap() : 0.0;
-      on_softmax()[r] = static_cast<float>(on_softmax_r);
+      on_softmax()[r] = known ? static_cast<float>(on_softmax_r) : kNan;
       on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V));
       // In float64, since p - 1 has few digits where p is almost 1.
       const double p_target = std::exp(static_cast<double>(picked()[r] - max) - log_sum);
       target_gradients()[r] = static_cast<float>(
           (on_softmax_r * p_target - (share - smoothed) - smoothed / static_cast<double>(a_.V)) *
-          (1.0 - slope * slope));
+          (a_.softcap != 0 ? static_cast<double>(picked_slopes()[r]) : 1.0));
     }
   }
 
@@ -131,7 +149,8 @@ class CrossEntropy {
   // Logits of a block become their gradients.
   void differentiate(const RowChunk& rows, RowPanels z, int64_t b) const {
     const int64_t v0 = chunk_.blocks().begin(b), classes = chunk_.blocks().end(b) - v0;
-    const vf inverse = set1(inverse_cap());
+    const bool capped = a_.softcap != 0;
+    const vf c = set1(a_.softcap), inverse = set1(capped ? 1.0f / a_.softcap : 0.0f);
     for (int64_t p = 0; p < rows.panels; ++p)
       for (int64_t j = 0; j < kPanel; j += kLanes) {
         const int64_t r = p * kPanel + j;
@@ -140,19 +159,22 @@ class CrossEntropy {
         const vf base = load(on_all() + r);
         float* at = z.at(p, 0) + j;
         for (int64_t v = 0; v < classes; ++v) {
-          const vf logit = load(at + v * kPanel);
+          vf logit = load(at + v * kPanel), slope = set1(1.0f);
+          if (capped) {
+            const TanhAndSlope t = tanh_and_slope(logit * inverse);
+            logit = c * t.value;
+            slope = t.slope;
+          }
           vf g = fma(on_softmax_r, exp_or_zero((logit - max) - log_sum), -base);
-          if (a_.softcap != 0) g = g * cap_slope(logit * inverse);
+          if (capped) g = g * slope;
           store(at + v * kPanel, g);
         }
       }
     for (int64_t r = 0; r < rows.rows; ++r) {
-      const int64_t v = a_.target[rows.kept[r]] - v0;
-      if (v >= 0 && v < classes) z(v, r) = target_gradients()[r];
+      const int64_t v = a_.target[rows.kept[r]];
+      if (is_class(v, v0, v0 + classes)) z(v - v0, r) = target_gradients()[r];
     }
   }
-  float inverse_cap() const { return a_.softcap != 0 ? 1.0f / a_.softcap : 0.0f; }
-  static vf cap_slope(vf t) { return set1(1.0f) - t * t; }
 
   const LinearCrossEntropy& a_;
   bool gradients_;
@@ -162,6 +184,7 @@ class CrossEntropy {
   HeadChunk chunk_;
   BlockStatistics blocks_;
   Scratch per_row_;
+  Scratch capped_;  // of each thread, a panel of a block's logits
 };
 
 }  // namespace

@@ -13,19 +13,21 @@ enum class Teacher { kHidden = 0, kLogits = 1, kTopk = 2 };
 enum class Divergence { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
 
 // All arrays are contiguous and overlap nowhere. Rows whose target is ignore_index are not
-// computed. One teacher: hidden states and weight, logits, or k ids with log-probabilities.
+// computed and nothing of them is read: neither side's hidden states, no logits, ids or gradients
+// of results. A row with another target that is no class, or with such an id, has NaN for all
+// results and gradients; in the sums over rows these make all NaN. One teacher: hidden states and weight, logits, or k ids with log-probabilities.
 struct LinearDistillation {
   int64_t N, Hs, Ht, V, k;
   Teacher teacher;
   const float* student_hidden;  // [N, Hs]
   const float* student_weight;  // [V, Hs]
   const float* student_bias;    // [V], or null: 0; above -inf
-  const int64_t* target;        // [N], 0 <= target < V or ignore_index
+  const int64_t* target;        // [N], ignore_index or 0 <= target < V, any other: NaN
   const float* teacher_hidden;  // [N, Ht] or null
   const float* teacher_weight;  // [V, Ht], with teacher_hidden
   const float* teacher_bias;    // [V], or null: 0; above -inf
   const float* teacher_logits;  // [N, V] or null
-  const int64_t* topk_ids;      // [N, k] or null; a row's ids differ
+  const int64_t* topk_ids;      // [N, k] or null; 0 <= id < V, any other: NaN; a row's differ
   const float* topk_log_probs;  // [N, k], with topk_ids; over all V, at temperature 1
   int64_t ignore_index;
   float temperature, hard_weight, beta;  // 0 < beta < 1 for kJsd

@@ -58,6 +58,7 @@ class Distillation {
 
  private:
   static constexpr int64_t kFloat = sizeof(float);
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   enum {
     kPicked,
     kLogStudent,
@@ -129,8 +130,8 @@ class Distillation {
       if (!topk_) differentiate_block(rows, thread, b);
       const RowPanels g = student_.block(thread, b);
       for (int64_t r = 0; r < rows.rows; ++r) {
-        const int64_t v = a_.target[rows.kept[r]] - blocks_.begin(b);
-        if (v >= 0 && v < classes(b)) g(v, r) -= array(kOnHard)[r];
+        const int64_t v = a_.target[rows.kept[r]], v0 = blocks_.begin(b);
+        if (is_class(v, v0, blocks_.end(b))) g(v - v0, r) -= array(kOnHard)[r];
       }
       if (a_.grad_bias) student_.grad_bias(b, g, a_.grad_bias, add);
       if (a_.grad_weight) student_.grad_weight(thread, b, g, a_.grad_weight, add);
@@ -145,8 +146,8 @@ class Distillation {
     const RowPanels s = student_.logits(thread, b);
     for (int64_t p = 0; p < rows.panels; ++p) student_stats_.measure(s.at(p, 0), classes(b), b, p);
     for (int64_t r = 0; r < rows.rows; ++r) {
-      const int64_t v = a_.target[rows.kept[r]] - blocks_.begin(b);
-      if (v >= 0 && v < classes(b)) array(kPicked)[r] = s(v, r);
+      const int64_t v = a_.target[rows.kept[r]], v0 = blocks_.begin(b);
+      if (is_class(v, v0, blocks_.end(b))) array(kPicked)[r] = s(v - v0, r);
     }
     if (topk_) return;
     RowPanels t = teacher_.block(thread, b);
@@ -166,6 +167,14 @@ class Distillation {
       transpose_rows(Rows{nullptr, 0, at}, 0, kPanel, blocks_.begin(b), classes(b), t.at(p, 0),
                      kPanel);
     }
+  }
+
+  // Whether the target of row n and all ids of its teacher are classes.
+  bool is_known(int64_t n) const {
+    if (!is_class(a_.target[n], 0, a_.V)) return false;
+    for (int64_t j = 0; topk_ && j < a_.k; ++j)
+      if (!is_class(a_.topk_ids[n * a_.k + j], 0, a_.V)) return false;
+    return true;
   }
 
   void conclude_hard(const RowChunk& rows, int64_t p) {
@@ -188,6 +197,9 @@ class Distillation {
       const float slope =
           topk_ ? 1 : a_.temperature * (a_.divergence == Divergence::kJsd ? 1 - a_.beta : 1);
       array(kOnSoft)[r] = on_soft * slope;
+      if (is_known(rows.kept[r])) continue;
+      // By way of kLogP the divergence becomes NaN as well; of a top-k teacher see evaluate_bins.
+      for (const int64_t which : {kHard, kOnHard, kOnSoft, kLogP}) array(which)[r] = kNan;
     }
   }
 
@@ -264,6 +276,7 @@ class Distillation {
     for_items(threads_.count, rows.panels, [&](int, int64_t p) {
       for (int64_t i = 0; i < rows.rows_of_panel(p); ++i) {
         const int64_t r = p * kPanel + i, *ids = a_.topk_ids + rows.kept[r] * a_.k;
+        if (!is_known(rows.kept[r])) continue;
         for (int64_t j = 0; j < a_.k; ++j) bin_logits(r)[j] = z(ids[j], r);
         if (!tail) continue;
         for (int64_t j = 0; j < a_.k; ++j) z(ids[j], r) = -std::numeric_limits<float>::infinity();
@@ -278,6 +291,10 @@ class Distillation {
       TopkBins bins(a_);
       if (tail) rest_stats_.combine(p);
       for (int64_t r = p * kPanel; r < p * kPanel + rows.rows_of_panel(p); ++r) {
+        if (!is_known(rows.kept[r])) {
+          array(kSoft)[r] = array(kRest)[r] = array(kOnRest)[r] = kNan;
+          continue;
+        }
         double rest = 0, on_rest = 0;
         if (tail)
           rest = rest_stats_.maxima()[r] + std::log(static_cast<double>(rest_stats_.sums()[r]));
@@ -295,6 +312,7 @@ class Distillation {
   void scatter_bins(const RowChunk& rows, int64_t p) const {
     const RowPanels g = student_.whole();
     for (int64_t r = p * kPanel; r < p * kPanel + rows.rows_of_panel(p); ++r) {
+      if (!is_known(rows.kept[r])) continue;
       const int64_t* ids = a_.topk_ids + rows.kept[r] * a_.k;
       const float max = student_stats_.maxima()[r], log_sum = array(kLogStudent)[r];
       for (int64_t j = 0; j < a_.k; ++j) {

@@ -150,12 +150,17 @@ def values_readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and tracing.is_plain((value,))
 
 
-def lengths(op: str, name: str, value: object, batch: int, limit: int, letter: str) -> Tensor:
-    """int64 [B] with 0 <= length <= limit, on any device."""
+def lengths(
+    op: str, name: str, value: object, batch: int, limit: int, letter: str, like: Tensor
+) -> Tensor:
+    """int64 [B] with 0 <= length <= limit, on any device that has values where `like` has them."""
     value = tensor(op, name, value, 1)
     if value.dtype != torch.int64:
         fail(op, name, value.dtype, "int64", "convert it with .long()", TypeError)
     shape(op, name, value, "B", (batch,))
+    if value.device.type == "meta" and like.device.type != "meta":
+        expected = f"a device with values, as {like.device} or cpu"
+        fail(op, name, value.device, expected, "make them on one of these")
     if batch > 0 and values_readable(value):
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high > limit:

@@ -52,9 +52,18 @@ class HeadGradients:
         wanted: float32 of those shapes, uninitialised; None where not wanted.
         dtype: of the logits' gradients, the inputs' own.
         share: as from `shares`; see `in_kernel`.
+        ignored: bool [N], rows that are not read: their gradients of the logits must be 0, and
+            whatever hidden and weight hold, even NaN, stays out of all sums. None for no row.
     """
 
-    def __init__(self, wanted: Sequence[Tensor | None], dtype: torch.dtype, share: Tensor | None):
+    def __init__(
+        self,
+        wanted: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        share: Tensor | None,
+        ignored: Tensor | None = None,
+    ):
+        self.ignored = None if ignored is None else ignored.unsqueeze(1)
         self.hidden, self.weight, self.bias = wanted
         self.dtype = dtype
         self.late = dtype == torch.float16 and (share is None or share.dim() == 0)
@@ -83,6 +92,8 @@ class HeadGradients:
         if self.hidden is not None:
             product(grad, weight, out=self.hidden[rows])
         if self.weight is not None:
+            if self.ignored is not None:
+                hidden = hidden.masked_fill(self.ignored[rows], 0)
             product(grad.t(), hidden, out=self.weight, add=self.begun)
         if self.bias is not None:
             by_bias = grad.sum(0, dtype=torch.float32)
@@ -100,3 +111,5 @@ class HeadGradients:
                 grad.mul_(1 / HALF_FACTOR)
                 if self.share is not None:
                     grad.mul_(self.share)
+        if self.hidden is not None and self.ignored is not None:
+            self.hidden.masked_fill_(self.ignored, 0)

@@ -57,6 +57,13 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)^2 with relative accuracy: 4 e / (1 + e)^2, e = e^(-2 |x|)."""
+    e = exp_exact(-2.0 * tl.minimum(tl.abs(x), 43.0))
+    return 4.0 * (e / ((1.0 + e) * (1.0 + e)))
+
+
+@triton.jit
 def tanh_fast(x, NVIDIA: tl.constexpr):
     """tanh to 2^-11, one special-function operation, on NVIDIA; `tanh` elsewhere."""
     if NVIDIA:

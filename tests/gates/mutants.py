@@ -212,7 +212,7 @@ MUTANTS = (
     Mutant(
         "target-not-subtracted",
         "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
-        "if (v >= 0 && v < classes) z(v, r) = target_gradients()[r];",
+        "if (is_class(v, v0, v0 + classes)) z(v - v0, r) = target_gradients()[r];",
         "",
         "tests/test_drawn.py -k linear_cross_entropy",
     ),
@@ -222,6 +222,20 @@ MUTANTS = (
         "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V));",
         "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V - 1));",
         "tests/test_drawn.py -k linear_cross_entropy",
+    ),
+    Mutant(
+        "slope-of-a-capped-logit",
+        "csrc/common/tanh_slope.h",
+        "return {copysign(-em / sum, x), set1(4.0f) * (e / (sum * sum))};",
+        "return {copysign(-em / sum, x), set1(1.0f) - (em / sum) * (em / sum)};",
+        "tests/test_linear_cross_entropy.py -k softcap",
+    ),
+    Mutant(
+        "ids-are-addresses",
+        "csrc/linear_distillation_loss/linear_distillation_loss_cpu.cpp",
+        "if (!is_class(a_.topk_ids[n * a_.k + j], 0, a_.V)) return false;",
+        "",
+        "tests/test_indices.py",
     ),
     Mutant(
         "padding-counts-as-images",

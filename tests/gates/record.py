@@ -3,7 +3,9 @@
     python -m tests.gates.record RECORDS --isa avx2 --examples 12 --threads 3
 
 Every operation with a CPU backend is called, forward and backward, over arguments drawn from the
-strategies of mbm_kernels.testing.cases: a new operation is recorded without a change here.
+strategies of mbm_kernels.testing.cases: a new operation is recorded without a change here. Every
+fourth call is made again with indices, lengths among them, that are wrong: a dispatch mode keeps
+them from being looked at.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mbm_kernels
 from mbm_kernels._core import native
@@ -28,6 +31,7 @@ from mbm_kernels.testing.suite import Inputs, flat_tensors, map_tensors
 
 ADDRESSES_FROM = 2**32  # no size and no stride is as large
 COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
+WRONG = (-1, 2**20, 2**40, -(2**63), 2**63 - 1)
 SETTERS = ("set_isa", "isa", "best_isa", "runs_isa")
 
 
@@ -145,6 +149,28 @@ def run(
             mbm_kernels.additive_attention(**{**inputs, "key": keys}, backend="cpu")
 
 
+class Unlooked(TorchDispatchMode):
+    """Within it no value is checked, as under a FLOP counter."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def run_wrong(recorder: Recorder, op: str, inputs: Inputs) -> None:
+    """As `run`, with WRONG in place of some of what int64 tensors hold."""
+
+    def spoilt(x: Tensor) -> Tensor:
+        if x.dtype != torch.int64 or x.numel() == 0:
+            return x
+        values = torch.tensor(WRONG)[torch.arange(x.numel()) % len(WRONG)].view(x.shape)
+        return torch.where(torch.arange(x.numel()).view(x.shape) % 3 == 1, values, x)
+
+    if any(x.dtype == torch.int64 for x in flat_tensors(inputs)):
+        recorder.label += ", wrong indices"
+        with Unlooked():
+            run(recorder, op, map_tensors(inputs, spoilt))
+
+
 def kernels() -> list[str]:
     return sorted(op for op in OPS if mbm_kernels.backends(op)["cpu"] is None)
 
@@ -180,6 +206,8 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
             drawn.inputs,
             (lambda i: i % 2 == 0) if count % 3 == 2 else (lambda i: True),
         )
+        if count % 4 == 3:
+            run_wrong(recorder, op, drawn.inputs)
         recorder.forget()
         count += 1
 

@@ -62,6 +62,8 @@ def additive_attention(
         value: [B, S, E].
         v: [D].
         key_lengths: int64 [B], 0 <= length <= S; positions at or past the length are not attended.
+            Lengths are compared with S where their values can be looked at, on the CPU in eager
+            mode; elsewhere values outside 0..S count as the nearer of the two.
         mask: bool, True = attend, broadcastable to [B, T, S]; ANDed with the lengths.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
@@ -94,7 +96,7 @@ def additive_attention(
     checks.shape(NAME, "value", value, "B, S, E", (batch, positions, value.size(2)))
     checks.shape(NAME, "v", v, "D", (features,))
     if key_lengths is not None:
-        checks.lengths(NAME, "key_lengths", key_lengths, batch, positions, "S")
+        checks.lengths(NAME, "key_lengths", key_lengths, batch, positions, "S", query)
     if mask is not None:
         checks.mask(NAME, "mask", mask, "B, T, S", (batch, steps, positions))
         checks.same_device(NAME, "mask", mask, "query", query)

@@ -71,6 +71,8 @@ def cross_attention(
         key: [B, N, S, D].
         value: [B, N, S, E].
         key_lengths: int64 [B], 0 <= length <= S; positions at or past the length are not attended.
+            Lengths are compared with S where their values can be looked at, on the CPU in eager
+            mode; elsewhere values outside 0..S count as the nearer of the two.
         mask: broadcastable to [B, N, T, S]: bool, True = attend, or of the query's dtype, added to
             the scores (and differentiable; -inf hides a position). Applied with the lengths.
         scale: of the scores; None = 1 / sqrt(D).
@@ -108,7 +110,7 @@ def cross_attention(
         expected = "None or a number"
         checks.fail(NAME, "scale", checks.describe(scale), expected, "scale the query", TypeError)
     if key_lengths is not None:
-        checks.lengths(NAME, "key_lengths", key_lengths, sizes["B"], sizes["S"], "S")
+        checks.lengths(NAME, "key_lengths", key_lengths, sizes["B"], sizes["S"], "S", query)
     if mask is not None:
         shape = (sizes["B"], sizes["N"], sizes["T"], sizes["S"])
         checks.mask(NAME, "mask", mask, "B, N, T, S", shape, floating=True)

@@ -83,8 +83,8 @@ def gru(
         TypeError: an argument is not a tensor of the right kind, dtypes differ outside autocast,
             or `reverse` is no bool.
         ValueError: shapes, devices, lengths or the backend's name do not fit, or only one bias is
-            given. Lengths are compared with T where they lie on the CPU; elsewhere values outside
-            0..T count as the nearer of the two.
+            given. Lengths are compared with T where their values can be looked at, on the CPU in
+            eager mode; elsewhere values outside 0..T count as the nearer of the two.
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
@@ -103,7 +103,7 @@ def gru(
         checks.tensor(NAME, "h0", h0, 2)
         checks.shape(NAME, "h0", h0, "B, H", (batch, hidden))
     if lengths is not None:
-        checks.lengths(NAME, "lengths", lengths, batch, steps, "T")
+        checks.lengths(NAME, "lengths", lengths, batch, steps, "T", x)
     if not isinstance(reverse, bool):
         got = f"{type(reverse).__name__} {reverse!r}"
         checks.fail(NAME, "reverse", got, "True or False", "convert it with bool(...)", TypeError)

@@ -101,7 +101,7 @@ def gru_bidirectional(
         checks.tensor(NAME, "h0", h0, 3)
         checks.shape(NAME, "h0", h0, "2, B, H", (2, batch, hidden))
     if lengths is not None:
-        checks.lengths(NAME, "lengths", lengths, batch, steps, "T")
+        checks.lengths(NAME, "lengths", lengths, batch, steps, "T", x)
     given = autocast.cast(x, h0, *weights, *others)
     named = tuple(zip(OP.diff, given, strict=True))
     checks.same_floating(NAME, named)

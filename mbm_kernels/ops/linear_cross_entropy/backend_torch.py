@@ -31,24 +31,14 @@ def fwd(
     reduction: str,
     save: Sequence[bool] = (),
 ) -> Tensor:
-    rows = target.numel()
     # 40 % of the rows ignored: 74 ms -> 46 ms at N 256, H 256, V 10000.
-    kept, ignored = targets.split_rows(target, ignore_index)
-    if kept is not None:
-        hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
-    logits = F.linear(hidden, weight, bias)  # [M, V]
+    rows = targets.Rows(target, ignore_index, weight.size(0))
+    logits = F.linear(rows.of(hidden), weight, bias)  # [M, V]
     if logits.dtype != torch.float64:
         logits = logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    loss = F.cross_entropy(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    loss = rows.cross_entropy(logits, reduction, label_smoothing)
     if z_loss != 0:
-        squares = torch.logsumexp(logits, -1).square()
-        loss = loss + z_loss * targets.reduce_rows(squares, ignored, reduction)
-    return targets.spread_rows(loss, kept, rows) if reduction == "none" else loss
+        loss = loss + z_loss * rows.reduce(torch.logsumexp(logits, -1).square(), reduction)
+    return loss

@@ -79,7 +79,7 @@ def fwd(
     share, count = linear_head.shares(None, target, ignore_index, reduction)
     losses = hidden.new_empty(target.shape, dtype=torch.float32)
     _run(
-        HeadGradients(wanted, hidden.dtype, share),
+        HeadGradients(wanted, hidden.dtype, share, target == ignore_index),
         *(losses, hidden, weight, target, bias, ignore_index, label_smoothing, softcap, z_loss),
     )
     return linear_head.reduced(losses, count, reduction), *made
@@ -104,7 +104,7 @@ def bwd(
     ]
     share, _ = linear_head.shares(grad_loss, target, ignore_index, reduction)
     _run(
-        HeadGradients(wanted, hidden.dtype, share),
+        HeadGradients(wanted, hidden.dtype, share, target == ignore_index),
         *(None, hidden, weight, target, bias, ignore_index, label_smoothing, softcap, z_loss),
     )
     return tuple(None if g is None else g.to(hidden.dtype) for g in wanted)

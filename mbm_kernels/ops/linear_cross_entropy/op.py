@@ -1,6 +1,7 @@
 """Cross-entropy of projected hidden states: the public function and its registration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ def _fake(
     return loss, *made
 
 
+def _reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int, **rest: Any
+) -> Tensor:
+    hidden, target, _ = targets.unlooked(hidden, target, ignore_index, weight.size(0))
+    return reference.linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index, **rest)
+
+
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
@@ -40,8 +48,9 @@ OP = Op(
     " bool[] needs)",
     diff=("hidden", "weight", "bias"),
     fake=_fake,
-    reference=reference.linear_cross_entropy,
+    reference=_reference,
     torch_fwd=backend_torch.fwd,
+    ignored=targets.ignored_rows,
 )
 
 
@@ -75,7 +84,8 @@ def linear_cross_entropy(
         weight: [V, H].
         target: int64 [...], 0 <= target < V, or ignore_index.
         bias: [V].
-        ignore_index: rows with this target have loss 0 and gradient 0 and do not count.
+        ignore_index: rows with this target have loss 0 and gradient 0 and do not count; nothing of
+            them is read, not even a NaN.
         label_smoothing: 0 to 1; the share of the target that is spread evenly over V.
         softcap: above 0; logits become softcap * tanh(logits / softcap), before all else.
         z_loss: at least 0; adds z_loss * logsumexp(logits)^2 to each row.
@@ -92,8 +102,10 @@ def linear_cross_entropy(
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
-        Softmax and the sums over V and over rows are in float32 at least. Targets on a GPU, or
-        under compilation, are not checked against V.
+        Softmax and the sums over V and over rows are in float32 at least. A target that is no class
+        raises in eager mode on the CPU; where its value cannot be looked at (on a GPU, under
+        compilation, dispatch modes and torch.func, in tensor subclasses) its row is NaN, gradients
+        too, and nothing outside is read or written.
 
     Source: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7 (smoothing);
     Chowdhery et al., "PaLM", 2022, section 5 (z-loss); Gemma Team, "Gemma 2", 2024, section 2

@@ -16,12 +16,14 @@ def linear_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """hidden [..., H], weight [V, H], target [...], bias [V] -> [...] or a scalar."""
+    ignored = target == ignore_index
+    # What an ignored row holds is not read: even a NaN reaches neither a result nor a gradient.
+    hidden = hidden.masked_fill(ignored.unsqueeze(-1), 0)
     logits = hidden @ weight.t()  # [..., V]
     if bias is not None:
         logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    ignored = target == ignore_index
     log_probs = torch.log_softmax(logits, -1)
     picked = log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
     rows = -(1 - label_smoothing) * picked

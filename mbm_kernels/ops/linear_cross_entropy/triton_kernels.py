@@ -7,14 +7,25 @@ from mbm_kernels._core import triton_math
 
 
 @triton.jit
-def load_logits(row, bias, v, inside, bias_v, softcap, CAPPED: tl.constexpr):
-    """Biased and capped; -infinity outside."""
+def load_uncapped(row, bias, v, inside, bias_v):
+    """Biased; -infinity outside."""
     x = tl.load(row + v, inside, -float("inf"))
     if bias is not None:
         x += tl.load(bias + v * bias_v, inside, 0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def cap(x, inside, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         x = tl.where(inside, softcap * triton_math.tanh(x / softcap), -float("inf"))
     return x
+
+
+@triton.jit
+def load_logits(row, bias, v, inside, bias_v, softcap, CAPPED: tl.constexpr):
+    """Biased and capped; -infinity outside."""
+    return cap(load_uncapped(row, bias, v, inside, bias_v), inside, softcap, CAPPED)
 
 
 @triton.jit
@@ -43,7 +54,7 @@ def rows(
                 v = v0 + lanes
                 tl.store(gradients + n * gradients_n + v, zero, v < V)
     else:
-        # Targets are not checked on a GPU: one past V makes a NaN and reads nothing.
+        # Nobody has looked at the targets: one that is no class makes NaN and reads nothing.
         valid = (y >= 0) & (y < V)
         chosen = load_logits(row, bias, y, valid, bias_v, softcap, CAPPED)
         chosen = tl.where(valid, chosen, float("nan"))
@@ -70,17 +81,19 @@ def rows(
             scale = factor
             if share is not None:
                 scale = factor * tl.load(share + n * share_n)
+            scale = tl.where(valid, scale, float("nan"))
             by_exp = (1.0 + 2.0 * z_loss * lse) / total
             for v0 in range(0, V, BLOCK_V):
                 v = v0 + lanes
-                x = load_logits(row, bias, v, v < V, bias_v, softcap, CAPPED)
+                u = load_uncapped(row, bias, v, v < V, bias_v)
+                x = cap(u, v < V, softcap, CAPPED)
                 g = tl.exp(x - top) * by_exp
                 if SMOOTHED:
                     g = g - tl.where(v == y, 1.0 - smoothing, 0.0) - smoothing / V
                 else:
                     g = g - tl.where(v == y, 1.0, 0.0)
                 if CAPPED:
-                    g *= 1.0 - (x / softcap) * (x / softcap)
+                    g *= triton_math.tanh_slope(u / softcap)
                 tl.debug_barrier()  # half precision lies over other logits
                 g = (g * scale).to(gradients.dtype.element_ty)
                 tl.store(gradients + n * gradients_n + v, g, v < V)

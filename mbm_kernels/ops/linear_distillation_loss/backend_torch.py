@@ -43,42 +43,30 @@ def fwd(
     reduction: str,
     save: Sequence[bool] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = target.numel()
-    kept, ignored = targets.split_rows(target, ignore_index)
-
-    def pick(x: Tensor) -> Tensor:
-        return x if kept is None else x.index_select(0, kept)
-
-    student_hidden, target = pick(student_hidden), pick(target)
-    logits = _statistics(F.linear(student_hidden, student_weight, _finite(student_bias)))
+    rows = targets.Rows(target, ignore_index, student_weight.size(0), teacher_topk_ids)
+    logits = _statistics(F.linear(rows.of(student_hidden), student_weight, _finite(student_bias)))
     if teacher_topk_ids is not None:
         assert teacher_topk_log_probs is not None
-        hard = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
-        log_p, log_q = _bins(
-            logits, pick(teacher_topk_ids), pick(teacher_topk_log_probs), temperature
-        )
+        assert rows.ids is not None
+        hard = rows.cross_entropy(logits, reduction)
+        log_p, log_q = _bins(logits, rows.ids, rows.of(teacher_topk_log_probs), temperature)
     else:
         log_q = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
-        if temperature == 1:
-            hard = F.nll_loss(log_q, target, ignore_index=ignore_index, reduction=reduction)
-        else:
-            hard = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+        hard = rows.cross_entropy(logits, reduction, log_probs=log_q if temperature == 1 else None)
         with torch.no_grad():
             if teacher_logits is not None:
-                tempered = pick(teacher_logits).to(logits.dtype)
+                tempered = rows.of(teacher_logits).to(logits.dtype)
                 tempered = tempered if temperature == 1 else tempered / temperature
                 log_p = torch.log_softmax(tempered, -1).clamp_(min=LOWEST)
             else:
                 assert teacher_hidden is not None
                 assert teacher_weight is not None
                 tempered = _tempered(
-                    pick(teacher_hidden), teacher_weight, _finite(teacher_bias), temperature
+                    rows.of(teacher_hidden), teacher_weight, _finite(teacher_bias), temperature
                 )
                 log_p = torch.log_softmax(_statistics(tempered), -1)
     soft = temperature**2 * _divergence(log_p, log_q, divergence, beta)
-    soft = targets.reduce_rows(soft, ignored, reduction)
-    if reduction == "none":
-        hard, soft = (targets.spread_rows(x, kept, rows) for x in (hard, soft))
+    soft = rows.reduce(soft, reduction)
     if hard_weight == 1:
         return 1.0 * hard, hard, soft
     if hard_weight == 0:

@@ -46,6 +46,10 @@ class _Call:
     def student(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.student_hidden, self.student_weight, self.student_bias
 
+    @property
+    def ignored(self) -> Tensor:
+        return self.target == self.ignore_index
+
     def run(
         self,
         found: HeadGradients,
@@ -146,7 +150,7 @@ def fwd(*args: Any) -> tuple[Tensor, ...]:
         for x, s, g in zip(call.student, save, made, strict=True)
     ]
     share, count = linear_head.shares(None, call.target, call.ignore_index, call.reduction)
-    found = HeadGradients(wanted, call.student_hidden.dtype, share)
+    found = HeadGradients(wanted, call.student_hidden.dtype, share, call.ignored)
     rows = tuple(
         call.student_hidden.new_empty(call.target.shape, dtype=torch.float32) for _ in range(2)
     )
@@ -182,7 +186,7 @@ def bwd(
             assert grad is not None
             grad = grad.contiguous()
         totals.append(grad)
-    found = HeadGradients(wanted, call.student_hidden.dtype, None)
+    found = HeadGradients(wanted, call.student_hidden.dtype, None, call.ignored)
     which = (totals[0] is not None, totals[1] is not None)
     call.run(found, None, (totals[0], totals[1]), (1.0, 1.0), which)
     return tuple(None if g is None else g.to(call.student_hidden.dtype) for g in wanted)

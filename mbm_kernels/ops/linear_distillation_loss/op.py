@@ -25,13 +25,27 @@ def _fake(student_hidden: Tensor, student_weight: Tensor, target: Tensor, *rest:
 
 
 def _reference(
-    teacher_topk_ids: Tensor | None, teacher_topk_log_probs: Tensor | None, **rest: Any
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    teacher_topk_ids: Tensor | None,
+    teacher_topk_log_probs: Tensor | None,
+    **rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    student_hidden, target, ids = targets.unlooked(
+        student_hidden, target, ignore_index, student_weight.size(0), teacher_topk_ids
+    )
     topk = None
-    if teacher_topk_ids is not None:
+    if ids is not None:
         assert teacher_topk_log_probs is not None
-        topk = (teacher_topk_ids, teacher_topk_log_probs)
-    return reference.linear_distillation_loss(teacher_topk=topk, **rest)
+        topk = (ids, teacher_topk_log_probs)
+    return reference.linear_distillation_loss(
+        *(student_hidden, student_weight, target),
+        teacher_topk=topk,
+        ignore_index=ignore_index,
+        **rest,
+    )
 
 
 _INPUTS = (
@@ -49,6 +63,7 @@ OP = Op(
     fake=_fake,
     reference=_reference,
     torch_fwd=backend_torch.fwd,
+    ignored=targets.ignored_rows,
 )
 
 
@@ -104,7 +119,8 @@ def linear_distillation_loss(
             "jsd" is beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture
             m = beta teacher + (1 - beta) student.
         beta: 0 to 1, for "jsd"; 0 means forward_kl and 1 reverse_kl.
-        ignore_index: rows with this target have losses 0 and gradients 0 and do not count.
+        ignore_index: rows with this target have losses 0 and gradients 0 and do not count; nothing
+            of them is read, not of the teacher either.
         reduction: "none", "mean" over the rows that are not ignored, or "sum"; for all three.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
@@ -122,8 +138,10 @@ def linear_distillation_loss(
     Numerics:
         Softmax and sums are in float32 at least. A probability of 0 adds 0, whatever the other
         distribution has there; minus infinity in a bias or in the teacher's logits counts as -1e30.
-        A tail below 2^-23 counts as 2^-23. Targets and ids on a GPU, or under compilation, are not
-        checked against V.
+        A tail below 2^-23 counts as 2^-23. A target or id that is no class raises in eager mode on
+        the CPU; where its value cannot be looked at (on a GPU, under compilation, dispatch modes
+        and torch.func, in tensor subclasses) its row is NaN in all results and gradients, and
+        nothing outside is read or written.
 
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015; Agarwal et
     al., "On-policy distillation of language models", 2024 (generalised JSD).
@@ -317,10 +335,11 @@ def _check_topk(topk: Any, lead: torch.Size, classes: int) -> tuple[Tensor, Tens
 def _check_topk_values(ids: Tensor, log_probs: Tensor, keep: Tensor, classes: int) -> None:
     if not (checks.values_readable(ids) and checks.values_readable(log_probs)):
         return
+    ids, log_probs = ids[keep], log_probs.detach()[keep]
     if ids.numel() == 0:
         return
     targets.check_range(NAME, "id", ids, classes)
-    mass = log_probs.detach().double().exp().sum(-1)[keep]
+    mass = log_probs.double().exp().sum(-1)
     if bool((mass > 1 + MASS_SLACK).any()):
         got = f"probabilities that sum to {float(mass.max()):.3g}"
         remedy = "give log_softmax of the teacher's logits over all V, at temperature 1"

@@ -25,20 +25,25 @@ def linear_distillation_loss(
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """student_hidden [..., Hs], student_weight [V, Hs], target [...] -> loss, hard, soft."""
-    logits = _linear(student_hidden, student_weight, student_bias)
     ignored = target == ignore_index
+
+    # What an ignored row holds is not read: even a NaN reaches neither a result nor a gradient.
+    def read(x: Tensor) -> Tensor:
+        return x.masked_fill(ignored.unsqueeze(-1), 0)
+
+    logits = _linear(read(student_hidden), student_weight, student_bias)
     log_probs = torch.log_softmax(logits, -1)
     hard = -log_probs.gather(-1, target.masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
 
     if teacher_topk is not None:
-        ids, teacher_log_probs = teacher_topk
+        ids, teacher_log_probs = (read(x) for x in teacher_topk)
         student, teacher = _bins(log_probs, ids, teacher_log_probs.detach().to(log_probs.dtype))
     else:
         if teacher_logits is None:
             assert teacher_hidden is not None
             assert teacher_weight is not None
             teacher_logits = _linear(teacher_hidden, teacher_weight, teacher_bias)
-        student, teacher = logits, teacher_logits.detach()
+        student, teacher = logits, read(teacher_logits).detach()
     log_q = torch.log_softmax(student / temperature, -1)
     log_p = torch.log_softmax(teacher / temperature, -1)
     soft = temperature**2 * _divergence(log_p, log_q, divergence, beta)

@@ -82,9 +82,9 @@ def compare(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def not_negative(divergence):
-    """It is not, by its definition; its rounding is."""
-    return tl.where(divergence < 0, 0.0, divergence)
+def soft_loss(divergence, square, valid):
+    """Its rounding may be negative, its definition is not; NaN where the row is not valid."""
+    return tl.where(valid, square * tl.where(divergence < 0, 0.0, divergence), float("nan"))
 
 
 @triton.jit
@@ -101,11 +101,11 @@ def slope(log_p, log_q, ratio, mean, beta, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def share_of(share, n, share_n, factor):
+def share_of(share, n, share_n, factor, valid):
     found = factor
     if share is not None:
         found = factor * tl.load(share + n * share_n)
-    return found
+    return tl.where(valid, found, float("nan"))
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def rows(
     if y == ignore_index:
         ignored_row(hard_losses, soft_losses, gradients, n, V, gradients_n, BLOCK_V)
     else:
-        # Targets are not checked on a GPU: one past V makes a NaN and reads nothing.
+        # Nobody has looked at targets and ids: one that is no class makes NaN and is no address.
         valid = (y >= 0) & (y < V)
         chosen = tl.where(valid, load_logits(row, bias, y, valid, 1, bias_v), float("nan"))
         top = tl.full((BLOCK_V,), triton_math.LOWEST, tl.float32)
@@ -182,8 +182,8 @@ def rows(
             mean = tl.sum(ratios, 0)
 
         if gradients is not None:
-            by_hard = share_of(hard_share, n, share_n, hard_factor)
-            by_soft = share_of(soft_share, n, share_n, soft_factor)
+            by_hard = share_of(hard_share, n, share_n, hard_factor, valid)
+            by_soft = share_of(soft_share, n, share_n, soft_factor, valid)
             # softmax at temperature 1 out of q, where the temperature is a power that is squared
             if POWER == 1:
                 ratio_1 = tempered / total
@@ -217,7 +217,7 @@ def rows(
                 tl.debug_barrier()  # half precision lies over other logits
                 tl.store(gradients + n * gradients_n + v, g.to(gradients.dtype.element_ty), v < V)
         if soft_losses is not None:
-            tl.store(soft_losses + n, square * not_negative(tl.sum(terms, 0)))
+            tl.store(soft_losses + n, soft_loss(tl.sum(terms, 0), square, valid))
 
 
 @triton.jit
@@ -246,16 +246,18 @@ def bins(
         ignored_row(hard_losses, soft_losses, gradients, n, V, gradients_n, BLOCK_V)
     else:
         valid = (y >= 0) & (y < V)
-        chosen = tl.where(valid, load_logits(row, bias, y, valid, 1, bias_v), float("nan"))
+        chosen = load_logits(row, bias, y, valid, 1, bias_v)
         mass = tl.zeros((BLOCK_K,), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             i = tl.load(ids + n * ids_n + k * ids_k, k < K, 0)
             known = (i >= 0) & (i < V)
             x = load_logits(row, bias, i, (k < K) & known, 1, bias_v)
-            tl.store(picked + n * K + k, tl.where(known, x, float("nan")), k < K)
+            valid = valid & (tl.min(tl.where((k < K) & (known == 0), 0, 1), 0) > 0)
+            tl.store(picked + n * K + k, x, k < K)
             a = tl.load(log_probs + n * log_probs_n + k * log_probs_k, k < K, -float("inf"))
             mass += tl.exp(a.to(tl.float32))
+        chosen = tl.where(valid, chosen, float("nan"))
         tl.debug_barrier()
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
@@ -320,12 +322,12 @@ def bins(
             soft += rest_term
             mean += tl.exp(rest_q) * rest_ratio
         if soft_losses is not None:
-            tl.store(soft_losses + n, square * not_negative(soft))
+            tl.store(soft_losses + n, soft_loss(soft, square, valid))
 
         if gradients is not None:
-            by_hard = share_of(hard_share, n, share_n, hard_factor)
-            by_soft = share_of(soft_share, n, share_n, soft_factor)
-            by_exp = 0.0
+            by_hard = share_of(hard_share, n, share_n, hard_factor, valid)
+            by_soft = share_of(soft_share, n, share_n, soft_factor, valid)
+            by_exp = tl.where(valid, 0.0, float("nan"))
             if REST:
                 if HARD:
                     by_exp += by_hard * (tl.exp(top_v - top) / total)
