@@ -235,8 +235,23 @@ void bind_cross_attention(py::module_& m) {
 using ConvInts = std::vector<int64_t>;
 using ConvStrides = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 
+// Kernels multiply these by counts of pixels.
+void check_steps(const ConvInts& v, size_t from, size_t to, int64_t least) {
+  constexpr int64_t most = int64_t{1} << 32;
+  for (size_t i = from; i < to; ++i)
+    if (v.at(i) < least || v.at(i) > most)
+      throw std::invalid_argument("sizes: got a stride, dilation, padding or window of " +
+                                  std::to_string(v[i]) + "; expected " + std::to_string(least) +
+                                  " to 2^32; call mbm_kernels.conv_bias_act, which checks it");
+}
+
 mbm::ConvSizes conv_sizes(const ConvInts& v) {
   if (v.size() != 25) throw std::invalid_argument("sizes: expected 25 numbers");
+  check_steps(v, 7, 9, 1);
+  check_steps(v, 9, 11, 0);
+  check_steps(v, 11, 13, 1);
+  check_steps(v, 18, 22, 1);
+  check_steps(v, 22, 24, 0);
   return {v[0],  v[1],  v[2],  v[3],  v[4],
           v[5],  v[6],  v[7],  v[8],  v[9],
           v[10], v[11], v[12], v[13], v[14],
@@ -272,6 +287,7 @@ void bind_conv_bias_act(py::module_& m) {
   m.def("conv_pack", [](const ConvInts& sizes, bool transposed, bool winograd, const ConvTaps& taps,
                         Address packed, int num_threads) {
     const mbm::ConvWeight weight = conv_weight(sizes, taps);
+    check_steps(sizes, 5, 9, 1);
     const mbm::ConvPacking packing{transposed,  winograd,    sizes.at(5),
                                    sizes.at(6), sizes.at(7), sizes.at(8)};
     checked_ptr<const float>(std::get<0>(taps), weight.K, "weight");

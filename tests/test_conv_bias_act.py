@@ -122,6 +122,31 @@ class TestConvBiasAct(OpSuite):
             option(activation="gelu_tanh"),
             scale=10.0,
         ),
+        Case(
+            "pooled map wider than the convolved, residual",
+            sizes(2, 6, 9, 5, 7),
+            option(padding=1, activation="relu", max_pool=(2, 1, 1), residual=True),
+        ),
+        Case(
+            "pooled map wider, channels_last residual",
+            sizes(2, 6, 9, 5, 7),
+            option(padding=1, max_pool=(4, 1, 2), residual=CHANNELS_LAST),
+        ),
+        Case(
+            "few channels, pooled map wider, residual",
+            sizes(1, 3, 17, 6, 5),
+            option(activation="silu", max_pool=((1, 4), 1, (0, 2)), residual=True),
+        ),
+        Case(
+            "depthwise, pooled map wider, residual",
+            sizes(1, 9, 9, 5, 6),
+            option(padding=1, groups=9, activation="relu6", max_pool=(4, 1, 2), residual=True),
+        ),
+        Case(
+            "winograd, pooled map wider, residual",
+            sizes(1, 17, 19, 6, 9),
+            option(padding=1, activation="relu", max_pool=((4, 2), (1, 2), (2, 1)), residual=True),
+        ),
         *activation_cases(),
     ]
     edge_cases = [
@@ -150,6 +175,8 @@ class TestConvBiasAct(OpSuite):
         if residual:
             before = {n: v for n, v in inputs.items() if n not in ("activation", "max_pool")}
             inputs["residual"] = randn(*stock(**before).shape)
+        if residual is CHANNELS_LAST:
+            inputs["residual"] = inputs["residual"].contiguous(memory_format=CHANNELS_LAST)
         return inputs
 
     def stock(self, inputs, backend):

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 
 import mbm_kernels
 from mbm_kernels._core import native
@@ -60,28 +60,32 @@ def test_every_operation_has_a_strategy():
 @pytest.mark.parametrize("op", sorted(op for op in OPS if mbm_kernels.backends(op)["cpu"] is None))
 def test_cpu(op, large, isa):
     suite, seen = suite_of(op), Counter()
+    strata = cases.strata(op)
 
-    @settings(
-        max_examples=examples(isa),
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],  # what is drawn is small enough to read
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases.drawn(op, large))
     def each(drawn):
         assume(cases.is_clear(op, drawn.inputs))
-        seen["examples"] += 1
+        seen[drawn.stratum] += 1
         try:
             check(suite, drawn)
         except errors.OverBudgetError:
             seen["redrawn"] += 1
             check_redrawn(suite, drawn)
 
-    each()
-    assert seen["examples"] >= examples(isa)
-    assert seen["redrawn"] <= max(1, LUCK * seen["examples"])
+    wanted = -(-examples(isa) // len(strata))
+    for number, stratum in enumerate(strata):
+        run = given(cases.drawn(op, large, stratum))(each)
+        if stratum is not None:
+            run = seed(number)(run)  # else all would draw from the same numbers
+        settings(
+            max_examples=wanted,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],  # what is drawn is small enough to read
+            suppress_health_check=list(HealthCheck),
+        )(run)()
+        assert seen[stratum] >= wanted, stratum
+    assert seen["redrawn"] <= max(1, LUCK * wanted * len(strata))
 
 
 def test_an_error_is_not_taken_for_bad_luck():

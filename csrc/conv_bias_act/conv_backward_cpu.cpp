@@ -7,23 +7,39 @@ namespace {
 
 constexpr int64_t kRows = 8;  // of grad_z in one task
 
+// One side of grad_z with zeros in place of what the stride leaves out between its pixels: `size`
+// of those from `first` on.
+struct Side {
+  int64_t first, size;
+
+  // As it is, at stride 1.
+  explicit Side(int64_t outputs) : first(0), size(outputs) {}
+  // What a kernel over some pixel of x reaches.
+  Side(int64_t pixels, int64_t stride, int64_t before, int64_t reach, int64_t outputs) {
+    const int64_t all = (outputs - 1) * stride + 1;
+    first = std::clamp<int64_t>(before - reach, 0, all - 1);
+    size = std::clamp<int64_t>(pixels + before, first + 1, all) - first;
+  }
+  bool holds(int64_t i) const { return i >= first && i < first + size; }
+};
+
 // The gradient of x is the convolution of grad_z, taken apart by the stride, with the turned
-// kernels.
-ConvForward transposed(const ConvBackward& args, const ConvMap<const float>& grad_z, int64_t height,
-                       int64_t width) {
+// kernels; grad_z [B, rows.size, columns.size, K] as laid out.
+ConvForward transposed(const ConvBackward& args, const ConvMap<const float>& grad_z,
+                       const Side& rows, const Side& columns) {
   const ConvSizes& s = args.sizes;
   ConvForward f{};
   f.sizes = {s.B,
              s.K,
              s.C,
-             height,
-             width,
+             rows.size,
+             columns.size,
              s.R,
              s.S,
              1,
              1,
-             (s.R - 1) * s.dilation_y - s.top,
-             (s.S - 1) * s.dilation_x - s.left,
+             (s.R - 1) * s.dilation_y - s.top + rows.first,
+             (s.S - 1) * s.dilation_x - s.left + columns.first,
              s.dilation_y,
              s.dilation_x,
              s.groups,
@@ -102,17 +118,20 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
     if (args.grad_weight || args.grad_bias) direct_grad_weight(args, nullptr, num_threads);
     return;
   }
-  const bool phases = phases_fit(s.C, s.K, s.groups, s.stride_y, s.stride_x);
+  const ConvPacking packing{true, false, s.stride_y, s.stride_x, s.dilation_y, s.dilation_x};
+  const bool phases = phases_fit(s.C, s.K, s.groups, packing);
   // Strided products of grad_z with the kernel are plain ones with zeros between its pixels.
   const bool apart = args.grad_x.data && !few && !phases && s.stride_y * s.stride_x > 1;
   const int64_t chunks = (s.conv_y + kRows - 1) / kRows;
   const int64_t slack = 2 * kLanes;  // a vector of the last group may end past its channels
   const bool given = is_grad_z(args);
   const int64_t floats = given ? 0 : s.B * s.conv_y * s.conv_x * padded + slack;
-  const int64_t height = apart ? (s.conv_y - 1) * s.stride_y + 1 : s.conv_y;
-  const int64_t width = apart ? (s.conv_x - 1) * s.stride_x + 1 : s.conv_x;
+  const Side rows =
+      apart ? Side(s.Y, s.stride_y, s.top, (s.R - 1) * s.dilation_y, s.conv_y) : Side(s.conv_y);
+  const Side columns =
+      apart ? Side(s.X, s.stride_x, s.left, (s.S - 1) * s.dilation_x, s.conv_x) : Side(s.conv_x);
   const Scratch memory(sizeof(float) * (floats + s.B * chunks * padded +
-                                        (apart ? s.B * height * width * padded : 0)));
+                                        (apart ? s.B * rows.size * columns.size * padded : 0)));
   float* spread = memory.as<float>();
   const float* grad_z = given ? args.grad_y.data : spread;
   float* bias = spread + floats;
@@ -132,14 +151,18 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
       else if (sums)
         add_pixels(from + r0 * s.conv_x * padded, (r1 - r0) * s.conv_x, padded, sums);
       if (apart) {
-        const int64_t last = r1 == s.conv_y ? height : r1 * s.stride_y;
-        float* to = spaced + b * height * width * padded;
-        std::fill_n(to + r0 * s.stride_y * width * padded,
-                    (last - r0 * s.stride_y) * width * padded, 0.0f);
+        const int64_t row = columns.size * padded;
+        float* to = spaced + b * rows.size * row;
+        const auto place = [&](int64_t y) {  // of row y among those that are kept
+          return std::clamp<int64_t>(y * s.stride_y - rows.first, 0, rows.size);
+        };
+        const int64_t end = r1 == s.conv_y ? rows.size : place(r1);
+        std::fill_n(to + place(r0) * row, (end - place(r0)) * row, 0.0f);
         for (int64_t y = r0; y < r1; ++y)
-          for (int64_t x = 0; x < s.conv_x; ++x)
-            std::copy_n(from + (y * s.conv_x + x) * padded, padded,
-                        to + (y * s.stride_y * width + x * s.stride_x) * padded);
+          for (int64_t x = 0; rows.holds(y * s.stride_y) && x < s.conv_x; ++x)
+            if (columns.holds(x * s.stride_x))
+              std::copy_n(from + (y * s.conv_x + x) * padded, padded,
+                          to + place(y) * row + (x * s.stride_x - columns.first) * padded);
       }
     }
   });
@@ -149,9 +172,9 @@ void conv_backward(const ConvBackward& args, bool winograd_x, bool winograd_weig
     const int64_t row = s.conv_x * padded;
     phases_grad_x(args, {grad_z, s.conv_y * row, 1, row, padded}, num_threads);
   } else if (args.grad_x.data && !few) {
-    const ConvMap<const float> map{apart ? spaced : grad_z, height * width * padded, 1,
-                                   width * padded, padded};
-    const ConvForward f = transposed(args, map, height, width);
+    const int64_t row = columns.size * padded;
+    const ConvMap<const float> map{apart ? spaced : grad_z, rows.size * row, 1, row, padded};
+    const ConvForward f = transposed(args, map, rows, columns);
     conv_forward(f, winograd_x, num_threads);
   }
   if (args.grad_weight) {

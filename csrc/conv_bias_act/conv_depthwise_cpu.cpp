@@ -41,7 +41,7 @@ ConvSizes one_group(ConvSizes s) {
 
 int64_t rows_that_fit(const ConvSizes& s, int64_t wanted) {
   const StripPlan one(one_group(s), 1);
-  const int64_t row = one.row * one.blocks * s.stride_y * s.pool_stride_y;
+  const int64_t row = one.down * one.blocks * s.pool_stride_y;
   return std::clamp<int64_t>(kStripBytes / 4 / row, std::min<int64_t>(wanted, s.R + 1), wanted);
 }
 
@@ -81,8 +81,7 @@ class Depthwise {
         one_(one_group(s_)),
         plan_(one_, (out_rows - 1) * s_.pool_stride_y + s_.pool_y) {
     for (int64_t r = 0; r < s_.R; ++r)
-      for (int64_t t = 0; t < s_.S; ++t)
-        taps_.push_back(r * s_.dilation_y * plan_.row + t * s_.dilation_x * plan_.pitch);
+      for (int64_t t = 0; t < s_.S; ++t) taps_.push_back(r * plan_.tap_down + t * plan_.tap_step);
   }
 
   // Rows [p0, p1) of the output of image b.
@@ -93,8 +92,8 @@ class Depthwise {
     // A row of the output at a time where rows use rows of the convolution apart from one another.
     const bool apart = pool_kind(s_) != 1;
     const int64_t height = apart ? s_.pool_y : (p1 - p0 - 1) * s_.pool_stride_y + s_.pool_y;
-    const Scratch memory(sizeof(float) *
-                         (plan_.floats() + height * sum_row + staged_floats(height, s_.conv_x)));
+    const Scratch memory(
+        sizeof(float) * (plan_.floats() + height * sum_row + staged_floats(s_, height, s_.conv_x)));
     float* strip = memory.as<float>();
     float* sums = strip + plan_.floats();
     float* staged = sums + height * sum_row;
@@ -118,8 +117,8 @@ class Depthwise {
     const float* weights = args_.packed + block * s_.R * s_.S * kLanes;
     for (; y < y1; ++y, sums += sum_row)
       for (int64_t t = 0; t < plan_.tiles_across; ++t) {
-        const float* at = strip + block * plan_.block + (y - y0) * s_.stride_y * plan_.row +
-                          t * kMaxRows * plan_.step;
+        const float* at =
+            strip + block * plan_.block + (y - y0) * plan_.down + t * kMaxRows * plan_.step;
         float* to = sums + t * kMaxRows * kLanes;
         if (s_.conv_x - t * kMaxRows <= kMaxRows / 2)
           depthwise_micro<kMaxRows / 2>(taps_, at, plan_.step, weights, to);
@@ -177,9 +176,9 @@ void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int nu
           for (int64_t y = y0; y < y1; ++y) {
             const float* grad = grad_z + (b * s.conv_y + y) * s.conv_x * padded + block * kLanes;
             for (int64_t r = 0; r < s.R; ++r) {
-              const float* at = strip + block * plan.block +
-                                ((y - y0) * s.stride_y + r * s.dilation_y) * plan.row;
-              const int64_t tap = s.dilation_x * plan.pitch;
+              const float* at =
+                  strip + block * plan.block + (y - y0) * plan.down + r * plan.tap_down;
+              const int64_t tap = plan.tap_step;
               float* to = sum + (block * taps + r * s.S) * kLanes;
               for (int64_t t = 0; t < s.S; t += kTapsAtOnce) {
                 const auto run = [&](auto count) {

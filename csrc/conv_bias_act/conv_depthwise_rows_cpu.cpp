@@ -156,7 +156,7 @@ class DepthwiseRows {
   void pairs(int64_t b, int64_t first, int64_t last) const {
     const int64_t pool = pool_ ? 2 : 1, width = pool_ ? 2 * s_.out_x : s_.conv_x;
     const int64_t tiles = (width + kWidth - 1) / kWidth * ((s_.K + kLanes - 1) / kLanes);
-    const Scratch memory(sizeof(float) * (2 * kWidth * kLanes + staged_floats(2, kWidth)));
+    const Scratch memory(sizeof(float) * (2 * kWidth * kLanes + staged_floats(s_, 2, kWidth)));
     float* sums = memory.as<float>();
     float* staged = sums + 2 * kWidth * kLanes;
     for (int64_t y = 2 * first; y < 2 * last; y += 2) {
@@ -284,6 +284,7 @@ class RowsGradient {
   // Adds row y of image b to sums [block][R S][kLanes].
   void row(int64_t b, int64_t y, float* sums) const {
     const KernelRows kernel(s_, y);
+    if (kernel.first == kernel.last) return;                      // in the padding
     const int64_t last = y * s_.stride_y - s_.top + kernel.last;  // one past, of x
     touch_rows(args_.x, s_, b, std::max<int64_t>(0, last - s_.stride_y), last);
     touch(grad(b, y, 0, 0), s_.conv_x * padded_);

@@ -28,7 +28,7 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
   const bool in_place = s.R == 1 && s.S == 1 && s.top == 0 && s.left == 0 && args.x.c == 1 &&
                         (s.conv_y - 1) * s.stride_y < s.Y && (s.conv_x - 1) * s.stride_x < s.X;
   const int64_t step = in_place ? s.stride_x * args.x.x : plan.step;
-  const int64_t row = s.stride_y * (in_place ? args.x.y : plan.row);
+  const int64_t row = in_place ? s.stride_y * args.x.y : plan.down;
   const int64_t outputs = s.K / s.groups, panels = panels_of(outputs);
   const int64_t sequence = plan.channels * s.R * s.S;  // packed rows of a panel
   const int64_t weights = args.grad_weight ? s.groups * panels * sequence * kPanel : 0;
@@ -95,9 +95,7 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
     }
 }
 
-bool few_channels_fit(const ConvSizes& s) {
-  return s.groups == 1 && s.C <= kFewChannels && s.left <= (s.S - 1) * s.dilation_x;
-}
+bool few_channels_fit(const ConvSizes& s) { return s.groups == 1 && s.C <= kFewChannels; }
 
 namespace {
 
@@ -150,11 +148,14 @@ class FewChannels {
         s_(args.sizes),
         grad_(args),
         padded_(grad_.padded()),
-        reach_y_((s_.R - 1) * s_.dilation_y),
-        first_x_(floor_div(s_.left - (s_.S - 1) * s_.dilation_x, s_.stride_x)) {
-    // The last tile may read further.
-    const int64_t met = floor_div(s_.X - 1 + s_.left, s_.stride_x) + 1 + kPixels;
-    width_ = std::max(met, s_.conv_x) - first_x_;
+        reach_y_((s_.R - 1) * s_.dilation_y) {
+    // A tap's pixels of grad_z lie side by side, at most `count` of them, some in the map: the
+    // padding, however wide, adds no more than those around it. The last tile may read further.
+    const int64_t count = (s_.X - 1) / s_.stride_x + 1;
+    const int64_t first = floor_div(s_.left - (s_.S - 1) * s_.dilation_x, s_.stride_x);
+    const int64_t met = floor_div(s_.X - 1 + s_.left, s_.stride_x) + 1;
+    first_x_ = std::clamp<int64_t>(first, 1 - count, 0);
+    width_ = std::clamp(met, s_.conv_x, s_.conv_x + count - 1) + kPixels - first_x_;
     const int64_t most = kTaskBytes / (4 * width_ * padded_) * s_.stride_y / 2 * 2;
     size_ = std::clamp<int64_t>(most, 4, 16);
     weights_.assign(s_.R * s_.S * s_.C * padded_, 0.0f);
@@ -165,41 +166,37 @@ class FewChannels {
 
   // Rows [y0, y1) of image b.
   void rows(int64_t b, int64_t y0, int64_t y1) const {
-    // Rows [top, bottom) of grad_z with zeros around.
+    // Rows [r0, r1) of grad_z with zeros to their left and right.
     const int64_t top = floor_div(y0 + s_.top - reach_y_, s_.stride_y);
     const int64_t bottom = floor_div(y1 - 1 + s_.top, s_.stride_y) + 1;
     const int64_t r0 = std::clamp<int64_t>(top, 0, s_.conv_y);
     const int64_t r1 = std::clamp<int64_t>(bottom, r0, s_.conv_y);
     const int64_t row = width_ * padded_, border = -first_x_ * padded_;
-    const Scratch own(sizeof(float) * ((bottom - top) * row + grad_.staged()));
+    const Scratch own(sizeof(float) * ((r1 - r0) * row + grad_.staged()));
     float* data = own.as<float>();
-    for (int64_t y = top; y < bottom; ++y) {
-      float* at = data + (y - top) * row;
-      if (y < r0 || y >= r1) {
-        std::fill_n(at, row, 0.0f);
-      } else {
-        const int64_t end = border + s_.conv_x * padded_;
-        std::fill_n(at, border, 0.0f);
-        std::fill_n(at + end, row - end, 0.0f);
-      }
+    for (int64_t y = r0; y < r1; ++y) {
+      float* at = data + (y - r0) * row;
+      const int64_t end = border + s_.conv_x * padded_;
+      std::fill_n(at, border, 0.0f);
+      std::fill_n(at + end, row - end, 0.0f);
     }
     if (r0 < r1)
-      grad_.rows(b, r0, r1, {data + border, row, padded_, top}, nullptr,
-                 data + (bottom - top) * row);
+      grad_.rows(b, r0, r1, {data + border, row, padded_, r0}, nullptr, data + (r1 - r0) * row);
     std::vector<Tap> taps;
     for (int64_t y = y0; y < y1; ++y)
       for (int64_t phase = 0; phase < std::min(s_.stride_x, s_.X); ++phase) {
+        const int64_t count = (s_.X - phase + s_.stride_x - 1) / s_.stride_x;
         taps.clear();
         for (int64_t r = 0; r < s_.R; ++r)
           for (int64_t t = 0; t < s_.S; ++t) {
             const int64_t i = y + s_.top - r * s_.dilation_y;
             const int64_t j = phase + s_.left - t * s_.dilation_x;
             const int64_t p = floor_div(i, s_.stride_y), q = floor_div(j, s_.stride_x);
-            if (p * s_.stride_y == i && q * s_.stride_x == j)
-              taps.push_back({(p - top) * row + (q - first_x_) * padded_,
+            const bool meets = p * s_.stride_y == i && q * s_.stride_x == j;
+            if (meets && p >= r0 && p < r1 && q > -count && q < s_.conv_x)
+              taps.push_back({(p - r0) * row + (q - first_x_) * padded_,
                               weights_.data() + (r * s_.S + t) * s_.C * padded_});
           }
-        const int64_t count = (s_.X - phase + s_.stride_x - 1) / s_.stride_x;
         const auto run = [&](auto channels) {
           few_channels_row<decltype(channels)::value>(taps, data, padded_, count,
                                                       args_.grad_x.at(b, 0, y, phase),

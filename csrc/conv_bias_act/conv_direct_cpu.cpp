@@ -67,7 +67,7 @@ class Direct {
     const int64_t height = (p1 - p0 - 1) * s_.pool_stride_y + s_.pool_y;
     const int64_t kept = side_by_side() ? s_.pool_y : height;
     const Scratch memory(sizeof(float) *
-                         (plan_.floats() + kept * sum_row_ + staged_floats(kept, s_.conv_x)));
+                         (plan_.floats() + kept * sum_row_ + staged_floats(s_, kept, s_.conv_x)));
     float* strip = memory.as<float>();
     float* sums = strip + plan_.floats();
     float* staged = sums + kept * sum_row_;
@@ -116,8 +116,8 @@ class Direct {
     const ConvMicroFn micro = pixels_micro(half, vectors, plan_.step);
     for (; y < y1; ++y, sums += sum_row_)
       micro(plan_.segments.data(), static_cast<int64_t>(plan_.segments.size()),
-            strip + (y - y0) * s_.stride_y * plan_.row + t * kMaxRows * plan_.step, plan_.step,
-            panel.weights, sums);
+            strip + (y - y0) * plan_.down + t * kMaxRows * plan_.step, plan_.step, panel.weights,
+            sums);
   }
 
   // Outputs [p0, p1) x [q0, q1) from the sums of pixels [y0, y1) x [x0, x1).
@@ -141,7 +141,7 @@ class Direct {
 // Output rows of a task: as many as fit, so that the rows between two strips are a small part.
 int64_t rows_of_task(const ConvSizes& s) {
   const StripPlan one(s, s.pool_y);
-  const int64_t floats_per_row = one.row * one.blocks * s.stride_y * s.pool_stride_y;
+  const int64_t floats_per_row = one.down * one.blocks * s.pool_stride_y;
   const int64_t most = std::max<int64_t>(1, kStripBytes / 4 / floats_per_row);
   const int64_t wanted = std::max<int64_t>(1, s.B * s.groups * s.out_y / kTasks);
   return std::clamp<int64_t>(std::min(most, wanted), std::min<int64_t>(2, s.out_y), s.out_y);
@@ -173,13 +173,12 @@ int64_t conv_packed_size(const ConvWeight& w, const ConvPacking& packing) {
 
 void conv_pack(const ConvWeight& weight, const ConvPacking& packing, float* packed,
                int num_threads) {
-  if (depthwise_fits(weight.C, weight.K, weight.groups))
+  if (packing.transposed && phases_fit(weight.C, weight.K, weight.groups, packing))
+    phases_pack(weight, packing, packed, num_threads);
+  else if (depthwise_fits(weight.C, weight.K, weight.groups))
     depthwise_pack(weight, packing.transposed, packed);
   else if (packing.winograd)
     winograd_pack(weight, packing.transposed, packed, num_threads);
-  else if (packing.transposed &&
-           phases_fit(weight.C, weight.K, weight.groups, packing.stride_y, packing.stride_x))
-    phases_pack(weight, packing, packed, num_threads);
   else
     direct_pack(weight, packing.transposed, packed, num_threads);
 }

@@ -50,6 +50,14 @@ inline vf activate(Activation activation, vf z) {
   return z;
 }
 
+// 1 - tanh(x)^2, 9e-8 absolute: with e = e^-2|x| and u = 1 - |tanh x| = 2 e / (1 + e) it is
+// u (2 - u), where the square of a rounded tanh would leave 3e-7, most of it of one sign.
+inline vf tanh_slope(vf x) {
+  const vf e = exp(set1(-2.0f) * abs(x));
+  const vf u = (e + e) / (set1(1.0f) + e);
+  return u * (set1(2.0f) - u);
+}
+
 // f' for the activations whose z is saved.
 inline vf activation_slope(Activation activation, vf z) {
   const vf one = set1(1.0f), half = set1(0.5f);
@@ -63,9 +71,9 @@ inline vf activation_slope(Activation activation, vf z) {
       return half * (one + erf(z * set1(0.70710678f))) + z * density;
     }
     case Activation::kGeluTanh: {
-      const vf t = tanh(gelu_tanh_inner(z));
-      const vf inner = set1(0.7978845608f) * (one + set1(3 * 0.044715f) * z * z);
-      return half * (one + t) + half * z * (one - t * t) * inner;
+      const vf inner = gelu_tanh_inner(z);
+      const vf slope = set1(0.7978845608f) * (one + set1(3 * 0.044715f) * z * z);
+      return half * (one + tanh(inner)) + half * z * tanh_slope(inner) * slope;
     }
     case Activation::kHardswish: {
       const vf middle = (z + z + set1(3.0f)) / set1(6.0f);
@@ -75,10 +83,7 @@ inline vf activation_slope(Activation activation, vf z) {
       const vf s = sigmoid(z);
       return s * (one - s);
     }
-    case Activation::kTanh: {
-      const vf t = tanh(z);
-      return one - t * t;
-    }
+    case Activation::kTanh: return tanh_slope(z);
     default: return one;
   }
 }
@@ -273,11 +278,6 @@ void finish_rows(const ConvForward& args, int64_t b, int64_t k, int n, const Sum
   }
 }
 
-// Floats of `staged` that finish() needs for a rectangle of `height` x `width` pixels.
-inline int64_t staged_floats(int64_t height, int64_t width) {
-  return (height + 1) * width * kLanes;
-}
-
 inline int pool_kind(const ConvSizes& s) {
   if (s.pool_y == 1 && s.pool_x == 1 && s.pool_stride_y == 1 && s.pool_stride_x == 1) return 0;
   return s.pool_y == 2 && s.pool_x == 2 && s.pool_stride_y == 2 && s.pool_stride_x == 2 &&
@@ -286,27 +286,35 @@ inline int pool_kind(const ConvSizes& s) {
              : 1;
 }
 
+// Floats of `staged` that finish() needs for a rectangle of `height` x `width` pixels of the
+// convolution: a copy of the residual's, then a row of outputs, which a pool whose windows reach
+// into the padding can make longer than the convolution's.
+inline int64_t staged_floats(const ConvSizes& s, int64_t height, int64_t width) {
+  return (height * width + (pool_kind(s) == 1 ? s.out_x : width)) * kLanes;
+}
+
 // See finish_rows; the sums of rows [y0, y1) and columns [x0, x1) of the convolution are there.
 inline void finish(const ConvForward& args, int64_t b, int64_t k, int n, const SumRegion& region,
                    int64_t y1, int64_t x1, int64_t p0, int64_t p1, int64_t q0, int64_t q1,
                    float* staged) {
   ResidualRegion residual;
+  float* row = staged;
   if (args.residual.data) {
     const int64_t height = y1 - region.y0, width = x1 - region.x0;
     if (args.residual.c == 1) {
       residual = {args.residual.at(b, k, region.y0, region.x0), args.residual.y, args.residual.x,
                   region.y0, region.x0};
     } else {
-      float* copy = staged + width * kLanes;
       for (int64_t y = 0; y < height; ++y)
         transpose_rows({args.residual.at(b, k, region.y0 + y, region.x0), args.residual.c, nullptr},
-                       0, n, 0, width, copy + y * width * kLanes, kLanes);
-      residual = {copy, width * kLanes, kLanes, region.y0, region.x0};
+                       0, n, 0, width, staged + y * width * kLanes, kLanes);
+      residual = {staged, width * kLanes, kLanes, region.y0, region.x0};
+      row = staged + height * width * kLanes;
     }
   }
   const auto run = [&](auto kind, auto fixed) {
     finish_rows<decltype(kind)::value, decltype(fixed)::value>(args, b, k, n, region, p0, p1, q0,
-                                                               q1, residual, staged);
+                                                               q1, residual, row);
   };
   const auto by_kind = [&](auto fixed) {
     switch (pool_kind(args.sizes)) {

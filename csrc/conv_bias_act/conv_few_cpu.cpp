@@ -178,13 +178,13 @@ class Few {
     const bool nhwc = args_.y.c == 1;
     const int64_t stage = nhwc ? 0 : staged_rows * width * kPanel;
     const Scratch memory(sizeof(float) * (plan_.floats() + stage + 4 * kMaxPairs * kPanel +
-                                          staged_floats(2, 2 * kMaxPairs)));
+                                          staged_floats(s_, 2, 2 * kMaxPairs)));
     float* strip = memory.as<float>();
     float* staged = strip + plan_.floats();
     float* sums = staged + stage;
     pack_strip(s_, args_.x, plan_, b, 0, 2 * first, strip);
     for (int64_t line = first; line < last; ++line) {
-      const float* pixels = strip + 2 * (line - first) * s_.stride_y * plan_.row;
+      const float* pixels = strip + 2 * (line - first) * plan_.down;
       if (nhwc) {  // all channels of a few pixels, so that they are written side by side
         for (int64_t pair = 0; pair < pairs_;) {
           const int now = pairs_at_once(most_vectors(), pairs_ - pair);
@@ -221,7 +221,7 @@ class Few {
     t.count = static_cast<int64_t>(plan_.segments.size());
     t.pixels = pixels + 2 * pair * plan_.step;
     t.step = plan_.step;
-    t.down = s_.stride_y * plan_.row;
+    t.down = plan_.down;
     t.weights = args_.packed + panel * plan_.channels * s_.R * s_.S * kPanel;
     t.bias = bias_.data() + k;
     t.n = static_cast<int>(std::min<int64_t>(kLanes, left - (vectors - 1) * kLanes));
@@ -277,7 +277,7 @@ bool few_forward_fits(const ConvForward& args) {
 void few_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   if (s.B == 0 || s.out_y == 0 || s.out_x == 0) return;
-  const int64_t lines = Few(args, 1).lines(), row = StripPlan(s, 1).row * 2 * s.stride_y * 4;
+  const int64_t lines = Few(args, 1).lines(), row = StripPlan(s, 1).down * 2 * 4;
   const int64_t size =
       std::clamp<int64_t>(std::min(kStripBytes / row, s.B * lines / kTasks), 1, lines);
   const int64_t cuts = (lines + size - 1) / size;

@@ -39,9 +39,9 @@ void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, i
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 void winograd_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
 
-// Strided, more than a few channels, not depthwise. The weight is then packed phase by phase;
-// grad_z [B, Y', X', K] as laid out, grad_x written.
-bool phases_fit(int64_t C, int64_t K, int64_t groups, int64_t stride_y, int64_t stride_x);
+// Strided, more than a few channels; depthwise only where dilated too. The weight is then packed
+// phase by phase; grad_z [B, Y', X', K] as laid out, grad_x written.
+bool phases_fit(int64_t C, int64_t K, int64_t groups, const ConvPacking& packing);
 void phases_pack(const ConvWeight& weight, const ConvPacking& packing, float* packed,
                  int num_threads);
 void phases_grad_x(const ConvBackward& args, const ConvMap<const float>& grad_z, int num_threads);

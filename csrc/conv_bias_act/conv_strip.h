@@ -13,65 +13,111 @@ namespace mbm::MBM_ISA {
 // Up to here the channels of a pixel lie side by side, unpadded.
 constexpr int64_t kFewChannels = 4;
 
+// The input pixels of a strip along one side, for a run of outputs: as they lie in the padded
+// picture, or, where most of those would meet no tap, the taps of each output by themselves. So no
+// stride, dilation or padding makes a strip larger than its outputs and taps do.
+struct StripSide {
+  static constexpr int64_t kMostIdle = 4;  // pixels of the picture for each that meets a tap
+  int64_t size;                            // pixels
+  int64_t step, tap;                       // pixels between neighbouring outputs, and taps
+  int64_t taps, stride, dilation;
+  bool dense;
+
+  StripSide(int64_t outputs, int64_t stride, int64_t taps, int64_t dilation)
+      : taps(taps), stride(stride), dilation(dilation) {
+    size = (outputs - 1) * stride + (taps - 1) * dilation + 1;
+    dense = size <= kMostIdle * outputs * taps;
+    if (!dense) size = outputs * taps;
+    step = dense ? stride : taps;
+    tap = dense ? dilation : 1;
+  }
+
+  // Where pixel i lies in the padded picture, from the first output's first tap on.
+  int64_t place(int64_t i) const { return dense ? i : i / taps * stride + i % taps * dilation; }
+};
+
 struct StripPlan {
   int64_t channels;               // C / groups
   int64_t pitch;                  // floats of a pixel
   int64_t blocks;                 // of channels
-  int64_t columns, rows;          // padded input pixels of the strip
-  int64_t row, block;             // floats between rows, and between blocks of channels
   int64_t tiles_across;           // register tiles in a row of the output
-  int64_t step;                   // floats between the rows of a register tile
+  StripSide rows, columns;        // padded input pixels of the strip
+  int64_t row, block;             // floats between rows, and between blocks of channels
+  int64_t step, down;             // floats between neighbouring outputs of a row, of a column
+  int64_t tap_step, tap_down;     // floats between neighbouring taps of a row, of a column
   std::vector<Segment> segments;  // in the order of the packed weight: r, block, s, channel
 
   // For `height` rows of the convolution's output.
-  StripPlan(const ConvSizes& s, int64_t height) : channels(s.C / s.groups) {
-    const bool few = channels <= kFewChannels;
-    pitch = few ? channels : kLanes;
-    blocks = few ? 1 : (channels + kLanes - 1) / kLanes;
-    // Half a tile suffices for the last one where it covers the rest.
-    constexpr int64_t half = kMaxRows / 2;
-    const int64_t halves = (s.conv_x + half - 1) / half;
-    tiles_across = (halves + 1) / 2;
-    // Few channels are computed in pairs of columns.
-    const int64_t pixels = std::max(halves * half, (s.conv_x + 1) / 2 * 2);
-    columns = (pixels - 1) * s.stride_x + (s.S - 1) * s.dilation_x + 1;
-    rows = (height - 1) * s.stride_y + (s.R - 1) * s.dilation_y + 1;
-    row = columns * pitch;
-    block = rows * row;
-    step = s.stride_x * pitch;
+  StripPlan(const ConvSizes& s, int64_t height)
+      : channels(s.C / s.groups),
+        pitch(few() ? channels : kLanes),
+        blocks(few() ? 1 : (channels + kLanes - 1) / kLanes),
+        tiles_across((halves(s) + 1) / 2),
+        rows(height, s.stride_y, s.R, s.dilation_y),
+        // Few channels are computed in pairs of columns.
+        columns(std::max(halves(s) * kHalf, (s.conv_x + 1) / 2 * 2), s.stride_x, s.S, s.dilation_x),
+        row(columns.size * pitch),
+        block(rows.size * row),
+        step(columns.step * pitch),
+        down(rows.step * row),
+        tap_step(columns.tap * pitch),
+        tap_down(rows.tap * row) {
     for (int64_t r = 0; r < s.R; ++r)
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t depth = few ? channels : std::min<int64_t>(kLanes, channels - b * kLanes);
-        const int64_t at = b * block + r * s.dilation_y * row;
-        if (few && s.dilation_x == 1)
+        const int64_t depth = few() ? channels : std::min<int64_t>(kLanes, channels - b * kLanes);
+        const int64_t at = b * block + r * tap_down;
+        if (few() && columns.tap == 1)
           segments.push_back({at, s.S * depth});
         else
-          for (int64_t t = 0; t < s.S; ++t)
-            segments.push_back({at + t * s.dilation_x * pitch, depth});
+          for (int64_t t = 0; t < s.S; ++t) segments.push_back({at + t * tap_step, depth});
       }
   }
   int64_t floats() const { return blocks * block; }
+
+ private:
+  // Half a register tile suffices for a row's last one where it covers the rest.
+  static constexpr int64_t kHalf = kMaxRows / 2;
+  static int64_t halves(const ConvSizes& s) { return (s.conv_x + kHalf - 1) / kHalf; }
+  bool few() const { return channels <= kFewChannels; }
 };
+
+// One row of a strip whose columns are not dense, n channels of each pixel, from row `y` of x.
+inline void pack_apart(const ConvSizes& s, const ConvMap<const float>& x, const StripPlan& plan,
+                       int64_t b, int64_t c, int n, int64_t y, float* to) {
+  std::fill_n(to, plan.row, 0.0f);
+  for (int64_t j = 0; j < plan.columns.size; ++j, to += plan.pitch) {
+    const int64_t column = plan.columns.place(j) - s.left;
+    if (column < 0 || column >= s.X) continue;
+    const float* from = x.at(b, c, y, column);
+    for (int ch = 0; ch < n; ++ch) to[ch] = from[ch * x.c];
+  }
+}
 
 // Fills the strip for output rows from y on, of the channels of group g of image b.
 inline void pack_strip(const ConvSizes& s, const ConvMap<const float>& x, const StripPlan& plan,
                        int64_t b, int64_t g, int64_t y, float* strip) {
   const int64_t first = y * s.stride_y - s.top;
   // Columns of the strip that lie within the picture.
-  const int64_t left = std::clamp<int64_t>(s.left, 0, plan.columns);
-  const int64_t right = std::clamp<int64_t>(s.X + s.left, left, plan.columns);
+  const int64_t columns = plan.columns.size;
+  const int64_t left = std::clamp<int64_t>(s.left, 0, columns);
+  const int64_t right = std::clamp<int64_t>(s.X + s.left, left, columns);
   for (int64_t block = 0; block < plan.blocks; ++block) {
     const int64_t c = g * plan.channels + block * kLanes;
     const int n = static_cast<int>(std::min<int64_t>(plan.pitch, plan.channels - block * kLanes));
-    for (int64_t i = 0; i < plan.rows; ++i) {
+    for (int64_t i = 0; i < plan.rows.size; ++i) {
       float* to = strip + block * plan.block + i * plan.row;
-      if (first + i < 0 || first + i >= s.Y) {
+      const int64_t from_y = first + plan.rows.place(i);
+      if (from_y < 0 || from_y >= s.Y) {
         std::fill_n(to, plan.row, 0.0f);
         continue;
       }
+      if (!plan.columns.dense) {
+        pack_apart(s, x, plan, b, c, n, from_y, to);
+        continue;
+      }
       std::fill_n(to, left * plan.pitch, 0.0f);
-      std::fill_n(to + right * plan.pitch, (plan.columns - right) * plan.pitch, 0.0f);
-      const float* from = x.at(b, c, first + i, left - s.left);
+      std::fill_n(to + right * plan.pitch, (columns - right) * plan.pitch, 0.0f);
+      const float* from = x.at(b, c, from_y, left - s.left);
       to += left * plan.pitch;
       const int64_t width = right - left;
       if (x.c == 1 && x.x == plan.pitch && n == plan.pitch) {

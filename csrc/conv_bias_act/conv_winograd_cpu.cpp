@@ -117,12 +117,13 @@ class Winograd {
     const int64_t group = std::clamp<int64_t>(most, 1, p1 - p0);
     const Scratch memory(sizeof(float) *
                          (v.floats() + group * kPoints * sum_step + 16 * kRun * kLanes +
-                          staged_floats(kTile, kTile * kRun) + (args_.packed ? 0 : panel_floats_)));
+                          staged_floats(s_, kTile, kTile * kRun) +
+                          (args_.packed ? 0 : panel_floats_)));
     float* inputs = memory.as<float>();
     float* sums = inputs + v.floats();
     float* pixels = sums + group * kPoints * sum_step;
     float* staged = pixels + 16 * kRun * kLanes;
-    float* fresh = staged + staged_floats(kTile, kTile * kRun);
+    float* fresh = staged + staged_floats(s_, kTile, kTile * kRun);
     transform_inputs(args_.x, s_.Y, s_.X, s_.top, s_.left, tiles_, t0, v, inputs);
     std::vector<Segment> segments;
     for (size_t i = 0; i < depths_.size(); ++i)

@@ -4,86 +4,40 @@
 tiles (at the widest ISA: 14 rows, 32 columns, 256 terms of a sum; attention's 64 queries or keys,
 the losses' 112 classes), else sizes end below or a little over a vector. A new operation is one
 function with `@draws`. Everything is decided by what hypothesis draws, so that a derandomised run
-repeats itself.
+repeats itself. What no run may leave to chance, such as each algorithm of an operation, is one of
+its `strata`, and `drawn` takes one.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mbm_kernels.testing import conv_cases
+from mbm_kernels.testing.draws import (
+    CLASSES,
+    COLUMNS,
+    DEPTH,
+    POSITIONS,
+    ROWS,
+    STRATA,
+    STRATEGIES,
+    Draws,
+    Inputs,
+    draws,
+)
 from mbm_kernels.testing.layouts import LAYOUTS, relayout
 
-Inputs = dict[str, Any]
-ROWS, COLUMNS, DEPTH, POSITIONS, CLASSES = 14, 32, 256, 64, 112
 IGNORED = -100
-
-
-class Draws:
-    """What a strategy draws with; tensors are float64."""
-
-    def __init__(self, draw: Callable[[Any], Any], large: bool):
-        self.choices: list[Any] = []
-        self._draw = draw
-        self.large = large
-        self.generator = torch.Generator().manual_seed(self.between(0, 2**16))
-        self.scale = self.of(1.0, 1.0, 0.1, 1e-3, 3.0)
-
-    def draw(self, strategy: Any) -> Any:
-        self.choices.append(self._draw(strategy))
-        return self.choices[-1]
-
-    def of(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
-
-    def between(self, least: int, most: int) -> int:
-        return int(self.draw(st.integers(least, most)))
-
-    def flag(self) -> bool:
-        return bool(self.draw(st.booleans()))
-
-    def size(self, tile: int, small: int = 19) -> int:
-        """More than `tile`, by up to a half and 8, where the case is large; else 1 to `small`."""
-        least, most = (tile + 1, tile + tile // 2 + 8) if self.large else (1, small)
-        return self.between(least, most)
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def integers(self, least: int, most: int, *shape: int) -> Tensor:
-        """least <= each < most."""
-        return torch.randint(least, most, shape, generator=self.generator)
-
-    def lengths(self, batch: int, steps: int) -> Tensor | None:
-        return self.integers(0, steps + 1, batch) if self.flag() else None
-
-    def mask(self, *shapes: tuple[int, ...]) -> Tensor | None:
-        """None or of one of the shapes; a row of it may hide everything."""
-        shape = self.of(None, *shapes)
-        return None if shape is None else torch.rand(*shape, generator=self.generator) < 0.7
-
-    def lead(self, rows: int) -> tuple[int, ...]:
-        """Leading dimensions with `rows` elements in all."""
-        return self.of((rows,), (rows, 1), (1, rows), *([(2, rows // 2)] if rows % 2 == 0 else []))
-
-
-STRATEGIES: dict[str, Callable[[Draws], Inputs]] = {}
-
-
-def draws(make: Callable[[Draws], Inputs]) -> Callable[[Draws], Inputs]:
-    """Registers the arguments' strategy of the operation of the same name."""
-    STRATEGIES[make.__name__] = make
-    return make
 
 
 class Drawn:
     """Arguments of a public function by name, float32; prints as shapes, strides and options."""
 
     def __init__(self, op: str, given: Draws):
-        self.op, self.large = op, given.large
+        self.op, self.large, self.stratum = op, given.large, given.stratum
         made = STRATEGIES[op](given).items()
         self.inputs: Inputs = {name: _lay(given, value) for name, value in made}
         self.choices = given.choices
@@ -91,7 +45,7 @@ class Drawn:
     def redraw(self, seed: int) -> "Drawn":
         """The same shapes, layouts and options with other values."""
         choices = iter([seed, *self.choices[1:]])
-        return Drawn(self.op, Draws(lambda _: next(choices), self.large))
+        return Drawn(self.op, Draws(lambda _: next(choices), self.large, self.stratum))
 
     def __repr__(self) -> str:
         return ", ".join(f"{n}={_describe(v)}" for n, v in self.inputs.items())
@@ -107,13 +61,16 @@ def _describe(value: Any) -> str:
 
 
 def _lay(given: Draws, value: Any) -> Any:
-    """Floating tensors as float32, each tensor in a layout of its own."""
+    """Floating tensors as float32, each tensor in a layout of its own unless it keeps one."""
     if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
         return type(value)(_lay(given, v) for v in value)
     if not isinstance(value, Tensor):
         return value
+    kept = any(value is k for k in given.kept)
     if value.is_floating_point():
         value = value.float()
+    if kept:
+        return value
     layouts = ["dense"] * 4 + [name for name in LAYOUTS if name != "expanded" or value.dim() > 2]
     if value.dim() == 4:
         layouts += ["channels_last"] * 3
@@ -125,16 +82,23 @@ def _lay(given: Draws, value: Any) -> Any:
     return relayout(value, layout)
 
 
+def strata(op: str) -> tuple[str | None, ...]:
+    """What drawn cases of `op` must hold some each of; (None,) where all are drawn alike."""
+    return STRATA.get(op, (None,))
+
+
 @st.composite
-def drawn(draw: Callable[[Any], Any], op: str, large: bool) -> Drawn:
-    """A strategy for the arguments of `op`."""
-    return Drawn(op, Draws(draw, large))
+def drawn(draw: Callable[[Any], Any], op: str, large: bool, stratum: str | None = None) -> Drawn:
+    """A strategy for the arguments of `op`, of one of its strata; None draws that too."""
+    if stratum is None:
+        stratum = draw(st.sampled_from(strata(op)))
+    return Drawn(op, Draws(draw, large, stratum))
 
 
 def is_clear(op: str, inputs: Inputs) -> bool:
     """Whether no rounding decides which of two gradients is right: conv_bias_act has kinks and
     maxima, and near one of them float32 may go the other way."""
-    return op != "conv_bias_act" or _conv_is_clear(**inputs)
+    return op != "conv_bias_act" or conv_cases.is_clear(**inputs)
 
 
 @draws
@@ -261,76 +225,6 @@ def gru_cell(given: Draws) -> Inputs:
     rows, inputs, units = _gru_sizes(given)
     x, h = given.randn(rows, inputs) * given.scale, given.randn(rows, units)
     return {"x": x, "h": h, **_gru_weights(given, inputs, units)}
-
-
-@draws
-def conv_bias_act(given: Draws) -> Inputs:
-    groups = given.of(1, 1, 1, 2, 3)
-    depthwise = given.of(True, False, False, False, False)
-    if depthwise:
-        groups = channels = given.size(COLUMNS)
-        outputs = groups * given.of(1, 1, 2)
-    else:
-        channels = groups * given.of(given.size(COLUMNS), given.between(1, 4))
-        outputs = groups * given.size(COLUMNS)
-    kernel = given.of((3, 3), (3, 3), (3, 3), (1, 1), (5, 5), (2, 3), (7, 7))
-    stride = given.of(1, 1, 1, 2, (3, 2))
-    spread = given.of(1, 1, 1, 2)
-    padding = given.of(0, 1, 1, (1, 2), 2)
-    least = spread * (max(kernel) - 1) + 1
-    height, width = (max(given.size(20, 12), least) for _ in range(2))
-    batch = given.of(None, 1, 2, 3)
-    options = {"stride": stride, "padding": padding, "dilation": spread, "groups": groups}
-    x = given.randn(*(() if batch is None else (batch,)), channels, height, width)
-    weight = given.randn(outputs, channels // groups, *kernel)
-    weight *= (channels // groups * kernel[0] * kernel[1]) ** -0.5
-    before = F.conv2d(x, weight, None, **options)
-    pools: list[Any] = [None, 2] if min(before.shape[-2:]) > 1 else [None]
-    if min(before.shape[-2:]) > 2:
-        pools += [(3, 2, 1), ((3, 2), (1, 2), (1, 0))]
-    activations = (None, "relu", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh")
-    return {
-        "x": x * given.scale,
-        "weight": weight,
-        "bias": given.randn(outputs) if given.flag() else None,
-        **options,
-        "residual": given.randn(*before.shape) if given.of(True, False, False) else None,
-        "activation": given.of(*activations, "hardswish", "sigmoid", "tanh"),
-        "max_pool": given.of(*pools),
-    }
-
-
-# Where a derivative jumps.
-_KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
-_NEAR = 1.5e-6  # of the largest value: Winograd's usual error, twice
-
-
-def _conv_is_clear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    max_pool: Any = None,
-    **options: Any,
-) -> bool:
-    from mbm_kernels.ops.conv_bias_act import geometry, reference
-
-    z = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), **options)
-    z = z if residual is None else z + residual
-    near = _NEAR * float(z.abs().max())
-    if any(bool(((z - kink).abs() < near).any()) for kink in _KINKS.get(str(activation), ())):
-        return False
-    if max_pool is None:
-        return True
-    y = reference.ACTIVATIONS[activation](z)
-    window = geometry.pool_window("cases", max_pool)
-    assert window is not None
-    pad = (window[5], window[5], window[4], window[4])
-    windows = reference._windows(F.pad(y, pad, value=-torch.inf), window[:2], window[2:4], (1, 1))
-    first, second = torch.stack(windows).topk(2, 0).values
-    gap = first - second  # equal values are equal in every precision: both are clamped
-    return not bool(((gap > 0) & (gap < _NEAR * float(y.abs().max()))).any())
 
 
 def _targets(given: Draws, classes: int, lead: tuple[int, ...]) -> Tensor:

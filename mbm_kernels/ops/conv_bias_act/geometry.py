@@ -24,6 +24,9 @@ ACTIVATIONS = (
     "tanh",
 )
 BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values
+# Pools that dispatch tables tell apart, by their index; every other one is the index after these.
+POOLS = (None, (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1))
+MOST_PADDING = 2**29  # of each side; kernels count its pixels in 32 bits
 
 
 def pair(op: str, name: str, value: Any, least: int) -> Pair:
@@ -42,6 +45,41 @@ def pair(op: str, name: str, value: Any, least: int) -> Pair:
     return first, second
 
 
+def _bounded(op: str, name: str, got: object, padding: Sequence[int]) -> None:
+    """Refuses padding that kernels could not count."""
+    if any(p > MOST_PADDING for p in padding):
+        checks.fail(op, name, got, f"at most {MOST_PADDING} pixels a side", "reduce it")
+
+
+def taken(stride: Pair, spans: Sequence[int], sides: Sequence[int]) -> Pair:
+    """The stride as it matters: one longer than the padded side is never taken."""
+    # One within the kernel's span is shorter than the side, of which nothing need be asked.
+    y, x = (
+        step if step <= span else min(step, side)
+        for step, span, side in zip(stride, spans, sides, strict=True)
+    )
+    return y, x
+
+
+def common(numbers: Pair) -> int:
+    """Of Y and X, 0 where they differ: what dispatch tables judge by."""
+    return numbers[0] if numbers[0] == numbers[1] else 0
+
+
+def pool_taken(window: tuple[int, ...] | None, size: Pair) -> tuple[int, ...] | None:
+    """The pool as it matters: None where it changes nothing, its stride as by `taken`."""
+    if window is None or window == (1, 1, 1, 1, 0, 0):
+        return None
+    sides = [n + 2 * p for n, p in zip(size, window[4:], strict=True)]
+    return (*window[:2], *taken((window[2], window[3]), window[:2], sides), *window[4:])
+
+
+def pool_kind(window: Sequence[int] | None) -> int:
+    """The index in POOLS, len(POOLS) where it is not among them."""
+    known = None if window is None else tuple(window)
+    return POOLS.index(known) if known in POOLS else len(POOLS)
+
+
 def explicit_padding(
     op: str, padding: Any, kernel: Pair, stride: Pair, dilation: Pair
 ) -> tuple[int, int, int, int]:
@@ -55,8 +93,11 @@ def explicit_padding(
             checks.fail(op, "stride", stride, expected, "give the padding in numbers")
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         top, left = (t // 2 for t in total)
-        return top, total[0] - top, left, total[1] - left
+        same = top, total[0] - top, left, total[1] - left
+        _bounded(op, "padding", f"'same' of {same}", same)
+        return same
     pad_y, pad_x = pair(op, "padding", padding, 0)
+    _bounded(op, "padding", padding, (pad_y, pad_x))
     return pad_y, pad_y, pad_x, pad_x
 
 
@@ -73,6 +114,7 @@ def pool_window(op: str, max_pool: Any) -> tuple[int, ...] | None:
     kernel = pair(op, "max_pool's kernel", max_pool[0], 1)
     stride = pair(op, "max_pool's stride", max_pool[1], 1)
     padding = pair(op, "max_pool's padding", max_pool[2], 0)
+    _bounded(op, "max_pool's padding", padding, padding)
     if 2 * padding[0] > kernel[0] or 2 * padding[1] > kernel[1]:
         expected = f"at most half of the kernel {kernel}"
         checks.fail(op, "max_pool's padding", padding, expected, "reduce the padding")

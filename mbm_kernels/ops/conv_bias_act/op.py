@@ -87,15 +87,16 @@ def conv_bias_act(
             layout (and, as in torch, is channels_last if `weight` is).
         weight: [K, C / groups, R, S].
         bias: [K].
-        stride, dilation: int or pair for (Y, X).
+        stride, dilation: int or pair for (Y, X). A stride past the padded input has one output.
         padding: int, pair, "same" (stride 1 only; one more below and right where the kernel is
-            even) or "valid".
+            even) or "valid"; at most 2^29 pixels on each side.
         groups: divides C and K.
         residual: of the convolution's shape, [B, K, Y', X'], before pooling.
         activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "gelu" (erf),
             "gelu_tanh", "hardswish", "sigmoid" or "tanh".
         max_pool: None, k (stride k, no padding) or (kernel, stride, padding), each an int or a
-            pair for (Y, X). Of equal values the first has the gradient; NaN wins.
+            pair for (Y, X); padding of at most half the kernel. Of equal values the first has the
+            gradient; NaN wins.
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
     Returns:
@@ -124,6 +125,11 @@ def conv_bias_act(
     checks.choice(NAME, "activation", activation, ACTIVATIONS)
     size = geometry.convolved_size(NAME, x, kernel, steps, edges, spread)
     geometry.pooled_size(NAME, size, window)
+    spread = (spread[0] if kernel[0] > 1 else 1, spread[1] if kernel[1] > 1 else 1)
+    spans = [d * (k - 1) + 1 for d, k in zip(spread, kernel, strict=True)]
+    padded = (x.shape[-2] + edges[0] + edges[1], x.shape[-1] + edges[2] + edges[3])
+    steps = geometry.taken(steps, spans, padded)
+    window = geometry.pool_taken(window, size)
     if bias is not None:
         checks.tensor(NAME, "bias", bias, 1)
         checks.shape(NAME, "bias", bias, "K", (out_channels,))
@@ -142,13 +148,13 @@ def conv_bias_act(
         "X": x.shape[-1],
         "R": kernel[0],
         "S": kernel[1],
-        "stride": max(steps),
-        "dilation": max(spread),
+        "stride": geometry.common(steps),
+        "dilation": geometry.common(spread),
         "groups": groups,
         "depthwise": int(groups == group_channels * groups == out_channels),
         "layout": int(geometry.is_channels_last(x)),
         "activation": ACTIVATIONS.index(activation),
-        "pool": 0 if window is None else window[0],
+        "pool": geometry.pool_kind(window),
         "pool_area": 0 if window is None else window[0] * window[1],
     }
     # By which dispatch tables tell work enough for a kernel: 4x4 tiles of the batch, and elements.
