@@ -63,7 +63,7 @@ def read_picture(path: str | Path, image_size: int) -> Tensor:
         with _decoding(path):
             opened.load()
             orientation = opened.getexif().get(ExifTags.Base.Orientation)
-        with _decoding(path, ValueError):  # a colour space that has no conversion, such as LAB
+        with _decoding(path, (ValueError,)):  # a colour space that has no conversion, such as LAB
             flat = on_white(opened)
     if orientation in UPRIGHT:
         flat = flat.transpose(UPRIGHT[orientation])
@@ -71,7 +71,7 @@ def read_picture(path: str | Path, image_size: int) -> Tensor:
 
 
 @contextmanager
-def _decoding(path: Path, *damage: type[Exception]) -> Iterator[None]:
+def _decoding(path: Path, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
     """What Pillow raises of a bad file as a ValueError of one line."""
     try:
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def _decoding(path: Path, *damage: type[Exception]) -> Iterator[None]:
             f"picture {path}: got a picture that does not fit into memory, expected a smaller one; "
             "scale it down"
         ) from error
-    except damage or DAMAGE as error:
+    except damage as error:
         raise ValueError(
             f"picture {path}: got a file that does not decode ({error}), expected a whole PNG or "
             "JPEG; save it again"
@@ -120,7 +120,7 @@ def _eight_bits(mode: str, values: npt.NDArray[np.generic]) -> npt.NDArray[np.ui
 
 
 def _square(picture: Image.Image, side: int) -> Image.Image:
-    """The longer side becomes `side`; white beside the shorter one, which keeps a pixel at least."""
+    """The longer side becomes `side`; white beside the shorter, which keeps a pixel at least."""
     longest = max(picture.size)
     width, height = (max(1, round(length * side / longest)) for length in picture.size)
     if (width, height) != picture.size:
