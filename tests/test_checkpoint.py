@@ -2,8 +2,11 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbm_kernels._core import files
 from mbm_kernels.captioning import checkpoint
@@ -81,9 +84,28 @@ def test_checkpoint_round_trip_in_both_layers(train_set, tokenizer, tmp_path):
     assert stock.model.generate(images, 6) == fused.model.generate(images, 6)
 
 
-def edit_config(folder, **changes):
+def edit_config(folder, seal=False, **changes):
+    """`seal`: with a checksum that fits, as from a program that writes such folders."""
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = {**json.loads(path.read_text()), **changes}
+    if seal:
+        config["sha256"]["config.json"] = checkpoint.config_checksum(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_model(folder, **changes):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    edit_config(folder, seal=True, model={**model, **changes})
+
+
+def edit_words(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("red", "rot"))
+
+
+def flip_a_bit_of_config(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": 3'))
 
 
 def truncate(folder):
@@ -111,13 +133,46 @@ DAMAGE = {
     "foreign": (lambda f: edit_config(f, format="llama"), ValueError, "format 'llama'"),
     "newer": (lambda f: edit_config(f, version=99), ValueError, "version 99"),
     "other size": (
-        lambda f: edit_config(
-            f, model={**json.loads((f / "config.json").read_text())["model"], "size": "teacher"}
-        ),
+        lambda f: edit_model(f, size="teacher"),
         ValueError,
         "where the model has",
     ),
-    "odd model": (lambda f: edit_config(f, model={"depth": 3}), ValueError, "no captioner"),
+    "odd model": (
+        lambda f: edit_config(f, seal=True, model={"depth": 3}),
+        ValueError,
+        "no captioner",
+    ),
+    "huge vocabulary": (
+        lambda f: edit_model(f, vocab_size=10**12),
+        ValueError,
+        r"where the model has torch.float32 \(1000000000000,",
+    ),
+    "vocabulary past all numbers": (
+        lambda f: edit_model(f, vocab_size=10**30),
+        ValueError,
+        "no captioner",
+    ),
+    "huge picture": (lambda f: edit_model(f, image_size=8 * 10**6), ValueError, "up to 8192"),
+    "text for a number": (
+        lambda f: edit_model(f, vocab_size="many"),
+        ValueError,
+        "no captioner: .*'many'",
+    ),
+    "true for a number": (lambda f: edit_model(f, pad_id=False), ValueError, "no captioner"),
+    "no step": (lambda f: edit_config(f, seal=True, step=None), ValueError, "step None"),
+    "version of another kind": (lambda f: edit_config(f, version=[2]), ValueError, r"version \[2"),
+    "deep JSON": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        ValueError,
+        "not JSON",
+    ),
+    "other words": (edit_words, ValueError, "tokenizer.json of .* fails its checksum"),
+    "no words": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        FileNotFoundError,
+        "no tokenizer.json",
+    ),
+    "other step": (flip_a_bit_of_config, ValueError, "config.json that fails its checksum"),
     "index": (
         lambda f: (f.parent / "checkpoints.json").write_text('{"best": "../../etc"}'),
         ValueError,
@@ -133,3 +188,98 @@ def test_damaged_or_foreign_checkpoint_is_refused(damage, train_set, tokenizer, 
     change(tmp_path / "step-00000001")
     with pytest.raises(error, match=text):
         checkpoint.load(tmp_path, layers="stock")
+
+
+def test_a_folder_mixed_of_two_checkpoints_is_refused(train_set, tokenizer, tmp_path):
+    for name, steps in (("first", 1), ("second", 2)):
+        run_once(tmp_path / name, train_set, tokenizer, steps=steps, warmup=0)
+    theirs, ours = tmp_path / "first" / "step-00000001", tmp_path / "second" / "step-00000002"
+    for file in ("model.safetensors", "training.safetensors", "config.json"):
+        whole = (ours / file).read_bytes()
+        (ours / file).write_bytes((theirs / file).read_bytes())
+        with pytest.raises(ValueError, match="fails its checksum"):
+            checkpoint.load_training(checkpoint.load(ours, layers="stock"))
+        (ours / file).write_bytes(whole)
+    checkpoint.load_training(checkpoint.load(ours, layers="stock"))
+
+
+def test_a_checkpoint_of_the_first_version_is_read(train_set, tokenizer, tmp_path):
+    """It knew no checksum of its config and its tokenizer."""
+    run_once(tmp_path, train_set, tokenizer, steps=1, warmup=0)
+    folder = tmp_path / "step-00000001"
+    sums = json.loads((folder / "config.json").read_text())["sha256"]
+    kept = {name: sums[name] for name in ("model.safetensors", "training.safetensors")}
+    edit_config(folder, version=1, sha256=kept)
+    assert checkpoint.load(tmp_path, layers="stock").tokenizer.vocab_size == tokenizer.vocab_size
+    flip_a_bit(folder)
+    with pytest.raises(ValueError, match="fails its checksum"):
+        checkpoint.load(tmp_path, layers="stock")
+
+
+def test_nothing_is_allocated_before_the_weights_are_compared(train_set, tokenizer, tmp_path):
+    run_once(tmp_path, train_set, tokenizer, steps=1, warmup=0)
+    edit_model(tmp_path / "step-00000001", vocab_size=10**9)
+    made = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.device.type != "meta":
+                made.append(out.untyped_storage().nbytes())
+            return out
+
+    with Counting(), pytest.raises(ValueError, match="where the model has"):
+        checkpoint.load(tmp_path, layers="stock")
+    assert max(made, default=0) < 10_000_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"history": None},
+        {"history": {"train": 3}},
+        {"history": {"train": [], "epochs": []}},
+        {"best_loss": "low"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_cannot_be_gone_on_from(damage, train_set, tokenizer, tmp_path):
+    run_once(tmp_path, train_set, tokenizer, steps=2, evaluate_every=1)
+    edit_config(tmp_path / "step-00000002", seal=True, **damage)
+    with pytest.raises(ValueError, match="without all of what a training goes on from"):
+        fit(
+            CrossEntropyObjective(make(tokenizer)),
+            train_set,
+            tokenizer,
+            replace(SETTINGS, steps=2, evaluate_every=1),
+            run=tmp_path,
+            resume=True,
+        )
+
+
+@pytest.mark.parametrize("lost", ["optimizer/exp_avg/", "optimizer/step/"])
+def test_moments_that_are_absent_or_of_another_shape(
+    lost, train_set, tokenizer, tmp_path, monkeypatch
+):
+    run_once(tmp_path, train_set, tokenizer)
+    real = checkpoint.load_training
+
+    def without(found):
+        tensors = real(found)
+        name = next(name for name in tensors if name.startswith(lost))
+        if "exp_avg" in name:
+            tensors[name] = tensors[name].new_zeros(1, 1, 1)
+        else:
+            del tensors[name]
+        return tensors
+
+    monkeypatch.setattr(checkpoint, "load_training", without)
+    with pytest.raises(ValueError, match="without all of what a training goes on from"):
+        fit(
+            CrossEntropyObjective(make(tokenizer)),
+            train_set,
+            tokenizer,
+            SETTINGS,
+            run=tmp_path,
+            resume=True,
+        )

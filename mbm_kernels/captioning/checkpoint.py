@@ -4,6 +4,10 @@ A run folder holds ``step-<n>/`` with model.safetensors, config.json, tokenizer.
 training.safetensors, and ``checkpoints.json``, which names the latest and the best. A checkpoint is
 written under a temporary name, synced and renamed; then checkpoints.json is replaced. Whatever
 stops in between, the names that stand point to complete files.
+
+config.json holds the checksums of the other files and of its own other values, so that a folder is
+one checkpoint or none: a file changed, or taken from another checkpoint, is refused. Nothing is
+allocated by what config.json says before it agrees with the weights that are there.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -24,10 +29,16 @@ from torch import Tensor
 
 from mbm_kernels._core.files import sync_folder, write_atomic, write_synced
 from mbm_kernels.captioning.data import WordTokenizer
+from mbm_kernels.captioning.lock import PARTIAL
 from mbm_kernels.models import Captioner
 
 FORMAT = "mbm_kernels.captioner"
-VERSION = 1
+VERSION = 2
+# What the checksums of a version are of; the first knew those of tensors alone.
+SEALED = {
+    1: ("model.safetensors", "training.safetensors"),
+    2: ("model.safetensors", "training.safetensors", "tokenizer.json", "config.json"),
+}
 INDEX = "checkpoints.json"
 _STEP_FOLDER = re.compile(r"step-\d{8}")
 
@@ -99,24 +110,24 @@ def _write_folder(
     info: dict[str, Any],
 ) -> None:
     """Write the files under a temporary name, sync them, and rename the folder."""
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=run))
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=run))
     try:
-        weights = _tensors_to_bytes(dict(model.state_dict()))
-        state = _tensors_to_bytes(training)
+        contents = {
+            "model.safetensors": _tensors_to_bytes(dict(model.state_dict())),
+            "training.safetensors": _tensors_to_bytes(training),
+            "tokenizer.json": tokenizer.to_bytes(),
+        }
         config = {
             "format": FORMAT,
             "version": VERSION,
             "model": model.settings,
             "step": step,
-            "sha256": {
-                "model.safetensors": hashlib.sha256(weights).hexdigest(),
-                "training.safetensors": hashlib.sha256(state).hexdigest(),
-            },
+            "sha256": {file: hashlib.sha256(x).hexdigest() for file, x in contents.items()},
             **info,
         }
-        write_synced(partial / "model.safetensors", weights)
-        write_synced(partial / "training.safetensors", state)
-        tokenizer.save(partial / "tokenizer.json")
+        config["sha256"]["config.json"] = config_checksum(config)
+        for file, content in contents.items():
+            write_synced(partial / file, content)
         write_synced(partial / "config.json", _json_bytes(config))
         sync_folder(partial)
         partial.chmod(0o755)
@@ -156,19 +167,29 @@ def load(path: str | Path, *, layers: str = "mbm", which: Which = "best") -> Che
     folder = _resolve(Path(path), which)
     config = _read_config(folder)
     tensors = _read_tensors(folder, "model.safetensors", config)
+    content = _read_sealed(folder, "tokenizer.json", config)
+    settings = config["model"]
     try:
-        model = Captioner(layers=layers, **config["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _foreign(folder, f"config.json describes no captioner: {error}") from error
-    _check_tensors(folder, tensors, dict(model.state_dict()))
-    model.load_state_dict(tensors)
-    tokenizer = WordTokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size != model.vocab_size:
+        with torch.device("meta"):
+            planned = Captioner(layers=layers, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _foreign(folder, f"a config.json that describes no captioner: {error}") from error
+    _check_tensors(folder, tensors, dict(planned.state_dict()))
+    tokenizer = WordTokenizer.from_bytes(content, folder / "tokenizer.json")
+    if tokenizer.vocab_size != planned.vocab_size:
         raise _foreign(
             folder,
-            f"tokenizer.json has {tokenizer.vocab_size} words, the model {model.vocab_size}",
+            f"a tokenizer.json of {tokenizer.vocab_size} words for a model of {planned.vocab_size}",
         )
+    model = Captioner(layers=layers, **settings)
+    model.load_state_dict(tensors)
     return Checkpoint(model.eval(), tokenizer, config, folder)
+
+
+def config_checksum(config: dict[str, Any]) -> str:
+    """Of all values but the checksums of files, however they are laid out."""
+    rest = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -198,7 +219,7 @@ def _foreign(folder: Path, reason: str) -> ValueError:
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _foreign(folder, f"a {path.name} that is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise _foreign(folder, f"a {path.name} that is no object")
@@ -228,24 +249,40 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise _foreign(folder, "no config.json")
     config = _read_json(path, folder)
-    if config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise _foreign(folder, f"format {config.get('format')!r} version {config.get('version')!r}")
-    if not isinstance(config.get("sha256"), dict) or not isinstance(config.get("model"), dict):
+    version = config.get("version")
+    if config.get("format") != FORMAT or version not in tuple(SEALED):
+        raise _foreign(folder, f"format {config.get('format')!r} version {version!r}")
+    sums, model = config.get("sha256"), config.get("model")
+    if not isinstance(sums, dict) or not isinstance(model, dict):
         raise _foreign(folder, "a config.json without its model or checksums")
+    if "config.json" in SEALED[version] and config_checksum(config) != sums.get("config.json"):
+        raise _foreign(folder, "a config.json that fails its checksum")
+    wanted = {"vocab_size": int, "size": str, "attention": str, "image_size": int}
+    wanted |= {"pad_id": int, "bos_id": int, "eos_id": int}
+    if {name: type(value) for name, value in model.items()} != wanted:
+        raise _foreign(folder, f"a config.json that describes no captioner: {model}")
+    if type(config.get("step")) is not int or config["step"] < 0:
+        raise _foreign(folder, f"step {config.get('step')!r} in config.json")
     return config
 
 
-def _read_tensors(folder: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+def _read_sealed(folder: Path, name: str, config: dict[str, Any]) -> bytes:
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint {folder}: got no {name}, expected one; train it again or give another"
         )
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != config["sha256"].get(name):
-        raise _foreign(folder, f"a {name} of {len(content)} bytes that fails its checksum")
+    if name in SEALED[config["version"]]:
+        found = hashlib.sha256(content).hexdigest()
+        if found != config["sha256"].get(name):
+            raise _foreign(folder, f"a {name} of {len(content)} bytes that fails its checksum")
+    return content
+
+
+def _read_tensors(folder: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
     try:
-        return load_tensors(content)
+        return load_tensors(_read_sealed(folder, name, config))
     except SafetensorError as error:
         raise _foreign(folder, f"a {name} that is no safetensors file ({error})") from error
 
@@ -254,7 +291,7 @@ def _check_tensors(folder: Path, got: dict[str, Tensor], expected: dict[str, Ten
     odd = sorted(got.keys() ^ expected.keys())
     if odd:
         raise _foreign(folder, f"tensors that do not match the model, such as {odd[0]!r}")
-    for name, x in got.items():
+    for name, x in sorted(got.items()):
         if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
             raise _foreign(
                 folder,

@@ -6,44 +6,16 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.data import WordTokenizer, normalise
+from mbm_kernels.captioning.pictures import read_picture as read_picture
 from mbm_kernels.models import Captioner
 
 TILE = 128  # pixels of one picture of an attention sheet
 LABEL = 16  # pixels of the word below it
-
-
-def read_picture(path: str | Path, image_size: int) -> Tensor:
-    """A picture file as uint8 [3, Y, X], on white, padded to a square and resized.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, or a truncated one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"picture {path}: got no such file, expected a PNG or JPEG file")
-    try:
-        with Image.open(path) as opened:
-            drawing = opened.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"picture {path}: got a file that does not decode ({error}), expected a whole PNG or "
-            "JPEG; save it again"
-        ) from error
-    side = max(drawing.size)
-    square = Image.new("RGBA", (side, side), "white")
-    square.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
-    flat = square.convert("RGB")
-    if side != image_size:
-        flat = flat.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1).contiguous()
 
 
 def caption_pictures(

@@ -22,6 +22,7 @@ from mbm_kernels.captioning.checkpoint import remove
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.fit import History
+from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.presets import Preset, preset
 from mbm_kernels.captioning.speed import Speed, measure
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
@@ -77,7 +78,8 @@ def run(
 
     Raises:
         ValueError: unknown data set, or data that does not fit.
-        OSError: when something cannot be written.
+        RuntimeError: when another demo works in that folder.
+        OSError: when something cannot be written; whether `out` can is tried first.
     """
     from mbm_kernels.captioning.report import write_report
 
@@ -87,29 +89,30 @@ def run(
     started = time.monotonic()
     console.print(f"[bold]Captioning demo on {name}[/bold], {torch.get_num_threads()} threads")
     demo = Demo(name, attention, seed, {}, WordTokenizer.train(["-"]))
-    with _clock(demo, "data", console):
-        demo.sets = data.load(name, seed=seed, root=root, limit=limit)
-        demo.tokenizer = WordTokenizer.train(demo.sets["train"].captions)
-    teacher = _train(demo, chosen, out, steps, console)
-    with _clock(demo, "baselines", console):
-        _baselines(demo)
-    with _clock(demo, "speed", console):
-        demo.speed = measure(
-            teacher,
-            demo.sets[demo.splits[0]],
-            demo.tokenizer,
-            name="teacher",
-            batch_size=chosen.teacher.batch_size,
-            max_length=chosen.max_length,
-            seconds=SPEED_SECONDS,
-            compiled=compiled,
-        )
-    demo.seconds["total"] = time.monotonic() - started
-    results = as_results(demo)
-    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    write_report(demo, results, out / "report.html")
-    print_summary(demo, console)
-    console.print(f"\nreport: {out / 'report.html'}\nresults: {out / 'results.json'}")
+    with locked(out, "demo"):
+        with _clock(demo, "data", console):
+            demo.sets = data.load(name, seed=seed, root=root, limit=limit)
+            demo.tokenizer = WordTokenizer.train(demo.sets["train"].captions)
+        teacher = _train(demo, chosen, out, steps, console)
+        with _clock(demo, "baselines", console):
+            _baselines(demo)
+        with _clock(demo, "speed", console):
+            demo.speed = measure(
+                teacher,
+                demo.sets[demo.splits[0]],
+                demo.tokenizer,
+                name="teacher",
+                batch_size=chosen.teacher.batch_size,
+                max_length=chosen.max_length,
+                seconds=SPEED_SECONDS,
+                compiled=compiled,
+            )
+        demo.seconds["total"] = time.monotonic() - started
+        results = as_results(demo)
+        write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        write_report(demo, results, out / "report.html")
+        print_summary(demo, console)
+        console.print(f"\nreport: {out / 'report.html'}\nresults: {out / 'results.json'}")
     return demo
 
 

@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, augment, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
+from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.progress import training_progress
 from mbm_kernels.captioning.style import restyle
@@ -68,7 +69,8 @@ def fit(
             checkpoints, or on resuming with other settings.
         FileNotFoundError: on resuming where there is no checkpoint.
         KeyboardInterrupt: after Ctrl-C, once the last whole step is saved.
-        OSError: if a checkpoint cannot be written.
+        RuntimeError: if another training works in ``run``.
+        OSError: if ``run`` cannot be written, before the first step, or later a checkpoint.
     """
     if len(train_set) < settings.batch_size:
         raise ValueError(
@@ -76,28 +78,29 @@ def fit(
             f"{settings.batch_size}; take a smaller batch_size"
         )
     trainer = _Trainer(objective, train_set, tokenizer, settings, seed, validation, run)
-    if resume:
-        trainer.restore()
-    elif run is not None and checkpoint.exists(run):
-        raise ValueError(
-            f"run {run}: got a folder with checkpoints, expected an empty one; continue with "
-            "--resume, or give another folder"
-        )
-    objective.train()
-    progress = training_progress(title, settings.steps, trainer.step)
-    with progress as report, deferred_sigint() as stop:
-        while trainer.step < settings.steps:
-            parts = trainer.advance()
-            report(trainer.step, parts)
-            if after_step is not None:
-                after_step(trainer.step)
-            if stop.is_set():
-                trainer.save()
-                raise KeyboardInterrupt
-            if trainer.step % settings.evaluate_every == 0 or trainer.step == settings.steps:
-                trainer.validate()
-                trainer.save()
-    objective.eval()
+    with locked(run) if run is not None else nullcontext():
+        if resume:
+            trainer.restore()
+        elif run is not None and checkpoint.exists(run):
+            raise ValueError(
+                f"run {run}: got a folder with checkpoints, expected an empty one; continue with "
+                "--resume, or give another folder"
+            )
+        objective.train()
+        progress = training_progress(title, settings.steps, trainer.step)
+        with progress as report, deferred_sigint() as stop:
+            while trainer.step < settings.steps:
+                parts = trainer.advance()
+                report(trainer.step, parts)
+                if after_step is not None:
+                    after_step(trainer.step)
+                if stop.is_set():
+                    trainer.save()
+                    raise KeyboardInterrupt
+                if trainer.step % settings.evaluate_every == 0 or trainer.step == settings.steps:
+                    trainer.validate()
+                    trainer.save()
+        objective.eval()
     return trainer.history
 
 
@@ -218,14 +221,26 @@ class _Trainer:
             )
         training = checkpoint.load_training(found)
         self.model.load_state_dict(found.model.state_dict())
+        try:
+            self._take(training, found.config)
+        except (KeyError, TypeError, RuntimeError) as error:  # absent, of another kind or shape
+            raise ValueError(
+                f"run {self.run}: got a checkpoint without all of what a training goes on from "
+                f"({error!r}), expected one of `mbm-kernels caption train`; start without --resume"
+            ) from error
+
+    def _take(self, training: dict[str, Tensor], config: dict[str, Any]) -> None:
         for name, parameter in self.named.items():
             if not name.startswith("model."):
                 with torch.no_grad():
                     parameter.copy_(training[f"objective/{name}"])
-            self.optimizer.state[parameter] = {
+            state = {
                 kind: training[f"optimizer/{kind}/{name}"]
                 for kind in ("step", "exp_avg", "exp_avg_sq")
             }
+            if any(state[kind].shape != parameter.shape for kind in ("exp_avg", "exp_avg_sq")):
+                raise TypeError(f"moments of another shape for {name}")
+            self.optimizer.state[parameter] = state
         rows = {
             name.removeprefix("recent/"): x
             for name, x in training.items()
@@ -233,9 +248,11 @@ class _Trainer:
         }
         count = len(next(iter(rows.values()))) if rows else 0
         self.recent = [{name: rows[name][k] for name in rows} for k in range(count)]
-        self.step = found.config["step"]
-        self.best_loss = found.config["best_loss"]
-        self.history = History(**found.config["history"])
+        self.step, self.best_loss = config["step"], config["best_loss"]
+        self.history = History(**config["history"])
+        lists = isinstance(self.history.train, list) and isinstance(self.history.validation, list)
+        if not lists or not isinstance(self.best_loss, float | None):
+            raise TypeError("history or best_loss of another type")
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""

@@ -36,6 +36,7 @@ SIZES = {
 }
 POSITION_FEATURES = 16
 STRIDE = 8  # three 2x2 poolings
+MOST_SIDE = 8192  # of a picture; the table of positions is 64 MiB then
 
 
 class CaptionerOutput(NamedTuple):
@@ -142,7 +143,7 @@ class Captioner(nn.Module):
         size: "student" or "teacher" (widths in ``SIZES``).
         attention: "additive" or "dot".
         layers: "mbm" for this package's modules, "stock" for PyTorch's; the state_dict is the same.
-        image_size: side of the pictures in pixels, a multiple of 8.
+        image_size: side of the pictures in pixels, a multiple of 8 up to 8192.
         pad_id, bos_id, eos_id: token ids.
 
     Raises:
@@ -166,9 +167,10 @@ class Captioner(nn.Module):
             raise ValueError(f"size: got {size!r}, expected one of {sorted(SIZES)}")
         if attention not in ("additive", "dot"):
             raise ValueError(f"attention: got {attention!r}, expected 'additive' or 'dot'")
-        if image_size < STRIDE or image_size % STRIDE:
+        if not STRIDE <= image_size <= MOST_SIDE or image_size % STRIDE:
             raise ValueError(
-                f"image_size: got {image_size}, expected a positive multiple of {STRIDE}"
+                f"image_size: got {image_size}, expected a positive multiple of {STRIDE} up to "
+                f"{MOST_SIDE}"
             )
         if not max(pad_id, bos_id, eos_id) < vocab_size:
             raise ValueError(

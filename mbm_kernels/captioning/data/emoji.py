@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from mbm_kernels._core import env
+from mbm_kernels.captioning.pictures import on_white
 
 from .base import CaptionSet
 from .packages import Package, Progress, find_local, npm_pack, read
@@ -185,19 +186,17 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             size = image.size
-            drawing = image.convert("RGBA") if size == (SIDE, SIDE) else None
+            flat = on_white(image) if size == (SIDE, SIDE) else None
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"emoji: got a truncated or damaged picture, {name} ({error}), expected a PNG of "
             f"{SIDE} px; delete the folder and {_REMEDY}"
         ) from error
-    if drawing is None:
+    if flat is None:
         raise ValueError(
             f"emoji: got a picture of {size[0]} x {size[1]}, {name}, expected {SIDE} x {SIDE}; "
             f"delete the folder and {_REMEDY}"
         )
-    white = Image.new("RGBA", drawing.size, "white")
-    flat = Image.alpha_composite(white, drawing).convert("RGB")
     if image_size != SIDE:
         flat = flat.resize((image_size, image_size), Image.Resampling.LANCZOS)
     return np.asarray(flat)

@@ -101,9 +101,29 @@ class WordTokenizer:
                 words.append(token)
         return str(self._tokenizer.decoder.decode(words)) if words else ""
 
+    def to_bytes(self) -> bytes:
+        """The tokenizer as JSON."""
+        return str(self._tokenizer.to_str(pretty=True)).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: str | Path) -> WordTokenizer:
+        """What `to_bytes` gave; `source` names it in errors.
+
+        Raises:
+            ValueError: it is no tokenizer, or another kind of tokenizer.
+        """
+        try:
+            tokenizer = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(
+                f"WordTokenizer.load: got {source}, which is no tokenizer file ({error}), "
+                "expected what WordTokenizer.save wrote; train the tokenizer again"
+            ) from error
+        return cls(tokenizer)
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON, atomically."""
-        write_atomic(Path(path), self._tokenizer.to_str(pretty=True).encode())
+        write_atomic(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: str | Path) -> WordTokenizer:
@@ -113,12 +133,4 @@ class WordTokenizer:
             FileNotFoundError: there is no such file.
             ValueError: the file is no tokenizer, or another kind of tokenizer.
         """
-        content = Path(path).read_bytes()
-        try:
-            tokenizer = Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises Exception itself
-            raise ValueError(
-                f"WordTokenizer.load: got {path}, which is no tokenizer file ({error}), "
-                "expected what WordTokenizer.save wrote; train the tokenizer again"
-            ) from error
-        return cls(tokenizer)
+        return cls.from_bytes(Path(path).read_bytes(), path)
