@@ -55,7 +55,7 @@ demo: native
 	$(PY) -m mbm_kernels caption demo --data $(DATA)
 
 bench: native
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks --publish
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize

@@ -5,7 +5,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, as_called, eager_and_compiled
+from mbm_kernels.bench import (
+    FORWARD,
+    Benchmark,
+    Case,
+    Work,
+    as_called,
+    eager_and_compiled,
+    frozen,
+    holding,
+)
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner import SIZES
 
@@ -37,12 +46,15 @@ def concatenated(inputs, weight, bias):
 
 def split(inputs, weight, bias):
     first, second = weight.split([x.size(-1) for x in inputs], -1)
-    return F.linear(inputs[1], second, bias) + F.linear(inputs[0], first)
+    # No product's result is saved for the backward pass.
+    return F.linear(inputs[1], second, bias).add_(F.linear(inputs[0], first))
 
 
 def stock(case):
     forms = eager_and_compiled(as_called(concatenated))
+    forms |= frozen(holding(concatenated, ("weight", "bias")))
     by_parts = eager_and_compiled(as_called(split))
+    by_parts |= frozen(holding(split, ("weight", "bias")))
     return forms | {f"{name} split": form for name, form in by_parts.items()}
 
 

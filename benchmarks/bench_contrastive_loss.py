@@ -33,6 +33,13 @@ def infonce_log_softmax(image, text, scale, kind):
     return -both.mean() / 2
 
 
+def infonce_logsumexp(image, text, scale, kind):
+    """Without log-probabilities of all pairs."""
+    logits = (image * scale) @ text.t()
+    both = logits.logsumexp(1) + logits.logsumexp(0) - 2 * logits.diagonal()
+    return both.mean() / 2
+
+
 def siglip(image, text, scale, bias, kind):
     logits = torch.addmm(bias, image * scale, text.t())
     signs = 2 * torch.eye(image.size(0), device=image.device) - 1
@@ -45,15 +52,24 @@ def siglip_flipped(image, text, scale, bias, kind):
     return -F.logsigmoid(margins).sum() / image.size(0)
 
 
+def siglip_softplus(image, text, scale, bias, kind):
+    """-logsigmoid(m) = softplus(-m), with one sign to turn and none of all losses."""
+    negated = torch.addmm(bias, image * scale, text.t())
+    negated.diagonal().neg_()
+    return F.softplus(negated).sum() / image.size(0)
+
+
 def stock(case):
-    first, second = {
-        "infonce": (infonce, infonce_log_softmax),
-        "siglip": (siglip, siglip_flipped),
+    first, *rest = {
+        "infonce": (infonce, infonce_log_softmax, infonce_logsumexp),
+        "siglip": (siglip, siglip_flipped, siglip_softplus),
     }[case.options["kind"]]
-    variants = eager_and_compiled(as_called(second))
-    name = second.__name__.partition("_")[2]
-    renamed = {f"{form} {name}": variant for form, variant in variants.items()}
-    return eager_and_compiled(as_called(first)) | renamed
+    forms = eager_and_compiled(as_called(first))
+    for function in rest:
+        name = function.__name__.partition("_")[2]
+        variants = eager_and_compiled(as_called(function))
+        forms |= {f"{form} {name}": variant for form, variant in variants.items()}
+    return forms
 
 
 def work(case, which):

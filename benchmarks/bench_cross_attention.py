@@ -38,7 +38,7 @@ def products(query, key, value, need_weights, key_lengths=None):
     # The scale on the query touches fewer elements than on the scores.
     scores = (query * query.size(-1) ** -0.5) @ key.transpose(-1, -2)
     if key_lengths is not None:
-        scores = scores.masked_fill(~inside(key, key_lengths), -torch.inf)
+        scores = scores.masked_fill_(~inside(key, key_lengths), -torch.inf)
     weights = scores.softmax(-1)
     return weights @ value, weights.mean(1) if need_weights == "mean" else weights
 

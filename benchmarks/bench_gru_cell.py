@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled, frozen
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner import SIZES
 
@@ -61,7 +61,7 @@ BENCHMARK = Benchmark(
         Case(sizes(1, 256, 512)),
     ],
     make=make,
-    stock=lambda case: eager_and_compiled(stock_module),
+    stock=lambda case: eager_and_compiled(stock_module) | frozen(stock_module),
     work=work,
 )
 

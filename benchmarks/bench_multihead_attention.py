@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 import mbm_kernels
-from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled, frozen
 from mbm_kernels.bench.cli import run_script
 
 PARAMETERS = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -54,6 +54,7 @@ def work(case, which):
     return Work(passes * operations, 4 * passes * moved, special=b * n * t * s)
 
 
+STOCK = build_from(torch.nn.MultiheadAttention)
 BENCHMARK = Benchmark(
     op="multihead_attention",
     cases=[
@@ -64,7 +65,7 @@ BENCHMARK = Benchmark(
         Case({"B": 64, "N": 8, "T": 20, "S": 196, "D": 512}, quick=True, check={"B": 4}),
     ],
     make=make,
-    stock=lambda case: eager_and_compiled(build_from(torch.nn.MultiheadAttention)),
+    stock=lambda case: eager_and_compiled(STOCK) | frozen(STOCK),
     function=lambda inputs: build_from(mbm_kernels.nn.MultiheadAttention)(inputs),
     reference=definition,
     work=work,

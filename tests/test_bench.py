@@ -1,4 +1,4 @@
-"""mbm_kernels.bench: statistics, timing, memory, names of machines, results files, tables."""
+"""mbm_kernels.bench: statistics, timing, limits, memory, names of machines."""
 
 import json
 import os
@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 import mbm_kernels
-from mbm_kernels._core.files import write_atomic
-from mbm_kernels.bench import BOTH, FORWARD, machine, memory, results, statistics, table, timing
+from mbm_kernels.bench import (
+    Work,
+    limits,
+    machine,
+    memory,
+    samples,
+    statistics,
+    timing,
+)
 
 from .conftest import raises
 
@@ -51,40 +57,119 @@ def noisy(rounds, scale, seed, drift):
     return 1e6 * scale * jitter * drift
 
 
+def processes(scale, seed, between=0.03, count=5, rounds=20):
+    """Times of a form in each process, which draws a factor of its own."""
+    factors = np.random.default_rng(seed).lognormal(0, between, count)
+    return [noisy(rounds, scale * f, 100 * seed + i, 1) for i, f in enumerate(factors)]
+
+
 class TestStatistics:
     drift = np.linspace(1, 2.5, 40)
 
     def test_same_against_same_contains_one(self):
-        inside = 0
+        inside, verdicts = 0, []
         for seed in range(100):
-            a, b = (noisy(40, 1.0, 2 * seed + i, self.drift) for i in range(2))
+            a, b, again = (noisy(40, 1.0, 3 * seed + i, self.drift) for i in range(3))
             ratio = statistics.paired_ratio(a, b)
             inside += ratio.low <= 1 <= ratio.high
-            assert ratio.verdict() == "same"
+            verdicts.append(ratio.verdict(statistics.paired_ratio(again, b).floor()))
         assert inside >= 90
+        assert verdicts.count("FAST") + verdicts.count("SLOW") <= 2
 
     def test_slow_down_of_a_fifth_is_seen(self):
         for seed in range(50):
             stock, mbm = (noisy(40, s, 2 * seed + i, self.drift) for i, s in enumerate((1, 1.2)))
             ratio = statistics.paired_ratio(stock, mbm)
-            assert ratio.verdict() == "slower"
+            assert ratio.verdict() == "SLOW"
             assert ratio.value == pytest.approx(1 / 1.2, rel=0.05)
-            assert statistics.paired_ratio(mbm, stock).verdict() == "faster"
+            assert statistics.paired_ratio(mbm, stock).verdict() == "FAST"
+
+    @pytest.mark.parametrize(
+        ("low", "high", "verdict"),
+        [
+            (1.11, 1.3, "FAST"),
+            (0.8, 0.9, "SLOW"),
+            (0.95, 1.08, "SAME"),
+            (1.02, 1.2, "AMBG"),  # some of it faster
+            (0.85, 1.0, "AMBG"),
+            (0.5, 2.0, "AMBG"),  # a wide interval says nothing, not that they are the same
+        ],
+    )
+    def test_verdicts(self, low, high, verdict):
+        assert statistics.Ratio((low + high) / 2, low, high).verdict(floor=0.1) == verdict
+
+    def test_floor_is_what_a_form_shows_beside_itself(self):
+        assert statistics.Ratio(1.0, 0.98, 1.04).floor() == pytest.approx(0.04)
+        assert statistics.Ratio(1.0, 1 / 1.07, 1.04).floor() == pytest.approx(0.07)
+        assert statistics.Ratio(1.0, 1.0, 1.0).floor() == statistics.LEAST_FLOOR
+
+    def test_interval_over_processes_covers_what_one_misses(self):
+        """Of 100 pairs that differ by chance alone, per process and per round."""
+        within = over = 0
+        for seed in range(100):
+            a, b = (processes(1.0, 2 * seed + i) for i in range(2))
+            one = statistics.ratio_over(a[:1], b[:1])
+            five = statistics.ratio_over(a, b)
+            within += one.low <= 1 <= one.high
+            over += five.low <= 1 <= five.high
+        assert over >= 90
+        assert within < 60
+
+    def test_tail_is_that_of_student(self):
+        for freedom, quantile in ((4, 2.776), (9, 2.262), (29, 2.045)):
+            assert statistics.student(0.975, freedom) == pytest.approx(quantile, rel=0.005)
+        # Hesterberg's table of sizes of expanded intervals, n = 5
+        assert statistics.expanded_tail(5) == pytest.approx(0.001, abs=1e-4)
+        assert statistics.expanded_tail(1000) == pytest.approx(0.025, rel=0.01)
 
     def test_interval_is_repeatable(self):
         a, b = (noisy(20, 1.0, i, 1) for i in range(2))
         assert statistics.paired_ratio(a, b) == statistics.paired_ratio(a, b)
+        assert statistics.ratio_over([a, b], [b, a]) == statistics.ratio_over([a, b], [b, a])
 
     def test_summary(self):
-        summary = statistics.Summary.of(np.arange(1, 102) * 1e6)
+        times = np.arange(1, 102) * 1e6
+        summary = statistics.Summary.of(times)
         assert (summary.median_ms, summary.p20_ms, summary.p80_ms) == (51, 21, 81)
         assert summary.rounds == 101
+        assert statistics.Summary.over([times, 2 * times, 3 * times]).median_ms == 102
+
+    def test_spread_is_that_of_the_worst_process(self):
+        assert statistics.spread([np.ones(10), np.repeat([1.0, 3.0], 5)]) == 3
 
     def test_bad_input(self):
         with raises(ValueError, "same number"):
             statistics.paired_ratio(np.ones(3), np.ones(4))
         with raises(ValueError, "at least 1"):
             statistics.paired_ratio(np.ones(0), np.ones(0))
+
+    def test_samples_survive_as_text(self):
+        times = {"mbm": processes(1.0, 1), "eager": processes(900.0, 2)}
+        packed = json.loads(json.dumps(samples.pack(times)))
+        assert len(json.dumps(packed)) < 4 * 200 * 2
+        found = samples.unpack(packed)
+        for name, each in times.items():
+            for before, after in zip(each, found[name], strict=True):
+                np.testing.assert_allclose(after, before, rtol=1e-4)
+
+
+class TestLimits:
+    limit = limits.Limits(
+        operations_per_s=1e9, bytes_per_s=1e6, last=1000, second=100, last_bytes_per_s=1e7
+    )
+
+    @pytest.mark.parametrize(
+        ("work", "seconds", "bound"),
+        [
+            (Work(1e9, 0), 1.0, "arithmetic"),
+            (Work(1e9, 0, fewest=1e8), 0.1, "arithmetic"),
+            (Work(0, 600), 5e-5, "cache"),  # 500 bytes of it are not in the second level
+            (Work(0, 3000), 2e-3, "memory"),  # 2000 of them are in no cache
+        ],
+    )
+    def test_bytes_count_from_where_they_must_come(self, work, seconds, bound):
+        found, name = self.limit.least_seconds(work)
+        assert (found, name) == (pytest.approx(seconds), bound)
 
 
 class TestTiming:
@@ -151,6 +236,16 @@ class TestMachine:
         )
         assert found.stdout.strip() == "warm"
 
+    @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no Linux /proc")
+    def test_load_is_what_others_take(self, monkeypatch):
+        now = iter([(0.0, 100.0, 10.0), (2.0, 103.0, 11.0)])
+        monkeypatch.setattr(machine.Others, "_now", staticmethod(lambda: next(now)))
+        assert machine.Others().cores() == 1.0  # 3 s busy in 2 s, 1 of them our own
+        monkeypatch.undo()
+        assert machine.Others().cores() >= 0.0
+        monkeypatch.setattr(machine.Others, "_now", staticmethod(lambda: None))
+        assert machine.Others().cores() is None
+
     def test_commit(self, tmp_path):
         assert machine.commit(tmp_path) is None
         assert machine.is_dirty(tmp_path) is None
@@ -198,138 +293,3 @@ class TestMemory:
     def test_unknown_is_none(self, tmp_path, monkeypatch):
         monkeypatch.setattr(memory, "PROC", tmp_path / "absent")
         assert memory.peak_extra_bytes(lambda: None) is None
-
-
-def row(**changes):
-    return {
-        "op": "gru",
-        "case": "B1 T32",
-        "pass": FORWARD,
-        "dtype": "float32",
-        "threads": 2,
-        "heap": "warm",
-        "backend": "cpu",
-        "quick": False,
-        "mbm_ms": 0.5,
-        "stock_form": "eager",
-        "stock_ms": 2.0,
-        "ratio": 4.0,
-        "ratio_lo": 3.9,
-        "ratio_hi": 4.1,
-        "verdict": "faster",
-        "ratios": {"eager": 4.0, "compile": 5.0},
-        "unavailable": {},
-        "peak_extra_bytes": {"mbm": 3 * 2**20, "eager": None},
-        "result_bytes": {"mbm": 2**20, "eager": 2**20},
-        **changes,
-    }
-
-
-class TestResults:
-    @pytest.fixture(autouse=True)
-    def _no_out(self, monkeypatch):
-        monkeypatch.delenv("OUT", raising=False)
-
-    def test_round_trip_and_merge(self, tmp_path):
-        commit = "0123456789abcdef"
-        file = results.ResultsFile(tmp_path, commit, "2026-11-30")
-        assert file.path == tmp_path / machine.device() / "2026-11-30-0123456.json"
-        assert file.rows() == []
-        file.append(row())
-        # Another operation, on another day, in another process: the same file.
-        other = results.ResultsFile(tmp_path, commit, "2026-12-01")
-        other.append(row(op="gru_cell"))
-        file.append(row(heap="default"))
-        file.append(row(mbm_ms=0.4))
-        found = results.read(file.path)
-        assert [(r["op"], r["heap"], r["mbm_ms"]) for r in found["rows"]] == [
-            ("gru_cell", "warm", 0.5),
-            ("gru", "default", 0.5),
-            ("gru", "warm", 0.4),
-        ]
-        assert (found["schema"], found["commit"]) == (results.SCHEMA, commit)
-        assert len(list(tmp_path.rglob("*"))) == 2
-
-    def test_losing_rows_of_a_named_backend_stay(self, tmp_path):
-        file = results.ResultsFile(tmp_path, "a" * 40)
-        file.append(row(backend="cpu", ratio=0.5))
-        file.append(row(backend="torch", ratio=1.0))
-        assert [r["ratio"] for r in file.rows()] == [0.5, 1.0]
-
-    def test_out_and_no_commit(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("OUT", str(tmp_path / "out"))
-        file = results.ResultsFile(tmp_path / "base", None, "2026-11-30")
-        assert file.path == tmp_path / "out" / "2026-11-30-nocommit.json"
-        file.append(row())
-        assert results.read(file.path)["commit"] is None
-
-    @pytest.mark.parametrize("stage", ["fsync", "replace"])
-    def test_interrupted_write_leaves_the_old_file(self, tmp_path, monkeypatch, stage):
-        path = tmp_path / "result.json"
-        write_atomic(path, b"old")
-
-        def stop(*args):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(*((os, "fsync") if stage == "fsync" else (Path, "replace")), stop)
-        with pytest.raises(KeyboardInterrupt):
-            write_atomic(path, b"new")
-        assert path.read_text() == "old"
-        assert list(tmp_path.iterdir()) == [path]
-
-    def test_foreign_files(self, tmp_path):
-        path = tmp_path / "x.json"
-        path.write_text('{"schema": 99}')
-        with raises(ValueError, "got schema 99", "expected 1"):
-            results.read(path)
-        path.write_text('{"schema": 1, "ro')
-        with raises(ValueError, "not JSON"):
-            results.read(path)
-
-
-class TestTable:
-    @pytest.mark.parametrize("width", [80, 100, 160])
-    def test_nothing_is_cut_off(self, width):
-        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        losing = row(ratio=0.5, ratio_lo=0.45, ratio_hi=0.55, verdict="slower", op="gru_cell")
-        table.print_rows([row(), losing, row(**{"pass": BOTH}, heap="default")], console)
-        text = console.export_text()
-        assert "…" not in text
-        for part in ("4.00x", "3.90-4.10", "0.50x", "0.45-0.55", "default heap", "fwd+bwd"):
-            assert part in text
-        assert ("compile 5.00x" in text) == (width >= table.WIDE)
-
-    def test_wrong_rows_have_no_speed(self):
-        console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        wrong = {n: row().get(n) for n in results.KEY} | {"wrong": "error 1 over the budget"}
-        table.print_rows([wrong], console)
-        line = console.export_text().splitlines()[2]
-        assert "WRONG" in line
-        assert "x " not in line
-
-    def test_markdown_between_markers(self, tmp_path):
-        file = results.ResultsFile(tmp_path / "results", "a" * 40)
-        file.append(row())
-        file.append(row(op="gru_cell", ratio=0.8, ratio_lo=0.7, ratio_hi=0.9))
-        file.append(row(heap="default", ratio=9.0))
-        file.append(row(threads=1, ratio=8.0))
-        readme = tmp_path / "README.md"
-        readme.write_text(f"before\n{table.BEGIN}\nstale\n{table.END}\nafter\n")
-        for _ in range(2):
-            table.update_readme(readme, results.read(file.path), file.path)
-        text = readme.read_text()
-        assert text.startswith(f"before\n{table.BEGIN}\n")
-        assert text.endswith(f"{table.END}\nafter\n")
-        assert "stale" not in text
-        assert "| gru | B1 T32 | forward | cpu | eager | 2 | 0.5 | 4.00 (3.90 to 4.10) |" in text
-        assert "0.80 (0.70 to 0.90)" in text
-        assert "9.00" not in text
-        assert "8.00" not in text
-        assert f"results/{machine.device()}/{file.path.name}" in text
-
-    @pytest.mark.parametrize(
-        "text", ["", table.BEGIN, table.END + table.BEGIN, (table.BEGIN + table.END) * 2]
-    )
-    def test_missing_markers(self, text):
-        with raises(ValueError, "markers"):
-            table.replace_between_markers(text, "new")

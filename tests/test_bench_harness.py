@@ -6,8 +6,10 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,9 +25,13 @@ from mbm_kernels.bench import (
     cli,
     correct,
     harness,
+    isa,
     limits,
     machine,
+    processes,
     results,
+    samples,
+    statistics,
 )
 
 from .conftest import raises
@@ -33,6 +39,13 @@ from .conftest import raises
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 OPS = [path.stem.removeprefix("bench_") for path in sorted(BENCHMARKS.glob("bench_*.py"))]
 FAST = harness.Settings(threads=(1,), seconds=0.02, min_rounds=3, compile=False)
+
+ISAS = {"mbm": "avx2"} | {name: {"isa": "avx2"} for name in isa.LIBRARIES}
+
+
+def options(folder, **changes):
+    given = {"quick": True, "threads": [1], "seconds": 0.02, "no_compile": True}
+    return cli.Options(folder, results_folder=folder, **given | changes)
 
 
 def make(case, generator):
@@ -81,8 +94,9 @@ def benchmark_of(function=None, stock=stock_form, case=None):
 
 class TestHarness:
     @pytest.fixture(autouse=True)
-    def _limits(self, monkeypatch):
+    def _quick(self, monkeypatch):
         monkeypatch.setattr(limits, "measure", lambda threads: limits.Limits(1e9, 1e9))
+        monkeypatch.setattr(isa, "record", lambda: ISAS)
 
     def test_rows(self):
         benchmark = benchmark_of()
@@ -109,10 +123,9 @@ class TestHarness:
         found = list(harness.run(benchmark, benchmark.cases, FAST))
         for r in found:
             assert ("wrong" not in r) == ("ratio" in r) == ("mbm_ms" in r) == (r["pass"] in right)
-        code = cli.measure([benchmark], FAST, root=tmp_path, base=tmp_path)
-        assert code == cli.EXIT_WRONG
+        assert cli.measure([benchmark], options(tmp_path)) == cli.EXIT_WRONG
         assert "over the budget" in capsys.readouterr().out
-        (path,) = tmp_path.rglob("*.json")
+        (path,) = tmp_path.rglob("*.jsonl")
         assert "ratio" not in results.read(path)["rows"][-1]
 
     def test_stock_form_of_other_maths_is_refused(self):
@@ -198,13 +211,110 @@ class TestHarness:
 
         monkeypatch.setattr(harness, "run", rows)
         with pytest.raises(KeyboardInterrupt):
-            cli.measure([benchmark_of()], FAST, root=tmp_path, base=tmp_path)
-        (path,) = tmp_path.rglob("*.json")
+            cli.measure([benchmark_of()], options(tmp_path))
+        (path,) = tmp_path.rglob("*.jsonl")
         assert len(results.read(path)["rows"]) == 1
 
     def test_unknown_case(self, tmp_path):
         with raises(ValueError, "case: got 'B99'", "B2 T3 S5 D8"):
-            cli.measure([benchmark_of()], FAST, root=tmp_path, base=None, case="B99")
+            cli.measure([benchmark_of()], cli.Options(tmp_path, quick=True, case="B99"))
+
+    def test_another_isa_is_measured_by_nobody(self, tmp_path, monkeypatch):
+        other = {**ISAS, "aten": {"isa": "avx512"}}
+        monkeypatch.setattr(isa, "record", lambda: other)
+        with raises(ValueError, "isa: got mbm runs avx2, ATen avx512", "expected one ISA"):
+            cli.measure([benchmark_of()], options(tmp_path))
+        assert not list(tmp_path.rglob("*.jsonl"))
+
+    def test_rows_in_doubt_are_written_by_force_alone(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.delenv("OUT", raising=False)
+        monkeypatch.setattr(harness, "doubts", lambda row, found: ["eager: p80 / p20 is 3.0"])
+        assert cli.measure([benchmark_of()], options(tmp_path)) == 0
+        assert "not written" in capsys.readouterr().out
+        assert not list(tmp_path.rglob("*.jsonl"))
+        cli.measure([benchmark_of()], options(tmp_path, force=True))
+        (path,) = tmp_path.rglob("*.jsonl")
+        assert {row["verdict"] for row in results.read(path)["rows"]} == {"AMBG"}
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"floor": 0.3}, "mbm beside itself differs by up to 30%"),
+            ({"limit": {"share": 1.4, "bound": "memory"}}, "140% of the memory limit"),
+            ({"forms": {"eager": {}}}, "eager: p80 / p20 is 4.0"),
+        ],
+    )
+    def test_doubts(self, change, said):
+        times = {"mbm": np.ones(10), "eager": np.repeat([1.0, 4.0], 5)}
+        steady = harness.Sampled({"mbm": np.ones(10), "eager": np.ones(10)}, {}, 0.0, {}, {})
+        one = harness.Sampled(times, {}, 0.0, {}, {})
+        row = {"floor": 0.02, "forms": {"mbm": {}}, "limit": {"share": 0.9, "bound": "memory"}}
+        assert harness.doubts(row, [steady, one]) == []
+        (found,) = harness.doubts(row | change, [steady, one])
+        assert found.startswith(said)
+
+    def test_rows_of_processes(self):
+        """A source of several: ratios over all of them, memory of the first."""
+        benchmark, seen = benchmark_of(), []
+
+        def source(benchmark, case, which, settings):
+            seen.append((case.label, which, torch.get_num_threads()))
+            found = [
+                harness.sample(benchmark, case, which, settings, seed=i, with_memory=i == 0)
+                for i in range(2)
+            ]
+            return [harness.Sampled.from_json(json.loads(json.dumps(f.as_json()))) for f in found]
+
+        rows = list(harness.run(benchmark, benchmark.cases, FAST, source=source))
+        assert seen == [("B2 T3 S5 D8", which, 1) for which in (FORWARD, BOTH)]
+        for r in rows:
+            assert r["n_processes"] == 2
+            assert set(r["peak_extra_bytes"]) == {"mbm", "eager"}
+            each = samples.unpack(r["samples"])
+            assert set(each) == {"mbm", "mbm again", "eager"}
+            assert [len(times) for times in each["mbm"]] == [3, 3]
+            ratio = statistics.ratio_over(each["eager"], each["mbm"])
+            assert ratio.value == pytest.approx(r["ratio"], rel=1e-3)
+            assert json.loads(json.dumps(r)) == r
+
+    def test_what_speaks_against_a_row_is_measured_again(self, monkeypatch):
+        said = iter([["noise"], [], ["noise"], ["noise"]])
+        monkeypatch.setattr(harness, "doubts", lambda row, found: next(said))
+        settings = replace(FAST, attempts=2)
+        benchmark = benchmark_of()
+        first, second = harness.run(benchmark, benchmark.cases, settings)
+        assert (first["doubts"], second["doubts"]) == ([], ["noise"])
+        assert second["verdict"] == "AMBG"
+
+    def test_published_rows_have_processes(self, tmp_path):
+        settings = cli.Options(tmp_path, publish=True).settings()
+        assert settings.processes == processes.LEAST
+        assert settings.seconds == pytest.approx(0.6)
+        with raises(ValueError, "processes: got 2", "at least 5 with --publish"):
+            cli.Options(tmp_path, publish=True, processes=2).settings()
+        assert cli.Options(tmp_path, processes=2).settings().processes == 2
+
+
+class TestProcesses:
+    @pytest.mark.slow
+    def test_a_pool_times_a_case_in_each(self):
+        (benchmark,) = cli.load(BENCHMARKS, ["gru_cell"])
+        (case,) = benchmark.choose("tiny", quick=False)
+        settings = replace(FAST, processes=2)
+        with processes.Pool(BENCHMARKS, "gru_cell", 2) as pool:
+            found = pool(benchmark, case, FORWARD, settings)
+            again = pool(benchmark, case, BOTH, settings)
+        assert [set(f.times) for f in (*found, *again)] == [{"mbm", "mbm again", "eager"}] * 4
+        assert [bool(f.result_bytes) for f in found] == [True, False]
+        assert not (found[0].times["mbm"] == found[1].times["mbm"]).all()
+
+    def test_a_process_that_ends_says_so(self, tmp_path):
+        (tmp_path / "bench_gone.py").write_text("import os; os._exit(7)")
+        with (
+            raises(ValueError, "gone: process 0 got status 7"),
+            processes.Pool(tmp_path, "gone", 1),
+        ):
+            pass
 
 
 class TestBenchmarks:
@@ -236,13 +346,16 @@ class TestBenchmarks:
     @pytest.mark.slow
     def test_script(self, tmp_path):
         command = [sys.executable, str(BENCHMARKS / "bench_gru_cell.py"), "--quick", "--threads=1"]
-        command += ["--no-compile", "--seconds=0.1", "--results", str(tmp_path)]
+        command += ["--no-compile", "--seconds=0.1", "--force", "--results", str(tmp_path)]
         environment = {n: v for n, v in os.environ.items() if n != "OUT"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        (path,) = tmp_path.rglob("*.json")
+        (path,) = tmp_path.rglob("*.jsonl")
+        assert path.stem.endswith("-local")
         found = results.read(path)
         assert {r["heap"] for r in found["rows"]} == {"warm"}
+        assert {r["n_processes"] for r in found["rows"]} == {1}
+        assert isa.disagreement(found["isa"]) is None
         assert path.parent.name == found["device"] == machine.device()
         done = subprocess.run(
             [*command, "--heap=hot"], capture_output=True, text=True, env=environment

@@ -4,7 +4,7 @@ A table is package data, `ops/<op>/dispatch.json`:
 
     {"rules": [{"backend": "cpu", "device": "cpu", "dtypes": ["float32"], "isa": ["avx2"],
                 "where": {"B": [1, 64], "elements": [4096, null]},
-                "results": "benchmarks/results/<device>/<date>-<sha7>.json"}]}
+                "results": "benchmarks/results/<device>/<date>-<sha7>.jsonl"}]}
 
 A rule holds when device, dtype and (for cpu) the ISA in use match and every size named in `where`
 lies in its closed interval, null being unbounded. "auto" takes the first of cuda, triton, cpu that

@@ -54,6 +54,51 @@ def compile_whole(function: Function) -> Function:
     return compiled
 
 
+def freeze_whole(function: Function) -> Function:
+    """torch.compile that takes a module's parameters for constants, as inference may: it lays them
+    out for oneDNN once and fuses what follows. For calls under torch.no_grad."""
+    compiled, is_compiled = compile_whole(function), False
+
+    def call(**arguments: Any) -> Any:
+        nonlocal is_compiled
+        if is_compiled:
+            return compiled(**arguments)
+        from torch._inductor import config
+
+        with config.patch(freezing=True):
+            found = compiled(**arguments)
+        is_compiled = True
+        return found
+
+    return call
+
+
+class Held(nn.Module):
+    """A function of inputs by name as a module that holds some of them as its parameters."""
+
+    def __init__(self, function: Function, held: Mapping[str, Tensor]):
+        super().__init__()
+        self.function, self.held = function, tuple(held)
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.function(**inputs, **{name: getattr(self, name) for name in self.held})
+
+
+def holding(
+    function: Function, names: Sequence[str]
+) -> Callable[[Inputs], tuple[Function, Inputs]]:
+    """The `build` of a form that holds these inputs, where a case has them, as parameters."""
+
+    def build(inputs: Inputs) -> tuple[Function, Inputs]:
+        held = {name: inputs[name] for name in names if isinstance(inputs.get(name), Tensor)}
+        rest = {name: value for name, value in inputs.items() if name not in held}
+        return Held(function, held), rest
+
+    return build
+
+
 @dataclass(frozen=True)
 class Form:
     """One way to compute the operation.
@@ -78,6 +123,14 @@ class Form:
 
 def eager_and_compiled(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
     return {"eager": Form(build), "compile": Form(build, compile=True)}
+
+
+def frozen(
+    build: Callable[[Inputs], tuple[Function, Inputs]], layout: torch.memory_format | None = None
+) -> dict[str, Form]:
+    """The forward pass of a build whose weights are parameters of its module, folded in."""
+    form = Form(build, layout, compile=True, compiler=freeze_whole, passes=(FORWARD,))
+    return {"compile freezing": form}
 
 
 def with_channels_last(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:

@@ -26,6 +26,7 @@ from mbm_kernels.bench.benchmark import (
     Case,
     Inputs,
     Prepared,
+    freeze_whole,
     prepare,
     watch,
 )
@@ -215,6 +216,8 @@ def _calls(
     unavailable: dict[str, str] = {}
     for name, form in {MBM: benchmark.mbm(settings.backend), **forms}.items():
         if form.compile and not settings.compile:
+            continue
+        if form.compiler is freeze_whole:  # it packs weights for oneDNN, and compiles for a while
             continue
         prepared: Prepared = prepare(form, inputs, diff)
         if name != MBM and (reason := call_fails(prepared, which)):

@@ -1,33 +1,45 @@
-"""Runs a benchmark: right results first, then interleaved times, one row a case and pass."""
+"""Runs a benchmark: right results first, then interleaved times, one row a case and pass.
+
+A row is of one process or of several (processes.py): `sample` times every form in the process that
+calls it, `row_of` makes a row of what one or more processes found.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
-from mbm_kernels.bench import limits, machine, memory, timing
+from mbm_kernels.bench import limits, machine, memory, statistics, timing
 from mbm_kernels.bench.benchmark import (
     Benchmark,
     Case,
     Prepared,
+    Watched,
     prepare,
     watch,
 )
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.results import Row
-from mbm_kernels.bench.statistics import Summary, paired_ratio
+from mbm_kernels.bench.samples import pack
+from mbm_kernels.bench.statistics import Summary, Times
 
 MBM = "mbm"
+AGAIN = "mbm again"  # mbm beside itself in the same rounds: what the machine alone makes of a ratio
+QUICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a run measures.
 
-    seconds: of sampling for a row; at least `timing.MIN_ROUNDS` rounds are taken.
+    Args:
+        seconds: of sampling for a row in each process; at least `min_rounds` rounds are taken.
+        processes: that a row's times come from.
+        attempts: how often a row is measured until nothing speaks against it.
     """
 
     threads: Sequence[int] = (2, 1)
@@ -36,9 +48,48 @@ class Settings:
     backend: str = "auto"
     compile: bool = True
     quick: bool = False
+    processes: int = 1
+    attempts: int = 1
 
 
-QUICK_SECONDS = 0.5
+def published(settings: Settings, processes: int) -> Settings:
+    """For rows to publish: more processes, and less of each."""
+    seconds = settings.seconds * 0.24  # 0.6 s of the usual 2.5
+    return replace(settings, seconds=seconds, min_rounds=5, processes=processes, attempts=2)
+
+
+@dataclass
+class Sampled:
+    """What one process found of a case.
+
+    Args:
+        times: of each form, [rounds], nanoseconds per call.
+        unavailable: forms that do not compile, and why.
+        load: cores that the rest of the machine took meanwhile.
+        peak_extra_bytes, result_bytes: of each form; empty where they were not asked for.
+    """
+
+    times: dict[str, Times]
+    unavailable: dict[str, str]
+    load: float | None
+    peak_extra_bytes: dict[str, int | None]
+    result_bytes: dict[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "times": {n: t.tolist() for n, t in self.times.items()}}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Sampled":
+        times = {name: np.array(t) for name, t in found["times"].items()}
+        return cls(**{**found, "times": times})
+
+
+Source = Callable[[Benchmark, Case, str, Settings], Sequence[Sampled]]
+
+
+def here(benchmark: Benchmark, case: Case, which: str, settings: Settings) -> Sequence[Sampled]:
+    """The source of rows that are measured in this process."""
+    return [sample(benchmark, case, which, settings)]
 
 
 def run(
@@ -46,6 +97,7 @@ def run(
     cases: Sequence[Case],
     settings: Settings,
     started: Callable[[str], None] = lambda what: None,
+    source: Source = here,
 ) -> Iterator[Row]:
     """The rows as they come; a row with `wrong` has no times."""
     for case in cases:
@@ -53,8 +105,8 @@ def run(
             started(f"{benchmark.op} {case.label} {which}: checking")
             with timing.threads(settings.threads[0]):
                 # A smaller case might be dispatched elsewhere: check the backend that is timed.
-                backends = watch(benchmark, case, which, settings.backend).backends
-                backend = backends.get(benchmark.op, settings.backend)
+                watched = watch(benchmark, case, which, settings.backend)
+                backend = watched.backends.get(benchmark.op, settings.backend)
                 outcome: Row
                 try:
                     shares = check(benchmark, case, which, backend)
@@ -62,16 +114,24 @@ def run(
                 except WrongResult as error:
                     outcome = {"wrong": str(error)}
             for count in settings.threads:
-                started(f"{benchmark.op} {case.label} {which}: timing, threads {count}")
                 with timing.threads(count):
-                    row = _head(benchmark, case, which, settings, backends) | outcome
-                    if "wrong" not in row:
-                        row |= _measure(benchmark, case, which, settings)
+                    row = _head(benchmark, case, which, settings, watched) | outcome
+                    for attempt in range(settings.attempts):
+                        if "wrong" in row or (attempt and not row["doubts"]):
+                            break
+                        again = ", again" if attempt else ""
+                        started(
+                            f"{benchmark.op} {case.label} {which}: timing, threads {count}{again}"
+                        )
+                        found = source(benchmark, case, which, settings)
+                        row |= row_of(found) | _limit(benchmark, case, which, found)
+                        row["doubts"] = doubts(row, found)
+                        row["verdict"] = statistics.AMBG if row["doubts"] else _verdict(row)
                 yield row
 
 
 def _head(
-    benchmark: Benchmark, case: Case, which: str, settings: Settings, backends: dict[str, str]
+    benchmark: Benchmark, case: Case, which: str, settings: Settings, watched: Watched
 ) -> Row:
     return {
         "op": benchmark.op,
@@ -83,15 +143,26 @@ def _head(
         "threads": torch.get_num_threads(),
         "heap": machine.heap(),
         "backend_asked": settings.backend if benchmark.function is None else "auto",
-        "backend": backend_name(benchmark.op, backends),
-        "backends": backends,
+        "backend": backend_name(benchmark.op, watched.backends),
+        "backends": watched.backends,
+        "dispatch_sizes": watched.sizes.get(benchmark.op, {}),
         "quick": settings.quick,
+        "compiled": settings.compile,
+        "n_processes": settings.processes,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load": machine.load(),
     }
 
 
-def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -> Row:
+def sample(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    settings: Settings,
+    *,
+    seed: int = 0,
+    with_memory: bool = True,
+) -> Sampled:
+    """Times every form in this process, on its present number of threads."""
     torch._dynamo.reset()  # compiled code of another thread count or case
     inputs = benchmark.inputs(case)
     diff = benchmark.differentiable(inputs)
@@ -106,40 +177,84 @@ def _measure(benchmark: Benchmark, case: Case, which: str, settings: Settings) -
             failed[name] = reason
             del prepared[name]
     calls = {name: p.call(which) for name, p in prepared.items()}
-    times = timing.interleave(calls, settings.seconds, min_rounds=settings.min_rounds)
-    summaries = {name: Summary.of(t) for name, t in times.items()}
-    stock = [name for name in times if name != MBM]
+    others = machine.Others()
+    times = timing.interleave(
+        calls | {AGAIN: calls[MBM]}, settings.seconds, seed=seed, min_rounds=settings.min_rounds
+    )
+    load = others.cores()
+    # After the timing, since it trims the heap.
+    peaks = {n: memory.peak_extra_bytes(call) for n, call in calls.items() if with_memory}
+    sizes = {n: memory.result_bytes(call()) for n, call in calls.items() if with_memory}
+    return Sampled(times, failed, load, peaks, sizes)
+
+
+def row_of(found: Sequence[Sampled]) -> Row:
+    """What a row says of the times of one or more processes."""
+    # A form that failed in one of them is in none.
+    names = [n for n in found[0].times if all(n in process.times for process in found)]
+    times = {name: [process.times[name] for process in found] for name in names}
+    summaries = {name: Summary.over(each) for name, each in times.items()}
+    stock = [name for name in names if name not in (MBM, AGAIN)]
     best = min(stock, key=lambda name: summaries[name].median_ms)
-    ratio = paired_ratio(times[best], times[MBM])
-    row: Row = {
+    ratios = {name: statistics.ratio_over(times[name], times[MBM]) for name in stock}
+    loads = [process.load for process in found if process.load is not None]
+    itself = statistics.ratio_over(times[AGAIN], times[MBM])
+    return {
         "forms": {name: summary.as_dict() for name, summary in summaries.items()},
-        "unavailable": failed,
+        "unavailable": {n: why for process in found for n, why in process.unavailable.items()},
         "stock_form": best,
         "mbm_ms": summaries[MBM].median_ms,
         "stock_ms": summaries[best].median_ms,
-        "ratio": ratio.value,
-        "ratio_lo": ratio.low,
-        "ratio_hi": ratio.high,
-        "verdict": ratio.verdict(),
-        "ratios": {name: paired_ratio(times[name], times[MBM]).value for name in stock},
-        # After the timing, since it trims the heap.
-        "peak_extra_bytes": {name: memory.peak_extra_bytes(calls[name]) for name in (MBM, best)},
-        "result_bytes": {name: memory.result_bytes(calls[name]()) for name in (MBM, best)},
+        "ratio": ratios[best].value,
+        "ratio_lo": ratios[best].low,
+        "ratio_hi": ratios[best].high,
+        "floor": itself.floor(),
+        "ratios": {name: ratio.value for name, ratio in ratios.items()},
+        "load": round(sum(loads) / len(loads), 3) if loads else None,
+        "n_processes": len(found),
+        "peak_extra_bytes": found[0].peak_extra_bytes,
+        "result_bytes": found[0].result_bytes,
+        "samples": pack(times),
     }
-    if benchmark.work is not None:
-        work = benchmark.work(case, which)
-        limit = limits.measure(torch.get_num_threads())
-        least, bound = limit.least_seconds(work)
-        row["limit"] = {
+
+
+def _verdict(row: Row) -> str:
+    return statistics.Ratio(row["ratio"], row["ratio_lo"], row["ratio_hi"]).verdict(row["floor"])
+
+
+def doubts(row: Row, found: Sequence[Sampled]) -> list[str]:
+    """What speaks against the row's times; it has no verdict then."""
+    said = []
+    if row["floor"] > statistics.MOST_FLOOR:
+        said.append(f"mbm beside itself differs by up to {row['floor']:.0%}")
+    for name in row["forms"]:
+        spread = statistics.spread([process.times[name] for process in found])
+        if spread > statistics.MOST_SPREAD:
+            said.append(f"{name}: p80 / p20 is {spread:.1f}")
+    share = row.get("limit", {}).get("share", 0.0)
+    if share > statistics.MOST_SHARE:
+        said.append(f"{share:.0%} of the {row['limit']['bound']} limit, which nothing exceeds")
+    return said
+
+
+def _limit(benchmark: Benchmark, case: Case, which: str, found: Sequence[Sampled]) -> Row:
+    if benchmark.work is None:
+        return {}
+    work = benchmark.work(case, which)
+    limit = limits.measure(torch.get_num_threads())
+    least, bound = limit.least_seconds(work)
+    milliseconds = Summary.over([process.times[MBM] for process in found]).median_ms
+    return {
+        "limit": {
             "bound": bound,
-            "share": least * 1e3 / summaries[MBM].median_ms,
-            "operations": work.operations,
+            "share": least * 1e3 / milliseconds,
+            "operations": work.operations if work.fewest is None else work.fewest,
             "bytes": work.bytes,
             "operations_per_s": limit.operations_per_s,
-            "bytes_per_s": limit.bytes_per_s,
+            "bytes_per_s": limit.last_bytes_per_s if bound == "cache" else limit.bytes_per_s,
             "source": limit.source,
         }
-    return row
+    }
 
 
 def backend_name(op: str, backends: dict[str, str]) -> str:

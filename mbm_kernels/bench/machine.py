@@ -5,12 +5,14 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mbm_kernels._core import env, native
+from mbm_kernels.bench import isa
 from mbm_kernels.info import package_versions
 
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -127,7 +129,7 @@ def facts() -> dict[str, Any]:
     fields = _fields(read_cpuinfo())
     return {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "isa": native.isa() or best_isa(read_cpuinfo()),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "openmp_runtimes": native.openmp_runtimes(),
@@ -141,6 +143,57 @@ def facts() -> dict[str, Any]:
     }
 
 
-def load() -> float | None:
-    """Processes that want to run, averaged over a minute."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+def process_environment(mode: str) -> dict[str, str]:
+    """That of a heap, with the stock libraries held to the ISA that MBM_ISA asks for."""
+    return heap_environment(mode) | isa.environment(env.isa())
+
+
+class Others:
+    """CPU time that the rest of the machine takes from its making on, in cores.
+
+    All of /proc/stat that is not idle, time stolen by other guests included, less what this process
+    and its children took.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: of the clock, of all CPUs busy, of this process and its children."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        fields = [int(n) for n in path.read_text().split("\n", 1)[0].split()[1:9]]
+        user, nice, system, _, _, irq, softirq, steal = fields
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(os.times()[:4])
+
+    def cores(self) -> float | None:
+        """None where /proc does not tell."""
+        begin, end = self._begin, self._now()
+        if begin is None or end is None:
+            return None
+        clock, busy, own = (b - a for a, b in zip(begin, end, strict=True))
+        return max(0.0, busy - own) / max(clock, 1e-3)
+
+
+def cores() -> int:
+    return os.cpu_count() or 1
+
+
+def cache_bytes() -> tuple[int, int]:
+    """Of the second level and of the last, all that one process can have; 0 where not known."""
+    found = {2: 0, 3: 0}
+    seen = set()
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level = int((index / "level").read_text())
+            shared = (level, (index / "shared_cpu_list").read_text().strip())
+            size = (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if level in found and shared not in seen and size.endswith("K"):
+            seen.add(shared)
+            found[level] += int(size[:-1]) * 1024
+    return found[2], max(found[2], found[3])

@@ -1,12 +1,15 @@
-"""Results files: one per device and commit, written row by row.
+"""Results files: one per device and commit, JSON Lines, a head and then one row a line.
 
 Rows of several operations and both heaps merge into the file of their commit; measuring a row again
-replaces it. Every write goes to a temporary name, is fsynced and renamed, so that a stop at any
-moment leaves the last whole file.
+replaces it, unless the new one is worth less. What is measured with local edits or without
+torch.compile goes to a file of its own, `<date>-<sha7>-local.jsonl`, and is no evidence. Every
+write goes to a temporary name, is fsynced and renamed, so that a stop at any moment leaves the last
+whole file.
 """
 
 import json
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from typing import Any
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 
-SCHEMA = 1
+SCHEMA = 2
+JSON_SCHEMA = 1  # of older files, .json: without samples, and with ours and ATen's ISA alone
 KEY = ("op", "case", "pass", "dtype", "threads", "heap", "l2", "backend", "quick")
+LOCAL = "-local"
 
 Row = dict[str, Any]
 
@@ -25,23 +30,37 @@ def row_key(row: Row) -> tuple[str, ...]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A results file.
+    """The head of a results file with its `rows`, of either schema.
 
     Raises:
         ValueError: when it is not one, or of another schema.
     """
+    expected = SCHEMA if path.suffix == ".jsonl" else JSON_SCHEMA
     try:
-        found = json.loads(path.read_text())
+        if path.suffix == ".jsonl":
+            head, *rows = map(json.loads, path.read_text().splitlines() or [""])
+            found = {**head, "rows": rows} if isinstance(head, dict) else head
+        else:
+            found = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: got text that is not JSON ({error}); expected a results file; remove it"
         ) from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    if not isinstance(found, dict) or found.get("schema") != expected:
         schema = found.get("schema") if isinstance(found, dict) else None
         raise ValueError(
-            f"{path}: got schema {schema!r}; expected {SCHEMA}; measure again with this version"
+            f"{path}: got schema {schema!r}; expected {expected}; measure again with this version"
         )
     return found
+
+
+def is_local(dirty: bool | None, compiled: bool) -> bool:
+    return bool(dirty) or not compiled
+
+
+def worth(row: Row) -> tuple[bool, int]:
+    """Rows of more are not replaced by rows of less: none in doubt, then more processes."""
+    return not row.get("doubts"), row.get("n_processes", 1)
 
 
 class ResultsFile:
@@ -53,35 +72,54 @@ class ResultsFile:
         commit: of the measured code, None outside git.
         today: in place of today's date, as 2026-11-30.
         device: the folder's name, without it that of this CPU.
+        local: whether the code has local edits, or torch.compile is left out.
+        isa: what `isa.record` found, of a CPU.
     """
 
     def __init__(
-        self, base: Path, commit: str | None, today: str | None = None, device: str | None = None
+        self,
+        base: Path,
+        commit: str | None,
+        today: str | None = None,
+        device: str | None = None,
+        *,
+        local: bool = False,
+        isa: Mapping[str, Any] | None = None,
     ):
         device = device or machine.device()
         out = os.environ.get("OUT")
         folder = Path(out) if out else base / device
-        name = commit[:7] if commit else "nocommit"
+        name = (commit[:7] if commit else "nocommit") + (LOCAL if local else "")
         date = today or datetime.now(UTC).strftime("%Y-%m-%d")
         # A run that passes midnight, or goes on the next day, stays in one file.
-        earlier = sorted(folder.glob(f"*-{name}.json")) if commit else []
-        self.path = earlier[-1] if earlier else folder / f"{date}-{name}.json"
-        self._head = {
+        earlier = sorted(folder.glob(f"*-{name}.jsonl")) if commit else []
+        self.path = earlier[-1] if earlier else folder / f"{date}-{name}.jsonl"
+        self._head: dict[str, Any] = {
             "schema": SCHEMA,
             "device": device,
             "commit": commit,
+            "local": local,
             "machine": machine.facts(),
         }
+        if isa is not None:
+            self._head["isa"] = dict(isa)
 
-    def append(self, row: Row) -> None:
-        """Adds a row, in place of an earlier one with the same `KEY`.
+    def append(self, row: Row) -> str | None:
+        """Adds a row, in place of an earlier one with the same `KEY`; or says why it does not.
 
         The file is read again first: another process may have added rows of the other heap.
         """
-        rows: list[Row] = read(self.path)["rows"] if self.path.exists() else []
-        rows = [old for old in rows if row_key(old) != row_key(row)] + [row]
-        text = json.dumps({**self._head, "rows": rows}, indent=1) + "\n"
-        write_atomic(self.path, text.encode())
+        rows = self.rows()
+        same = [old for old in rows if row_key(old) == row_key(row)]
+        if "wrong" not in row and any(
+            worth(old) > worth(row) for old in same if "wrong" not in old
+        ):
+            return "a row of more processes, or without doubts, stands there"
+        kept = [old for old in rows if row_key(old) != row_key(row)]
+        lines = [json.dumps(line, separators=(",", ":")) for line in (self._head, *kept, row)]
+        write_atomic(self.path, ("\n".join(lines) + "\n").encode())
+        return None
 
     def rows(self) -> list[Row]:
-        return read(self.path)["rows"] if self.path.exists() else []
+        found: list[Row] = read(self.path)["rows"] if self.path.exists() else []
+        return found

@@ -1,13 +1,27 @@
-"""What a set of interleaved timings says: medians, paired ratios, bootstrap intervals."""
+"""What interleaved timings say: medians, paired ratios, their intervals, and a verdict.
 
+A ratio is measured in one process or in several. In one its interval covers the rounds of that
+process; addresses and the state of the heap, which another draws anew, are not in it. Over several
+it covers both: processes are resampled, then the rounds of each.
+"""
+
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 Times = npt.NDArray[np.float64]
 RESAMPLES = 2000
-FLOOR = 0.05  # A/A runs on a noisy 2-core machine stay inside it: 0 false alarms of 120
+RESAMPLES_OF_PROCESSES = 10_000  # their percentiles lie further out
+FLOOR = 0.05  # where no form was timed against itself
+LEAST_FLOOR = 0.01  # two forms differ by their code's alignment, a form and itself do not
+MOST_FLOOR = 0.10  # a machine that tells a form from itself by more measures nothing
+MOST_SPREAD = 2.0  # p80 / p20 of a form's samples
+MOST_SHARE = 1.10  # of a limit that nothing exceeds
+FAST, SLOW, SAME, AMBG = "FAST", "SLOW", "SAME", "AMBG"
 
 
 @dataclass(frozen=True)
@@ -24,29 +38,61 @@ class Summary:
         p20, median, p80 = (float(p) / 1e6 for p in np.percentile(nanoseconds, (20, 50, 80)))
         return cls(median, p20, p80, len(nanoseconds))
 
+    @classmethod
+    def over(cls, processes: Sequence[Times]) -> "Summary":
+        """Each figure is the median of those of the processes; `rounds` are all of theirs."""
+        each = [cls.of(times) for times in processes]
+        figures = [(s.median_ms, s.p20_ms, s.p80_ms) for s in each]
+        median, p20, p80 = (float(x) for x in np.median(figures, axis=0))
+        return cls(median, p20, p80, sum(s.rounds for s in each))
+
     def as_dict(self) -> dict[str, float | int]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios stock / mbm, above 1 = faster, and its bootstrap 95 % interval."""
+    """Paired ratio stock / mbm, above 1 = faster, and its 95 % interval."""
 
     value: float
     low: float
     high: float
 
+    def floor(self) -> float:
+        """Of a form against itself: how far from 1 the machine alone brings a ratio."""
+        return max(
+            LEAST_FLOOR, math.exp(max(abs(math.log(self.low)), abs(math.log(self.high)))) - 1
+        )
+
     def verdict(self, floor: float = FLOOR) -> str:
-        """ "faster" or "slower" where the whole interval clears the floor, else "same"."""
+        """FAST or SLOW where the whole interval clears the floor, SAME where it all lies inside;
+        else AMBG."""
         if self.low > 1 + floor:
-            return "faster"
+            return FAST
         if self.high < 1 / (1 + floor):
-            return "slower"
-        return "same"
+            return SLOW
+        return SAME if self.low >= 1 / (1 + floor) and self.high <= 1 + floor else AMBG
+
+
+def _ratios(stock: Times, mbm: Times) -> Times:
+    if stock.shape != mbm.shape or stock.size == 0:
+        raise ValueError(
+            f"paired_ratio: got {stock.shape} and {mbm.shape} rounds; "
+            "expected the same number, at least 1; time both in the same rounds"
+        )
+    return stock / mbm
+
+
+def _medians(ratios: Times, count: int, generator: np.random.Generator) -> Times:
+    picks = generator.integers(0, ratios.size, (count, ratios.size))
+    found: Times = np.median(ratios[picks], axis=1)
+    return found
 
 
 def paired_ratio(stock: Times, mbm: Times, seed: int = 0) -> Ratio:
-    """The ratio of two forms timed in the same rounds; the same times give the same interval.
+    """The ratio of two forms timed in the same rounds of one process, with a bootstrap interval.
+
+    The same times give the same interval.
 
     Args:
         stock, mbm: [rounds], nanoseconds per call; entry i of both comes from round i.
@@ -55,12 +101,56 @@ def paired_ratio(stock: Times, mbm: Times, seed: int = 0) -> Ratio:
     Raises:
         ValueError: when the lengths differ or there is no round.
     """
-    if stock.shape != mbm.shape or stock.size == 0:
-        raise ValueError(
-            f"paired_ratio: got {stock.shape} and {mbm.shape} rounds; "
-            "expected the same number, at least 1; time both in the same rounds"
-        )
-    ratios = stock / mbm
-    picks = np.random.default_rng(seed).integers(0, ratios.size, (RESAMPLES, ratios.size))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), (2.5, 97.5))
+    ratios = _ratios(stock, mbm)
+    medians = _medians(ratios, RESAMPLES, np.random.default_rng(seed))
+    low, high = np.percentile(medians, (2.5, 97.5))
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def ratio_over(stock: Sequence[Times], mbm: Sequence[Times], seed: int = 0) -> Ratio:
+    """The ratio over processes: the geometric mean of their medians, with an interval that covers
+    processes and rounds (one process alone: `paired_ratio`).
+
+    A hierarchical bootstrap. That of n processes is narrower than the truth by sqrt((n - 1) / n),
+    and knows nothing of Student's t, so that its percentiles are taken as far out as makes up for
+    both: Hesterberg, "What teachers should know about the bootstrap", 2015, section 5.1.
+
+    Args:
+        stock, mbm: of each process, as `paired_ratio` takes them.
+    """
+    if len(stock) == 1:
+        return paired_ratio(stock[0], mbm[0], seed)
+    each = [np.log(_ratios(s, m)) for s, m in zip(stock, mbm, strict=True)]
+    generator = np.random.default_rng(seed)
+    # [resample, place]: a process drawn twice brings rounds drawn twice.
+    drawn = generator.integers(0, len(each), (RESAMPLES_OF_PROCESSES, len(each)))
+    medians = np.empty(drawn.shape)
+    for i, ratios in enumerate(each):
+        here = drawn == i
+        medians[here] = _medians(ratios, int(here.sum()), generator)
+    tail = 100 * expanded_tail(len(each))
+    low, high = np.percentile(medians.mean(axis=1), (tail, 100 - tail))
+    centre = np.mean([np.median(ratios) for ratios in each])
+    return Ratio(*(float(np.exp(x)) for x in (centre, low, high)))
+
+
+def expanded_tail(n: int, tail: float = 0.025) -> float:
+    """The share to leave out on each side so that n resampled units cover 1 - 2 tail."""
+    return NormalDist().cdf(-math.sqrt(n / (n - 1)) * student(1 - tail, n - 1))
+
+
+def student(p: float, freedom: int) -> float:
+    """Student's quantile by its expansion in 1 / freedom: within 1 % from 3 degrees on."""
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def spread(processes: Sequence[Times]) -> float:
+    """p80 / p20 of a form's samples, in the process where it is largest."""
+    return max(float(np.percentile(t, 80) / np.percentile(t, 20)) for t in processes)

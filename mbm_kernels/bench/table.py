@@ -9,12 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mbm_kernels._core.files import write_atomic
+from mbm_kernels.bench import isa, statistics
 from mbm_kernels.bench.benchmark import FORWARD
 from mbm_kernels.bench.results import Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
-COLOURS = {"faster": "green", "slower": "red", "same": "yellow"}
+COLOURS = {"FAST": "green", "SLOW": "red", "SAME": "blue", "AMBG": "yellow"}
+# Rows of schema 1 have these, with another meaning of "same": it was all that is neither.
+FORMER = {"faster": "FAST", "slower": "SLOW", "same": "AMBG"}
 README_HEAP, README_THREADS = "warm", 2
 
 
@@ -49,6 +52,12 @@ def _memory(row: Row) -> str:
     return " / ".join(shown)
 
 
+def _share(row: Row) -> str:
+    """Over 110 % the limit is wrong for the row, which is then in doubt: not shown."""
+    share = row.get("limit", {}).get("share", 0.0)
+    return f"{share:.0%}" if 0 < share <= statistics.MOST_SHARE else ""
+
+
 def _others(row: Row) -> str:
     others = [f"{n} {r:.2f}x" for n, r in row["ratios"].items() if n != row["stock_form"]]
     return ", ".join(others + [f"no {name}" for name in row["unavailable"]])
@@ -56,6 +65,24 @@ def _others(row: Row) -> str:
 
 def _order(row: Row) -> tuple[Any, ...]:
     return (row["op"], row["heap"], -row["threads"])
+
+
+def verdict(row: Row) -> str:
+    said: str = row["verdict"]
+    return FORMER.get(said, said)
+
+
+def interval(rows: Sequence[Row]) -> str:
+    """What the 95 % intervals of these rows cover."""
+    counts = sorted({row.get("n_processes", 1) for row in rows if "wrong" not in row} or {1})
+    if counts == [1]:
+        return (
+            "the bootstrap interval is of the rounds within one process, and leaves out what "
+            "another process would find"
+        )
+    count = "-".join(str(n) for n in {counts[0]: 0, counts[-1]: 0})
+    some = " (of the rows with 1: of rounds within that process)" if counts[0] == 1 else ""
+    return f"the interval is of a bootstrap over {count} processes and the rounds of each{some}"
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
@@ -68,8 +95,10 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         console.print(_table(op, heap, group, console.width))
     if rows:
         console.print(
-            "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster. "
-            "thr: threads. limit: share of the machine's measured arithmetic or memory rate. "
+            "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster; "
+            f"{interval(rows)}. FAST, SLOW: it clears what mbm beside itself shows, SAME: it lies "
+            "inside, AMBG: neither, or the times are in doubt. thr: threads. limit: share of the "
+            "machine's measured arithmetic, cache or memory rate. "
             "+MiB: peak extra memory of a call beyond its results.[/dim]",
             highlight=False,
         )
@@ -88,6 +117,7 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
     table.add_column("best stock", min_width=8)
     for name in ("stock ms", "ratio", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)  # the verdict
     if width >= MEDIUM:
         table.add_column("limit", justify="right", no_wrap=True)
         table.add_column("+MiB mbm / stock", justify="right", no_wrap=True)
@@ -100,7 +130,7 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
         if "wrong" in row:
             table.add_row(*head, "[red]WRONG[/red]", "see below")
             continue
-        colour = COLOURS[row["verdict"]]
+        colour = COLOURS[verdict(row)]
         cells = [
             *head,
             milliseconds(row["mbm_ms"]),
@@ -108,10 +138,10 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
             milliseconds(row["stock_ms"]),
             f"[{colour}]{row['ratio']:.2f}x[/{colour}]",
             f"{row['ratio_lo']:.2f}-{row['ratio_hi']:.2f}",
+            f"[{colour}]{verdict(row)}[/{colour}]",
         ]
         if width >= MEDIUM:
-            limit = row.get("limit")
-            cells += [f"{100 * limit['share']:.0f} %" if limit else "", _memory(row)]
+            cells += [_share(row), _memory(row)]
         if width >= WIDE:
             cells.append(_others(row))
         table.add_row(*cells)
@@ -136,14 +166,15 @@ def markdown(found: dict[str, Any], path: str) -> str:
     ]
     lines = [
         f"{machine['cpu']} ({found['device']}), {README_THREADS} threads, {README_HEAP} heap, "
-        f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}. "
-        "Ratio: best stock form / mbm_kernels, medians of interleaved rounds, with the bootstrap "
-        "95 % interval; below 1 stock is faster. MiB: peak extra memory of a call beyond its "
-        f"results. One thread, the default heap and every stock form: [{path}]({path}).",
+        f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}"
+        f"{_isas(found)}. Ratio: best stock form / mbm_kernels, medians of interleaved rounds, and "
+        f"its 95 % interval; below 1 stock is faster. {_capitalised(interval(rows))}. MiB: peak "
+        "extra memory of a call beyond its results. One thread, the default heap and every stock "
+        f"form: [{path}]({path}).",
         "",
-        "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | "
+        "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | | "
         "MiB mbm / stock |",
-        "|---|---|---|---|---|--:|--:|--:|--:|",
+        "|---|---|---|---|---|--:|--:|--:|---|--:|",
     ]
     for row in sorted(rows, key=_order):
         cells = [
@@ -155,10 +186,23 @@ def markdown(found: dict[str, Any], path: str) -> str:
             milliseconds(row["stock_ms"]),
             milliseconds(row["mbm_ms"]),
             f"{row['ratio']:.2f} ({row['ratio_lo']:.2f} to {row['ratio_hi']:.2f})",
+            verdict(row),
             _memory(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _isas(found: dict[str, Any]) -> str:
+    """Every library's, where the file records them."""
+    if "isa" not in found:
+        return ""
+    names = " and ".join(isa.LIBRARIES.values())
+    return f", {found['isa']['mbm']} in mbm_kernels, {names}"
 
 
 def replace_between_markers(text: str, table: str) -> str:
