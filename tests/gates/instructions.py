@@ -187,12 +187,12 @@ def update(path: Path) -> int:
     for moved in moves:
         print(moved)
     if refused := unexplained(FOLDER, moves):
-        files = "\n".join(f"  {why(FOLDER, m.name).relative_to(ROOT)}: {m}" for m in refused)
+        files = "\n".join(f"  {why(FOLDER, m.name)}: {m}" for m in refused)
         print(f"gate: more than {REFUSED:.0%} worse without a file saying why:\n{files}")
         return exits.REGRESSION
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(after, indent=1, sort_keys=True) + "\n")
-    print(f"{path.relative_to(ROOT)}: {len(after)} counts, {len(moves)} moved")
+    print(f"{path}: {len(after)} counts, {len(moves)} moved")
     return exits.OK
 
 
