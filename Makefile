@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build native test test-fast lint format demo bench sanitize gate gate-update mutants \
-  gpu-check dispatch clean
+.PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
+  gate-static-update mutants gpu-check dispatch clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
@@ -20,6 +20,7 @@ help:
 	@echo "make gate       CPU instruction counts and GPU registers, spills, ... against benchmarks/"
 	@echo "                (FULL=1: every dtype, configuration and target)"
 	@echo "make gate-update   records both anew and prints what moved (BECAUSE='why it is worse')"
+	@echo "make gate-static, gate-static-update   GPU part alone; TRITON=3.6.0: by that version"
 	@echo "make mutants    plants bugs in the kernels and shows that the tests catch them"
 
 build: native
@@ -60,13 +61,27 @@ bench: native
 sanitize: native
 	$(PY) -m tests.gates.sanitize
 
-gate: native
-	$(PY) -m tests.gates.instructions
-	env -u TRITON_INTERPRET $(PY) -m mbm_kernels gate static $(if $(FULL),--full)
+# TRITON= is downloaded into a folder of its own, which Python then looks into first.
+TRITON_PATH := $(if $(TRITON),build/triton-$(TRITON))
+STATIC = env -u TRITON_INTERPRET PYTHONPATH=$(TRITON_PATH) $(PY) -m mbm_kernels gate static
 
-gate-update: native
+build/triton-%: | $(VENV)/.installed
+	$(PY) -m pip install -q --no-deps --target $@ triton==$*
+
+gate: native $(TRITON_PATH)
+	$(PY) -m tests.gates.instructions
+	$(STATIC) $(if $(FULL),--full)
+
+gate-static: native $(TRITON_PATH)
+	$(STATIC) $(if $(FULL),--full)
+
+gate-update: native $(TRITON_PATH)
 	$(PY) -m tests.gates.instructions --update
-	env -u TRITON_INTERPRET $(PY) -m mbm_kernels gate static --full --update $(if $(BECAUSE),--because '$(BECAUSE)')
+	$(STATIC) --full --update $(if $(BECAUSE),--because '$(BECAUSE)')
+
+# With TRITON= what the gate compiles without FULL=1: that is what is held of another version.
+gate-static-update: native $(TRITON_PATH)
+	$(STATIC) $(if $(TRITON),,--full) --update $(if $(BECAUSE),--because '$(BECAUSE)')
 
 mutants: native
 	$(PY) -m tests.gates.mutants

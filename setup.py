@@ -3,8 +3,8 @@
 One ISA per file: every `csrc/*/*_cpu*.cpp` is compiled for a baseline, for AVX2+FMA and for
 AVX-512 (see csrc/common/isa.h) and picked at run time. `_C_cuda` is built when nvcc is found and
 MBM_CUDA is not 0. For tests there are MBM_BUILD_ISA, which compiles one ISA alone, MBM_SANITIZE,
-which instruments the kernels, and avx512_lowered, which is built where this CPU cannot run AVX-512
-or MBM_LOWERED is 1.
+which instruments the kernels (coverage: counts their lines), and avx512_lowered, which is built
+where this CPU cannot run AVX-512 or MBM_LOWERED is 1.
 """
 
 import os
@@ -49,6 +49,8 @@ SANITIZERS = {
         *("-fsanitize=thread", "-fno-openmp", "-DMBM_STD_THREADS"),
         *("-O1", "-g1", "-fno-omit-frame-pointer", "-DMBM_GUARDED_SCRATCH"),
     ],
+    # Which lines run, exactly: no two are merged. Allocations fail where a test asks for it.
+    "coverage": ["--coverage", "-fprofile-update=atomic", "-O0", "-g1", "-DMBM_FAILING_SCRATCH"],
 }
 CUDA_ARCHS = ("80", "90", "100")
 

@@ -2,11 +2,13 @@
 
 import json
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERNAL = 70  # never 1, which says that something measured is worse
 EXIT_INTERRUPTED = 130
 
 # Typer carries click within itself since 0.26 and uses the package before; both derive from this.
@@ -70,4 +72,7 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_INTERNAL
     sys.exit(code or 0)

@@ -11,8 +11,18 @@ from hypothesis import given, settings
 
 from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS
+from mbm_kernels.bench import exits
+from mbm_kernels.bench.exits import CannotMeasure
 from mbm_kernels.testing import cases
-from tests.gates import instruction_cases, instructions, mutants, record, replay, sanitize
+from tests.gates import (
+    base_revision,
+    instruction_cases,
+    instructions,
+    mutants,
+    record,
+    replay,
+    sanitize,
+)
 from tests.gates.planting import ROOT, Mutant, planted
 
 REPLAY = ROOT / "tests" / "gates" / "replay.py"
@@ -109,6 +119,118 @@ class TestInstructions:
             (tmp_path / f"profile.{i}").write_text(text)
         (tmp_path / "profile.9").write_text("desc: Trigger: Program termination\ntotals: 9\n")
         assert instructions.read_counts(tmp_path) == {"a": 11, "b": 7}
+
+
+def commit(root, text):
+    (root / "csrc").mkdir(exist_ok=True)
+    (root / "csrc" / "a.cpp").write_text(text)
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["add", "-A"], [*identity, "commit", "-qm", text]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return base_revision.git(root, "rev-parse", "HEAD")
+
+
+class TestBaseRevision:
+    @pytest.fixture
+    def root(self, tmp_path):
+        root = tmp_path / "repository"
+        root.mkdir()
+        subprocess.run(["git", "init", "-q", "-b", "main"], cwd=root, check=True)
+        return root
+
+    def test_which_it_is(self, root):
+        with pytest.raises(CannotMeasure, match="no revision to compare with"):
+            base_revision.revision(root, None)
+        first = commit(root, "one")
+        with pytest.raises(CannotMeasure, match="--base"):
+            base_revision.revision(root, None)
+        second = commit(root, "two")
+        assert base_revision.revision(root, None) == first
+        assert base_revision.revision(root, second[:9]) == second
+        with pytest.raises(ValueError, match="--base: got 'nowhere'"):
+            base_revision.revision(root, "nowhere")
+        subprocess.run(["git", "checkout", "-q", "-b", "mine"], cwd=root, check=True)
+        commit(root, "three")
+        commit(root, "four")
+        assert base_revision.revision(root, None) == second, "where it left the main branch"
+        head = commit(root, "five")
+        (root / "csrc" / "a.cpp").write_text("not committed")
+        assert base_revision.revision(root, None) == head
+
+    def test_outside_of_git_nothing_is_measured(self, tmp_path):
+        with pytest.raises(CannotMeasure):
+            base_revision.revision(tmp_path, None)
+
+    def test_moves_that_a_baseline_records(self, root):
+        folder = root / "instructions"
+        folder.mkdir()
+        (folder / "g++-1.json").write_text('{"a": 1, "b": 2}')
+        before = commit(root, "one")
+        (folder / "g++-1.json").write_text('{"a": 1, "b": 3, "c": 4}')
+        assert base_revision.recorded_moves(root, before, folder) == {"b"}
+
+    def test_a_revision_that_does_not_compile_says_so(self, root):
+        (root / "setup.py").write_text("raise SystemExit('no compiler')")
+        only = commit(root, "one")
+        with pytest.raises(CannotMeasure, match="does not compile"):
+            base_revision.count(root, only)
+
+
+class TestInstructionGate:
+    """Which baseline it takes, and how it ends."""
+
+    @pytest.fixture
+    def counts(self, monkeypatch, tmp_path):
+        """What the base and this tree count, of a compiler without a baseline."""
+        found = {"base": {"a": 1000, "b": 1000}, "here": {"a": 1000, "b": 1000}}
+        monkeypatch.setattr(instructions, "compiler_key", lambda: "g++-99.1")
+        monkeypatch.setattr(instructions, "FOLDER", tmp_path)
+        monkeypatch.setattr(instructions, "count", lambda: found["here"])
+        monkeypatch.setattr(base_revision, "revision", lambda root, asked: "f" * 40)
+        monkeypatch.setattr(base_revision, "count", lambda root, commit: found["base"])
+        monkeypatch.setattr(base_revision, "recorded_moves", lambda *given: set())
+        return found
+
+    def ends(self, monkeypatch, *options):
+        monkeypatch.setattr(sys, "argv", ["gate", *options])
+        with pytest.raises(SystemExit) as ended:
+            instructions.main()
+        return ended.value.code
+
+    def test_without_a_baseline_the_base_revision_is_counted(self, counts, monkeypatch, capsys):
+        assert self.ends(monkeypatch) == exits.OK
+        said = capsys.readouterr().out
+        assert "no baseline for g++-99.1, only for no compiler" in said
+        assert f"comparing with {'f' * 12}" in said
+        counts["here"] = {"a": 900, "b": 1015, "new": 5}
+        assert self.ends(monkeypatch) == exits.OK
+        counts["here"] = {"a": 1000, "b": 1021}
+        assert self.ends(monkeypatch) == exits.REGRESSION
+        monkeypatch.setattr(base_revision, "recorded_moves", lambda *given: {"b"})
+        assert self.ends(monkeypatch) == exits.OK
+
+    def test_a_baseline_needs_no_base(self, counts, monkeypatch, tmp_path):
+        (tmp_path / "g++-99.1.json").write_text('{"a": 1000, "b": 1000}')
+        monkeypatch.setattr(base_revision, "count", None)
+        assert self.ends(monkeypatch) == exits.OK
+        counts["here"] = {"a": 970, "b": 1000}
+        assert self.ends(monkeypatch) == exits.REGRESSION, "a gain is recorded too"
+        assert self.ends(monkeypatch, "--update") == exits.OK
+        assert self.ends(monkeypatch) == exits.OK
+
+    def test_statuses_of_what_cannot_be_measured(self, counts, monkeypatch, capsys):
+        counts["base"] = {"other": 5}
+        assert self.ends(monkeypatch) == exits.CANNOT_MEASURE
+        assert "has none of these cases" in capsys.readouterr().err
+
+        def fails():
+            raise RuntimeError("valgrind failed")
+
+        monkeypatch.setattr(instructions, "count", fails)
+        assert self.ends(monkeypatch) == exits.INTERNAL
+        assert self.ends(monkeypatch, "--bass") == exits.BAD_INPUT
+        monkeypatch.setattr(instructions, "count", lambda: {"a": instructions.MOST + 1})
+        assert self.ends(monkeypatch) == exits.BAD_INPUT
 
 
 class TestPlanting:

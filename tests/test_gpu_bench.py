@@ -13,6 +13,7 @@ from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import cli, dispatch_tables, gpu, gpu_check, results
 from mbm_kernels.bench.benchmark import FORWARD, watch
 from mbm_kernels.bench.dispatch_tables import Point, boxes, inside, points
+from mbm_kernels.bench.exits import CannotMeasure
 from mbm_kernels.bench.gpu import in_dtype
 from mbm_kernels.bench.limits import Work
 from mbm_kernels.bench.model import MODELS, predict
@@ -66,13 +67,16 @@ def test_rows_of_hot_and_cold_are_kept_apart(tmp_path):
 def test_gpu_check_refuses_bad_settings(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="expected one of"):
-        gpu_check.main()
+        gpu_check.main([])
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="expected one of"):
+        gpu_check.main([f"--{name.lower()}", value])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_check_says_that_there_is_no_gpu():
-    with pytest.raises(ValueError, match="torch sees no CUDA device"):
-        gpu_check.main()
+    with pytest.raises(CannotMeasure, match="torch sees no CUDA device"):
+        gpu_check.main([])
 
 
 def row(sizes, low, **rest):

@@ -1,5 +1,8 @@
 """make gpu-check without a GPU: its processes, and rows measured on another device."""
 
+import json
+import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -12,9 +15,18 @@ from torch.fx.experimental import _config
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.bench import cli, gpu, gpu_check, gpu_processes, timing
-from mbm_kernels.bench.benchmark import FORWARD, Form, prepare
-from mbm_kernels.bench.gpu_child import Task
+from mbm_kernels.bench import (
+    cli,
+    gpu,
+    gpu_check,
+    gpu_goals,
+    gpu_processes,
+    machine,
+    results,
+    timing,
+)
+from mbm_kernels.bench.benchmark import BOTH, FORWARD, Form, prepare
+from mbm_kernels.bench.gpu_child import Task, tiny
 from mbm_kernels.bench.gpu_processes import Clock, Failure, measure, run_all
 from mbm_kernels.bench.limits import Limits
 from mbm_kernels.testing.suite import flat_tensors, placed, with_leaves
@@ -113,18 +125,167 @@ def test_every_test_on_a_gpu_is_asked_for(monkeypatch):
         assert named or path.relative_to(ROOT) in files, path
 
 
-def test_tasks_are_the_quick_cases_of_each_benchmark():
-    every = gpu_check.tasks(BENCHMARKS, whole=True)
-    some = gpu_check.tasks(BENCHMARKS, whole=False)
+@pytest.fixture
+def with_triton(monkeypatch):
+    """As on a GPU: operations with a Triton kernel run it."""
+
+    def why_not(op, name):
+        return None if name == "triton" and name in dispatch._tables[op].backends else "no"
+
+    monkeypatch.setattr(dispatch, "why_not", why_not)
+
+
+def test_tasks_are_the_quick_cases_of_each_benchmark(with_triton):
+    every = gpu_goals.tasks(BENCHMARKS, whole=True)
+    some = gpu_goals.tasks(BENCHMARKS, whole=False)
     assert set(some) < set(every)
     assert {t.dtype for t in some} == {"bfloat16"}
-    assert set(gpu_check.GOALS) <= {t.op for t in some}
-    goals = [t.op in gpu_check.GOALS for t in some]
-    assert goals == sorted(goals, reverse=True)
+    assert set(gpu_goals.GOALS) == {t.op for t in some}
     for t in every:
         (benchmark,) = (b for b in BENCHMARKS if b.op == t.op)
         (case,) = (c for c in benchmark.gpu_cases if c.label == t.case)
         assert t.which in case.passes
+
+
+def test_each_operation_has_a_row_before_any_has_two(with_triton):
+    some = gpu_goals.tasks(BENCHMARKS, whole=False)
+    first = [t.op for t in some[: len(gpu_goals.GOALS)]]
+    assert first == list(gpu_goals.GOALS)
+    every = gpu_goals.tasks(BENCHMARKS, whole=True)
+    assert [t for t in every if t in some] == some
+    assert every[: len(some)] == some, "the goals before the rest"
+    losses = [t for t in some if t.op in gpu_goals.TRAINED]
+    assert losses[0].which == BOTH
+    measured = gpu_goals.tasks(BENCHMARKS, whole=False, measured={"additive_attention"})
+    assert measured[len(gpu_goals.GOALS) - 1].op == "additive_attention"
+
+
+def test_what_was_measured_on_a_gpu_is_read_from_the_results(tmp_path):
+    for device, backend in (("nvidia-h200", "triton"), ("amd-family26", "cpu")):
+        file = results.ResultsFile(tmp_path, "abcdefg", device=device)
+        file.append({"op": "gru", "backend": backend, "mbm_ms": 1.0})
+        file.append({"op": "gru_cell", "backend": backend, "failed": "no"})
+    assert gpu_goals.measured_before(tmp_path) == {"gru"}
+
+
+def test_groups_hold_every_task_once_and_cases_whole(with_triton):
+    some = gpu_goals.tasks(BENCHMARKS, whole=True)
+    found = gpu_goals.groups(some, 5)
+    assert sorted(t for group in found for t in group) == sorted(some)
+    for case in {(t.op, t.case, t.dtype) for t in some}:
+        assert sum(any((t.op, t.case, t.dtype) == case for t in group) for group in found) == 1
+
+
+def test_smoke_is_one_tiny_call_of_each_operation(with_triton):
+    found = gpu_goals.smoke_tasks(BENCHMARKS)
+    ops = [op for op in OPS if "triton" in dispatch._tables[op].backends]
+    assert sorted(t.op for t in found) == sorted(ops)
+    for t in found:
+        (benchmark,) = (b for b in BENCHMARKS if b.op == t.op)
+        (case,) = (c for c in benchmark.gpu_cases if c.label == t.case)
+        made = benchmark.inputs(tiny(case, t.which))
+        assert sum(x.numel() for x in flat_tensors(made)) < 2**17, t
+
+
+STAGED = """
+    import json, os, sys
+    for task in json.load(sys.stdin):
+        print(json.dumps({"started": task}), flush=True)
+        if task[0] == "gru":
+            os._exit(9)
+        row = {"op": task[0], "case": task[1], "pass": task[2], "dtype": task[3]}
+        row |= {"backend": "triton", "error_of_budget": 0.25, "seconds": 1.5, "failed": ""}
+        row |= {"failed": "an illegal access"} if task[0] == "gru_cell" else {}
+        print(json.dumps({"row": row}), flush=True)
+        print(json.dumps({"done": task}), flush=True)
+"""
+
+
+def test_stages_write_to_out_as_they_go(with_triton, tmp_path, monkeypatch):
+    """smoke, then the forms called in several processes, then rows, by a child that pretends."""
+    out, script = tmp_path / "out", tmp_path / "child.py"
+    script.write_text(textwrap.dedent(STAGED))
+    child = (sys.executable, str(script))
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setattr(machine, "gpu", lambda: "nvidia-test")
+    log = gpu_check.Log("all")
+    chosen = [b for b in BENCHMARKS if b.op in ("gru", "gru_cell", "additive_attention")]
+    failures = gpu_check.run_smoke(chosen, tmp_path, Clock(1), log, child)
+    assert sorted(f.split(":")[1] for f in failures) == [" gru (triton)", " gru_cell (triton)"]
+    rows = {row["op"]: row for row in json.loads((out / "smoke.json").read_text())}
+    assert "status 9" in rows["gru"]["failed"]
+    assert rows["additive_attention"]["error_of_budget"] == 0.25
+    wanted = gpu_goals.tasks(chosen, whole=False)
+    gpu_check.warm(wanted, tmp_path, Clock(1), log, child)
+    failures = gpu_check.run_benchmarks(wanted, tmp_path, Clock(1), log, child)
+    assert len(failures) == 4, "two passes of two operations"
+    (path,) = out.glob("*-nocommit.json")
+    assert {row["op"] for row in results.read(path)["rows"]} == {"gru_cell", "additive_attention"}
+    said = (out / "gpu-check-all.log").read_text()
+    assert "smoke: additive_attention (triton): 25% of the error's budget" in said
+    assert "not warm: gru " in said
+    assert "warm: 4 forms, 2 tasks not" in said
+    assert len(list(out.iterdir())) == 3, "few files, all at the top"
+
+
+@pytest.mark.parametrize(
+    ("stage", "did"),
+    [
+        ("smoke", ["smoke"]),
+        ("tests", ["build", "tests"]),
+        ("goals", ["warm", "rows"]),
+        ("bench", ["warm", "rows"]),
+        ("all", ["smoke", "build", "tests", "warm", "rows"]),
+    ],
+)
+def test_a_stage_does_its_own_work_alone(stage, did, monkeypatch, tmp_path):
+    called = []
+
+    def note(what, result):
+        return lambda *given: called.append(what) or result
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, what in (("run_smoke", "smoke"), ("build", "build"), ("run_tests", "tests")):
+        monkeypatch.setattr(gpu_check, name, note(what, []))
+    monkeypatch.setattr(gpu_check, "warm", note("warm", None))
+    monkeypatch.setattr(gpu_check, "run_benchmarks", note("rows", []))
+    monkeypatch.setenv("OUT", "")
+    assert gpu_check.main(["--stage", stage, "--out", str(tmp_path), "--minutes", "1"]) == 0
+    assert called == did
+    assert (tmp_path / f"gpu-check-{stage}.log").exists()
+
+
+def test_what_is_warm_is_found_by_another_process(tmp_path):
+    """A compiled stock form of a benchmark, called as `warm` does and then as a row is measured."""
+    code = """
+        from pathlib import Path
+
+        import torch
+        from mbm_kernels.bench import cli, gpu
+        from torch._dynamo.utils import counters
+        (benchmark,) = (b for b in cli.load(Path("benchmarks")) if b.op == "additive_attention")
+        (case,) = (c for c in benchmark.cases if c.quick)
+        settings = gpu.GpuSettings(("float32",), backend="torch")
+        device = torch.device("cpu")
+        found = dict(gpu.warm(benchmark, case, "forward", settings, device))
+        assert found["compile"] is None, found
+        print("hits", counters["inductor"]["fxgraph_cache_hit"],
+              counters["aot_autograd"]["autograd_cache_hit"])
+    """
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=ROOT,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout.split("hits ")[1].split())
+    assert said[0] == ["0", "0"]
+    assert "1" in said[1], "a graph compiled by the first process"
 
 
 def by_host(call, loops):

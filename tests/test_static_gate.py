@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from mbm_kernels._core import dispatch, triton_launch
-from mbm_kernels.bench import gate, static, static_cases
+from mbm_kernels.bench import exits, gate, gate_cli, static, static_cases
+from mbm_kernels.bench.exits import CannotMeasure
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = dataclasses.asdict(
@@ -89,10 +92,116 @@ def test_a_new_kernel_that_spills_needs_a_reason():
         assert move.needs_reason, name
 
 
-def test_versions_are_compared(tmp_path):
-    baseline = {"versions": {"triton": "1"}, "kernels": {"k": ENTRY}}
-    with pytest.raises(ValueError, match="expected those of the baseline"):
-        gate.check_versions(baseline, {"triton": "2"}, tmp_path)
+def record(folder, versions, op="gru"):
+    path = gate.baseline_path(folder, versions, op)
+    gate.update(path, gate.read_baseline(path), {}, [], versions, None)
+    return path
+
+
+def test_a_baseline_is_of_one_triton_and_ptxas(tmp_path):
+    mine, older = {"triton": "2", "ptxas": "7"}, {"triton": "1", "ptxas": "7"}
+    record(tmp_path, older)
+    with pytest.raises(CannotMeasure, match=r"got no baseline of triton 2 for gru.*those of 1\)"):
+        gate.check_baselines(tmp_path, mine, ["gru"])
+    assert record(tmp_path, mine) == tmp_path / "2" / "gru.json"
+    gate.check_baselines(tmp_path, mine, ["gru"])
+    gate.check_baselines(tmp_path, older, ["gru"])
+    with pytest.raises(CannotMeasure, match="for gru_cell;"):
+        gate.check_baselines(tmp_path, mine, ["gru", "gru_cell"])
+    with pytest.raises(CannotMeasure, match="expected those of the baseline"):
+        gate.check_baselines(tmp_path, mine | {"ptxas": "8"}, ["gru"])
+
+
+def test_a_kernel_that_does_not_compile_is_a_regression_and_not_recorded(tmp_path):
+    now = {"k": {gate.BROKEN: "CompilationError: at 3:4"}}
+    moves = gate.compare({"k": ENTRY}, now, whole=True)
+    assert gate.describe(moves[0]) == "BROKEN k: CompilationError: at 3:4"
+    assert gate.compare({}, now, whole=True) == moves
+    path = tmp_path / "op.json"
+    with pytest.raises(RuntimeError, match="not to be recorded"):
+        gate.update(path, gate.read_baseline(path), now, moves, {"triton": "1"}, None)
+    assert not path.exists()
+
+
+def same_compilation(launch, config, target):
+    its = static.specialise(launch, config, target)
+    options = config.compile_options(target.nvidia)
+    return repr((launch.kernel.name, its, sorted(options.items())))
+
+
+@pytest.mark.parametrize("every_config", [False, True], ids=["default", "full"])
+@pytest.mark.parametrize("case", static_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
+def test_every_compilation_has_an_entry_of_its_own(case, every_config):
+    target = static.TARGETS["sm_90"]
+    for dtype, torch_dtype in gate.DTYPES.items():
+        launches = case.record(torch_dtype)
+        found = gate.compilations(case.name, launches, dtype, target, every_config)
+        keys = [each.key for each in found]
+        assert len(set(keys)) == len(keys)
+        wanted = {
+            same_compilation(launch, config, target)
+            for launch in launches
+            for config in gate._configs(launch, dtype, every_config)
+        }
+        assert {same_compilation(e.launch, e.config, target) for e in found} == wanted
+
+
+def test_what_differs_between_launches_is_in_the_key():
+    (case,) = (c for c in static_cases.CASES if c.name == "V10000")
+    launches = case.record(torch.bfloat16)
+    keys = [
+        c.key
+        for c in gate.compilations(
+            case.name, launches, "bfloat16", static.TARGETS["sm_90"], every_config=False
+        )
+    ]
+    for losses in ("None", "*fp32"):
+        wanted = f"rows | V10000 | losses={losses} | bfloat16 | BLOCK_V=2048 warps=8 stages=1 | "
+        assert f"{wanted}sm_90" in keys
+
+
+def test_one_key_for_two_compilations_is_an_error(monkeypatch):
+    (case,) = (c for c in static_cases.CASES if c.name == "V10000")
+    monkeypatch.setattr(gate, "_describe", lambda config: "the same")
+    with pytest.raises(RuntimeError, match="two compilations with one key: rows"):
+        gate.compilations(
+            case.name,
+            case.record(torch.bfloat16),
+            "bfloat16",
+            static.TARGETS["sm_90"],
+            every_config=True,
+        )
+
+
+def raising(error):
+    def gate():
+        raise error
+
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("gate", "status"),
+    [
+        (lambda: exits.REGRESSION, 1),
+        (raising(ValueError("bad")), 2),
+        (raising(CannotMeasure("no baseline")), 3),
+        (raising(RuntimeError("broke")), 70),
+        (raising(AssertionError()), 70),
+    ],
+)
+def test_only_a_regression_ends_as_one(gate, status, capsys):
+    assert exits.status(gate) == status
+    assert ("Traceback" in capsys.readouterr().err) == (status == exits.INTERNAL)
+
+
+def test_the_command_says_that_there_is_no_baseline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
+    monkeypatch.setattr(gate, "measure", raising(AssertionError("compiles for nothing")))
+    with pytest.raises(typer.Exit) as ended:
+        gate_cli.static_gate(op=["gru"], folder=tmp_path)
+    assert ended.value.exit_code == exits.CANNOT_MEASURE
+    assert "got no baseline of triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", static_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
@@ -104,20 +213,44 @@ def test_cases_record_without_running(case):
         assert all(n > 0 for n in launch.grid)
 
 
-def test_every_triton_backend_is_gated_and_does_not_spill():
+RECORDED = sorted(path.name for path in (ROOT / "benchmarks" / "static").iterdir())
+
+
+def test_the_pinned_triton_has_a_baseline():
+    pinned = re.search(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert pinned[1] in RECORDED
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_every_triton_backend_is_gated_and_does_not_spill(version):
     """By the recorded baseline: no configuration spills on sm_90 without its reason."""
     for op in dispatch._tables:
         if "triton" not in dispatch._tables[op].backends:
             continue
-        recorded = json.loads((ROOT / "benchmarks" / "static" / f"{op}.json").read_text())[
-            "kernels"
-        ]
+        path = ROOT / "benchmarks" / "static" / version / f"{op}.json"
+        recorded = json.loads(path.read_text())["kernels"]
         names = {key.partition(" | ")[0] for key in recorded}
         assert names == set(triton_launch.read_configs(op)), op
         for key, entry in recorded.items():
             if key.endswith("sm_90"):
                 spills = [entry[n] for n in ("stack", "spill_stores", "spill_loads")]
                 assert not any(spills) or entry.get("because"), f"{op}: {key}"
+
+
+@pytest.mark.parametrize("version", RECORDED)
+def test_what_a_baseline_holds_is_what_is_compiled(version):
+    """At least all of the default run: a case that changed is recorded with every triton."""
+    for op in {case.op for case in static_cases.CASES}:
+        path = ROOT / "benchmarks" / "static" / version / f"{op}.json"
+        recorded = set(json.loads(path.read_text())["kernels"])
+        for dtype in gate.DEFAULT_DTYPES:
+            for target in gate.DEFAULT_TARGETS:
+                for case in static_cases.of(op):
+                    launches = case.record(gate.DTYPES[dtype])
+                    of = static.TARGETS[target]
+                    found = gate.compilations(case.name, launches, dtype, of, every_config=False)
+                    assert {each.key for each in found} <= recorded
 
 
 @pytest.mark.slow
@@ -133,24 +266,18 @@ def test_two_runs_agree_to_the_byte(tmp_path):
         subprocess.run(
             [*command, *options], cwd=ROOT, env=environment, check=True, capture_output=True
         )
-        texts.append((folder / "additive_attention.json").read_text())
+        (path,) = folder.glob("*/additive_attention.json")
+        texts.append(path.read_text())
     assert texts[0] == texts[1]
     kernels = json.loads(texts[0])["kernels"]
     kernel = next(iter(kernels.values()))
     assert kernel["registers"] > 0
     assert kernel["instructions"] > 0
-    done = subprocess.run(
-        [
-            *command,
-            "--folder",
-            str(tmp_path / "none"),
-            "--cache",
-            str(tmp_path / "first" / "cache"),
-        ],
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "NEW" in done.stdout
+    path.write_text(texts[1].replace(f'"registers": {kernel["registers"]}', '"registers": 1'))
+    for folder, code, said in ((tmp_path / "second", 1, "WORSE"), (tmp_path / "none", 3, "")):
+        options = ["--folder", str(folder), "--cache", str(tmp_path / "first" / "cache")]
+        done = subprocess.run(
+            [*command, *options], cwd=ROOT, env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert said in done.stdout

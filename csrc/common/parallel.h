@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 #if defined(MBM_STD_THREADS)
 #include <thread>
@@ -21,8 +22,30 @@
 namespace mbm {
 namespace {  // one copy per kernel file: these inline into code of one ISA
 
+// What a thread of a team throws, such as std::bad_alloc: nothing may leave an OpenMP region or a
+// std::thread, so that the first of it is kept and thrown again where the team has ended.
+class FirstError {
+ public:
+  template <class Body>
+  void guard(const Body& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      if (!taken_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::atomic<bool> taken_{false};
+  std::exception_ptr error_;
+};
+
 // body(thread, team): `team` threads run it once each, 1 <= team <= num_threads. Work must be
-// cut by fixed chunks, never by `team`, wherever the order of a sum could change.
+// cut by fixed chunks, never by `team`, wherever the order of a sum could change. A body that
+// meets the others at a barrier must not throw, hence not allocate: they would wait for ever.
 template <class Body>
 inline void parallel_region(int num_threads, const Body& body) {
   if (num_threads <= 1) {
@@ -31,13 +54,17 @@ inline void parallel_region(int num_threads, const Body& body) {
   }
 #if defined(MBM_STD_THREADS)
   std::vector<std::thread> threads;
+  FirstError error;
   for (int t = 1; t < num_threads; ++t)
-    threads.emplace_back([&body, t, num_threads] { body(t, num_threads); });
-  body(0, num_threads);
+    threads.emplace_back([&, t] { error.guard([&] { body(t, num_threads); }); });
+  error.guard([&] { body(0, num_threads); });
   for (auto& thread : threads) thread.join();
+  error.rethrow();
 #elif defined(_OPENMP)
+  FirstError error;
 #pragma omp parallel num_threads(num_threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  error.guard([&] { body(omp_get_thread_num(), omp_get_num_threads()); });
+  error.rethrow();
 #else
   body(0, 1);
 #endif

@@ -1,7 +1,8 @@
 // Working memory for one native call. Blocks of up to kKeep bytes come from an arena that the
 // calling thread keeps, since pages that malloc maps anew cost more to touch than a small GRU takes
 // to run (0.25 us a page against 100 us a call). With -DMBM_GUARDED_SCRATCH, for tests, each block
-// lies in pages of its own, its end against one that may not be touched.
+// lies in pages of its own, its end against one that may not be touched. With
+// -DMBM_FAILING_SCRATCH, for tests, the allocation that mbm_allocations_left counts down to throws.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +15,15 @@
 #endif
 
 #include "common/simd.h"
+
+#if defined(MBM_FAILING_SCRATCH)
+#include <atomic>
+
+extern "C" {
+// Below 0: none fails. Found by its name.
+__attribute__((visibility("default"))) inline std::atomic<int64_t> mbm_allocations_left{-1};
+}
+#endif
 
 namespace mbm::MBM_ISA {
 
@@ -63,6 +73,10 @@ inline ScratchArena& scratch_arena() {
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
+#if defined(MBM_FAILING_SCRATCH)
+    if (mbm_allocations_left.load() >= 0 && mbm_allocations_left.fetch_sub(1) == 0)
+      throw std::bad_alloc();
+#endif
     ScratchArena& arena = scratch_arena();
     if (arena.used == 0 && arena.capacity < arena.wanted) {
       std::free(arena.base);

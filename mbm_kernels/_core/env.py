@@ -33,7 +33,7 @@ VARIABLES = (
     ),
     Variable(
         "MBM_SANITIZE",
-        "address or thread instruments the CPU kernels, for tests (read by setup.py)",
+        "address, thread or coverage instruments the CPU kernels, for tests (read by setup.py)",
     ),
     Variable("MBM_WINOGRAD", "0 turns Winograd's convolution off on CPUs"),
 )

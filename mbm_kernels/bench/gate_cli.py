@@ -1,17 +1,17 @@
 """`mbm-kernels gate`: compiled kernels against their recorded resources; no GPU is needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mbm_kernels._core import dispatch, triton_launch
-from mbm_kernels.bench import gate, static, static_cases
+from mbm_kernels.bench import exits, gate, static, static_cases
 
 app = typer.Typer(
     help="Hold compiled kernels to what benchmarks/ records of them.", no_args_is_help=True
 )
-EXIT_MOVED = 1
 
 
 @app.callback()
@@ -19,7 +19,7 @@ def root() -> None:
     """Hold compiled kernels to what benchmarks/ records of them."""
 
 
-@app.command(name="static")
+@app.command(name="static", epilog=exits.LEGEND)
 def static_gate(
     op: Annotated[
         list[str] | None, typer.Option("--op", help="Repeatable; without one, all.")
@@ -31,9 +31,9 @@ def static_gate(
     because: Annotated[
         str | None, typer.Option("--because", help="Why a kernel may spill or be over 5 % worse.")
     ] = None,
-    folder: Annotated[Path, typer.Option("--folder", help="Of the baselines, <op>.json.")] = Path(
-        "benchmarks/static"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--folder", help="Of the baselines, <triton version>/<op>.json.")
+    ] = Path("benchmarks/static"),
     cache: Annotated[
         Path | None,
         typer.Option("--cache", help="Of compilations; without it below MBM_CACHE."),
@@ -42,39 +42,54 @@ def static_gate(
     """Compile the Triton kernels for GPUs and compare registers, spills, ... with the baseline.
 
     Without --full: the configuration that each case runs with, float32 and bfloat16, sm_90 and
-    gfx942. Anything new, worse or better fails until --update records it.
+    gfx942. Anything new, worse or better fails until --update records it. The baseline is that of
+    the triton installed.
     """
+    code = exits.status(lambda: run(op or [], full, update, because, folder, cache))
+    raise typer.Exit(code)
+
+
+def run(
+    asked: Sequence[str],
+    full: bool,
+    update: bool,
+    because: str | None,
+    folder: Path,
+    cache: Path | None,
+) -> int:
+    versions = static.versions()
     if triton_launch.interpreting():
         raise ValueError("gate: got TRITON_INTERPRET=1; expected the compiler; unset it")
-    ops = op or sorted({case.op for case in static_cases.CASES})
-    for name in ops:
+    known = sorted({case.op for case in static_cases.CASES})
+    for name in asked:
         dispatch.check_op(name)
-        if not list(static_cases.of(name)):
+        if name not in known:
             raise ValueError(
                 f"gate: --op: got {name}, which has no Triton kernel; "
-                f"expected one of {', '.join(sorted({c.op for c in static_cases.CASES}))}"
+                f"expected one of {', '.join(known)}"
             )
-    versions = static.versions()
+    ops = list(asked) or known
+    if not update:
+        gate.check_baselines(folder, versions, ops)
     dtypes = tuple(gate.DTYPES) if full else gate.DEFAULT_DTYPES
     targets = tuple(static.TARGETS) if full else gate.DEFAULT_TARGETS
+    measured = gate.measure(ops, dtypes, targets, full, cache or static.default_cache())
     failed = False
-    for name in ops:
-        path = folder / f"{name}.json"
+    for name, now in measured.items():
+        path = gate.baseline_path(folder, versions, name)
         baseline = gate.read_baseline(path)
-        if not update:
-            gate.check_versions(baseline, versions, path)
-        before = {k: _metrics(v) for k, v in baseline["kernels"].items()}
-        now = gate.measure(name, dtypes, targets, full, cache or static.default_cache())
+        before = {key: _metrics(entry) for key, entry in baseline["kernels"].items()}
         moves = gate.compare(before, now, whole=full)
         typer.echo(f"{name}: {len(now)} compilations, {len(moves)} moved")
         for move in moves:
             typer.echo(f"  {gate.describe(move)}")
-        if update:
+        broken = any(move.verdict == "BROKEN" for move in moves)
+        if update and not broken:
             gate.update(path, baseline, now, moves, versions, because)
-        failed |= bool(moves) and not update
+        failed |= broken or (bool(moves) and not update)
     if failed:
         typer.echo("gate: resources moved; look at the table, then record them with --update")
-        raise typer.Exit(EXIT_MOVED)
+    return exits.REGRESSION if failed else exits.OK
 
 
 def _metrics(entry: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ class LastingError(RuntimeError):
 
 def lasting() -> str | None:
     """What would fail every row to come, after freeing what the last one left."""
+    if not torch.cuda.is_available():
+        return None
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -103,6 +105,42 @@ def lasting() -> str | None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def checked(benchmark: Benchmark, case: Case, task: Any, device: torch.device) -> Row:
+    """A row without times: whether the results of `task` (gpu_child.Task) are right."""
+    row: Row = {"op": task.op, "case": case.label, "pass": task.which}
+    row |= {"dtype": task.dtype, "backend": task.backend}
+    try:
+        with dispatch.preferring(task.backend):
+            place = placer(DTYPES[task.dtype], device)
+            shares = check(benchmark, case, task.which, task.backend, place)
+    except WrongResult as error:
+        return row | {"wrong": str(error)}
+    except Exception as error:  # as in _rows
+        return row | {"failed": _reason(error)}
+    return row | {"error_of_budget": max(shares.values(), default=0.0)}
+
+
+def warm(
+    benchmark: Benchmark, case: Case, which: str, settings: GpuSettings, device: torch.device
+) -> Iterator[tuple[str, str | None]]:
+    """Calls each form once, which compiles it, as `_calls` and `check` will; why one fails.
+
+    The same functions on the same shapes in another process find it in the caches on disk.
+    """
+    place = placer(DTYPES[settings.dtypes[0]], device)
+    for name, form in {MBM: benchmark.mbm(settings.backend), **benchmark.stock(case)}.items():
+        if which not in form.passes or (form.compile and not settings.compile):
+            continue
+        for shapes in (case, case.for_check(which)) if name == MBM else (case,):
+            torch._dynamo.reset()
+            inputs = place(benchmark.inputs(shapes))
+            prepared = prepare(form, inputs, benchmark.differentiable(inputs))
+            with dispatch.preferring(settings.backend):
+                reason = call_fails(prepared, which)
+            del inputs, prepared
+        yield name, reason
 
 
 def _rows(

@@ -19,6 +19,7 @@ from typing import Any
 from mbm_kernels.bench.gpu_child import Task
 
 CHILD = (sys.executable, "-m", "mbm_kernels.bench.gpu_child")
+NONE: Mapping[str, str] = {}
 TASK_SECONDS = 150.0  # between two events; a model's compilation takes the longest
 GRACE_SECONDS = 10.0  # for pytest to print, once interrupted
 
@@ -98,8 +99,29 @@ class Failure:
     reason: str
 
 
+def measure_apart(
+    groups: Sequence[Sequence[Task]],
+    root: Path,
+    clock: Clock,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+) -> Iterator[dict[str, Any] | Failure]:
+    """As `measure`, all groups at once, each in processes of its own; its rows when it ends."""
+
+    def run(group: Sequence[Task]) -> list[dict[str, Any] | Failure]:
+        return list(measure(group, root, clock, command, environment))
+
+    with ThreadPoolExecutor(max(1, len(groups))) as pool:
+        for future in as_completed([pool.submit(run, group) for group in groups]):
+            yield from future.result()
+
+
 def measure(
-    tasks: Sequence[Task], root: Path, clock: Clock, command: Sequence[str] = CHILD
+    tasks: Sequence[Task],
+    root: Path,
+    clock: Clock,
+    command: Sequence[str] = CHILD,
+    environment: Mapping[str, str] = NONE,
 ) -> Iterator[dict[str, Any] | Failure]:
     """Rows as they come, and for each task without one why.
 
@@ -108,7 +130,7 @@ def measure(
     left = list(tasks)
     while left and clock.left():
         reason = None
-        for event in _events(left, root, clock, command):
+        for event in _events(left, root, clock, command, environment):
             if "row" in event:
                 yield event["row"]
             elif "done" in event:
@@ -121,12 +143,17 @@ def measure(
 
 
 def _events(
-    tasks: Sequence[Task], root: Path, clock: Clock, command: Sequence[str]
+    tasks: Sequence[Task],
+    root: Path,
+    clock: Clock,
+    command: Sequence[str],
+    environment: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
     """What a process says; last of all, where it ended before its time, {"ended": why}."""
     process = subprocess.Popen(
         command,
         cwd=root,
+        env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

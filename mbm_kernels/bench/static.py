@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mbm_kernels._core import env, files
 from mbm_kernels._core.triton_launch import Config, Launch
+from mbm_kernels.bench.exits import CannotMeasure
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ TARGETS = {
 MATRIX = re.compile(r"^(HMMA|HGMMA|IMMA|DMMA|UTC\w*MMA|QGMMA|v_mfma|v_smfmac)")
 
 
+class DoesNotCompile(RuntimeError):
+    """Triton's compiler refused a kernel, or broke off in it."""
+
+
 @dataclass(frozen=True)
 class Resources:
     registers: int  # a thread's
@@ -70,10 +75,12 @@ class Resources:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What the figures depend on beside the kernels' own source."""
-    import triton
-
-    found = {"triton": triton.__version__}
+    """What the figures depend on beside the kernels' own source; a baseline is of one triton."""
+    try:
+        import triton
+    except ImportError as error:
+        raise CannotMeasure(f"triton cannot be imported: {error}; install triton") from None
+    found = {"triton": triton.__version__.partition("+")[0]}
     for name in ("ptxas", "ptxas-blackwell"):
         release = re.search(r"release [\d.]+, V([\d.]+)", _run(_tool(name), "--version"))
         found[name] = release.group(1) if release else "unknown"
@@ -86,47 +93,75 @@ def _tool(name: str) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     found = str(path) if path.exists() else shutil.which(name)
     if not found:
-        raise RuntimeError(f"gate: {name} not found; expected it in triton's wheel; reinstall it")
+        raise CannotMeasure(f"{name} not found; expected it in triton's wheel; reinstall triton")
     return found
 
 
-def source_of(launch: Launch, config: Config, target: Target) -> Any:
-    """The launch as triton's compiler takes it, with the specialisation that a call would get.
+@dataclass(frozen=True)
+class Specialisation:
+    """A launch as triton's compiler takes it, with what a call would get specialised.
 
     Pointers count as aligned to 16 bytes, as torch allocates them; integers are specialised by
     value (1, or divisible by 16).
     """
-    from triton.compiler import ASTSource
 
-    function = launch.kernel.function
+    signature: dict[str, str]  # by argument: a type, or "constexpr"
+    constants: dict[str, Any]
+    divisible: frozenset[str]
+
+    def traits(self) -> dict[str, str]:
+        """Each argument in a word (every pointer is aligned, so none says so): equal traits,
+        options and target are equal compilations."""
+        return {
+            name: str(self.constants[name])
+            if kind == "constexpr"
+            else kind + ("/16" if name in self.divisible and kind[0] != "*" else "")
+            for name, kind in self.signature.items()
+        }
+
+
+def specialise(launch: Launch, config: Config, target: Target) -> Specialisation:
     signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    divisible = [["tt.divisibility", 16]]
+    constants: dict[str, Any] = {}
+    divisible: set[str] = set()
     named = {
         **launch.constexprs,
         **launch.kernel.target_constants(target.nvidia),
         **dict(config.constants),
     }
-    for i, name in enumerate(function.arg_names):
+    for i, name in enumerate(launch.kernel.function.arg_names):
         value = launch.args[i] if i < len(launch.args) else named[name]
         if i >= len(launch.args) or value is None or (type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
-            signature[name], attributes[(i,)] = f"*{_SHORT[value.dtype]}", divisible
+            signature[name] = f"*{_SHORT[value.dtype]}"
+            divisible.add(name)
         elif isinstance(value, bool):
             signature[name] = "u1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
-                attributes[(i,)] = divisible
+                divisible.add(name)
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             raise TypeError(
                 f"gate: {name}: got {type(value).__name__}; expected a tensor or number"
             )
-    return ASTSource(function, signature, constants, attributes)
+    return Specialisation(signature, constants, frozenset(divisible))
+
+
+def source_of(launch: Launch, config: Config, target: Target) -> Any:
+    from triton.compiler import ASTSource
+
+    given = specialise(launch, config, target)
+    place = {name: (i,) for i, name in enumerate(launch.kernel.function.arg_names)}
+    return ASTSource(
+        launch.kernel.function,
+        given.signature,
+        {place[name]: value for name, value in given.constants.items()},
+        {place[name]: [["tt.divisibility", 16]] for name in place if name in given.divisible},
+    )
 
 
 _SHORT = {
@@ -151,9 +186,12 @@ def resources(launch: Launch, config: Config, target: Target, cache: Path) -> Re
     stored = cache / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if stored.exists():
         return Resources(**json.loads(stored.read_text()))
-    compiled = triton.compile(
-        source, target=GPUTarget(target.backend, target.arch, target.warp), options=options
-    )
+    try:
+        compiled = triton.compile(
+            source, target=GPUTarget(target.backend, target.arch, target.warp), options=options
+        )
+    except Exception as error:
+        raise DoesNotCompile(f"{type(error).__name__}: {str(error).strip()[-300:]}") from error
     shared = compiled.metadata.shared
     if target.nvidia:
         found = _nvidia(compiled.asm, shared, config.num_warps, target)

@@ -1,16 +1,18 @@
 """Counts the kernels' instructions on fixed small cases and holds them to a baseline: `make gate`.
 
-    python -m tests.gates.instructions [--update]
+    python -m tests.gates.instructions [--update] [--base REVISION]
 
 The native calls of each case (instruction_cases.py) are recorded and made again by replay.py, a
 driver without torch, under valgrind's callgrind: AVX2, one thread, scratch memory already there.
 Counts repeat to a few thousandths whatever else the machine does, unlike times. A baseline holds
-for one compiler: benchmarks/instructions/<compiler>.json; where there is none, nothing is judged.
+for one compiler: benchmarks/instructions/<compiler>.json. Where there is none, or with --base, the
+other revision is compiled and counted too (base_revision.py), and no case may be worse than there
+by more than 2 %, unless a baseline that was recorded since says that it moved.
 
-Exit status 1 when a count is more than 2 % away from its baseline, either way: a gain is recorded
-too. --update records, and prints the table of what moved for the commit message; a case more than
+A count more than 2 % away from its baseline, either way, is a regression: a gain is recorded too.
+--update records, and prints the table of what moved for the commit message; a case more than
 5 % worse is refused unless benchmarks/instructions/why/<case>.md names the new count and gives the
-reason and the times measured.
+reason and the times measured. Exit statuses: mbm_kernels/bench/exits.py.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbm_kernels._core import native
-from tests.gates import record
+from mbm_kernels.bench import exits
+from mbm_kernels.bench.exits import CannotMeasure
+from tests.gates import base_revision, record
 from tests.gates.instruction_cases import cases
 from tests.gates.planting import ROOT
 from tests.gates.sanitize import compiler, extension
@@ -87,7 +91,7 @@ def require_valgrind() -> None:
         for command in (["update", "-qq"], ["install", "-y", "-qq", "valgrind"]):
             subprocess.run(["apt-get", *command], stdout=subprocess.DEVNULL)
     if shutil.which("valgrind") is None:
-        raise SystemExit("gate: needs valgrind; install it with: apt-get install valgrind")
+        raise CannotMeasure("gate: needs valgrind; install it with: apt-get install valgrind")
 
 
 def write_records(path: Path) -> None:
@@ -133,36 +137,82 @@ def count() -> Counts:
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
-            raise SystemExit(f"gate: valgrind failed:\n{done.stdout}{done.stderr[-3000:]}")
+            raise RuntimeError(f"gate: valgrind failed:\n{done.stdout}{done.stderr[-3000:]}")
         return read_counts(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="record, and print what moved")
-    update = parser.parse_args().update
-    path = FOLDER / f"{compiler_key()}.json"
-    if not path.exists() and not update:
-        print(f"gate: no baseline for {compiler_key()}, so nothing is held; make gate-update")
-        return
-    before: Counts = json.loads(path.read_text()) if path.exists() else {}
-    after = count()
-    if large := [name for name, n in after.items() if n > MOST]:
-        raise SystemExit(f"gate: over {MOST:,} instructions, make them smaller: {large}")
-    moves = compare(before, after, 0.0 if update else HELD)
+def counted() -> Counts:
+    """Of this tree; large cases are refused, since everyone waits for them."""
+    found = count()
+    if large := [name for name, n in found.items() if n > MOST]:
+        raise ValueError(f"gate: over {MOST:,} instructions, make them smaller: {large}")
+    return found
+
+
+def against_baseline(path: Path) -> int:
+    after = counted()
+    moves = compare(json.loads(path.read_text()), after, HELD)
     for moved in moves:
         print(moved)
-    if not update:
-        print(f"{len(moves)} of {len(after)} counts moved by more than {HELD:.0%}")
-        if moves:
-            raise SystemExit("gate: record what is meant with: make gate-update")
-        return
+    print(f"{len(moves)} of {len(after)} counts moved by more than {HELD:.0%}")
+    if moves:
+        print("gate: record what is meant with: make gate-update")
+    return exits.REGRESSION if moves else exits.OK
+
+
+def worse_than_base(before: Counts, after: Counts, recorded: set[str]) -> list[Moved]:
+    """Cases of both revisions that got worse without a baseline recorded since that says so."""
+    both = before.keys() & after.keys()
+    moves = compare({n: before[n] for n in both}, {n: after[n] for n in both}, HELD)
+    return [m for m in moves if m.change is not None and m.change > 0 and m.name not in recorded]
+
+
+def against_base(asked: str | None) -> int:
+    commit = base_revision.revision(ROOT, asked)
+    print(f"gate: comparing with {commit[:12]}, compiled here with {compiler_key()}", flush=True)
+    before, after = base_revision.count(ROOT, commit), counted()
+    if not before.keys() & after.keys():
+        raise CannotMeasure(f"gate: {commit[:12]} has none of these cases; name one with --base")
+    for moved in compare(before, after, HELD):
+        print(moved)
+    worse = worse_than_base(before, after, base_revision.recorded_moves(ROOT, commit, FOLDER))
+    print(f"{len(worse)} of {len(after)} counts more than {HELD:.0%} worse than {commit[:12]}")
+    return exits.REGRESSION if worse else exits.OK
+
+
+def update(path: Path) -> int:
+    before: Counts = json.loads(path.read_text()) if path.exists() else {}
+    after = counted()
+    moves = compare(before, after, 0.0)
+    for moved in moves:
+        print(moved)
     if refused := unexplained(FOLDER, moves):
-        files = "\n".join(f"  {why(FOLDER, m.name).relative_to(ROOT)}: {m}" for m in refused)
-        raise SystemExit(f"gate: more than {REFUSED:.0%} worse without a file saying why:\n{files}")
+        files = "\n".join(f"  {why(FOLDER, m.name)}: {m}" for m in refused)
+        print(f"gate: more than {REFUSED:.0%} worse without a file saying why:\n{files}")
+        return exits.REGRESSION
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(after, indent=1, sort_keys=True) + "\n")
-    print(f"{path.relative_to(ROOT)}: {len(after)} counts, {len(moves)} moved")
+    print(f"{path}: {len(after)} counts, {len(moves)} moved")
+    return exits.OK
+
+
+def gate(given: argparse.Namespace) -> int:
+    path = FOLDER / f"{compiler_key()}.json"
+    if given.update:
+        return update(path)
+    if path.exists() and given.base is None:
+        return against_baseline(path)
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json"))) or "no compiler"
+        print(f"gate: no baseline for {compiler_key()}, only for {known}")
+    return against_base(given.base)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=exits.LEGEND)
+    parser.add_argument("--update", action="store_true", help="record, and print what moved")
+    parser.add_argument("--base", help="a revision to compare with in place of the baseline")
+    sys.exit(exits.status(lambda: gate(parser.parse_args())))
 
 
 if __name__ == "__main__":
