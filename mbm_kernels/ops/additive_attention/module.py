@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import dispatch, tracing
 from mbm_kernels.ops.additive_attention.op import additive_attention
 from mbm_kernels.ops.concat_linear.module import Linear
 
@@ -48,6 +48,7 @@ class AdditiveAttention(nn.Module):
         bound = max(1, self.v.numel()) ** -0.5
         nn.init.uniform_(self.v, -bound, bound)
 
+    @tracing.leaf
     def forward(
         self,
         query: Tensor,

@@ -1,11 +1,13 @@
 """Cross-entropy of projected hidden states: the public function and its registration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.linear_cross_entropy import backend_torch, reference
 
@@ -30,6 +32,10 @@ def _fake(
     return loss, *made
 
 
+def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
+    return [product(2 * hidden.size(0) * weight.numel(), ("hidden",), ("weight",))]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
@@ -42,6 +48,7 @@ OP = Op(
     fake=_fake,
     reference=reference.linear_cross_entropy,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 
 
