@@ -30,6 +30,10 @@ def looped(registered: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
 def flat(args: Any) -> list[Any]:
     found: list[Any] = []
     for arg in args:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mbm_kernels._core import env, native
+from mbm_kernels._core import env, native, tracing
 from mbm_kernels._core.errors import BackendUnavailableError
 
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
@@ -173,14 +173,14 @@ def select(
         backend = default(op)
     if backend == "torch":
         return backend
-    if torch.compiler.is_compiling():
-        return _select(op, backend, device, dtype, sizes)
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return _select(op, backend, device, dtype, tracing.concrete(sizes))
     # An op always names its sizes in one order, so their values are the key.
     key = (_tables[op], backend, device, dtype, *sizes.values())
     try:
         chosen = _chosen.get(key)
     except TypeError:  # symbolic sizes have no hash
-        return _select(op, backend, device, dtype, sizes)
+        return _select(op, backend, device, dtype, tracing.concrete(sizes))
     if chosen is None:
         if len(_chosen) >= MOST_REMEMBERED:
             _chosen.clear()

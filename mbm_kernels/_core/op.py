@@ -29,8 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import arguments, autocast, dispatch, made
-from mbm_kernels._core.tracing import in_functorch, is_plain, no_kernel
+from mbm_kernels._core import arguments, autocast, by_autograd, dispatch, flops, made, profiling
+from mbm_kernels._core.arguments import as_tuple as as_tuple
+from mbm_kernels._core.tracing import (
+    in_functorch,
+    is_plain,
+    may_need_grad,
+    no_kernel,
+)
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -38,64 +44,6 @@ OPS: dict[str, "Op"] = {}
 
 Outputs = tuple[Tensor, ...]
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-
-
-def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-
-
-def _bwd_by_autograd(
-    fn: Callable[..., Any],
-    args: Sequence[Any],
-    diff: Sequence[int],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Gradients of fn(*args) by torch's autograd, with respect to args[i] for i in `diff`.
-
-    The function runs on aliases: an argument may be computed from another, and only the direct
-    dependence counts.
-    """
-    places: list[tuple[int, int | None]] = []  # position, and index where that is a list
-    for position, needed in zip(diff, needs, strict=True):
-        arg = args[position]
-        if isinstance(arg, (list, tuple)) and needed:
-            places.extend((position, i) for i in range(len(arg)))
-        elif isinstance(arg, Tensor) and needed:
-            places.append((position, None))
-    wanted = [args[p] if i is None else args[p][i] for p, i in places]
-
-    def call(*values: Tensor) -> list[Tensor]:
-        inner = [list(a) if isinstance(a, (list, tuple)) else a for a in args]
-        for (position, i), value in zip(places, values, strict=True):
-            if i is None:
-                inner[position] = value
-            else:
-                inner[position][i] = value
-        outputs = as_tuple(fn(*inner))
-        return [o for o, grad in zip(outputs, grads, strict=False) if grad is not None]
-
-    given = [grad for grad in grads if grad is not None]
-    if in_functorch():
-        # A backward may run after its grad level has ended (jacrev): autograd.grad would see no
-        # graph there.
-        outputs, pull, *_ = torch.func.vjp(call, *wanted)
-        return list(pull([g.to(o.dtype) for o, g in zip(outputs, given, strict=True)]))
-    with torch.enable_grad():
-        aliases = [x.view_as(x) if create_graph else x.detach().requires_grad_() for x in wanted]
-        pairs = [(o, g) for o, g in zip(call(*aliases), given, strict=True) if o.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(alias) for alias in aliases]
-        flat = torch.autograd.grad(
-            [output for output, _ in pairs],
-            aliases,
-            [grad.to(output.dtype) for output, grad in pairs],
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return list(flat)
 
 
 class Op:
@@ -115,6 +63,8 @@ class Op:
         opaque_torch: compilers cannot trace `torch_fwd`, so that it too is registered.
         ignored: of the inputs by name, bool [N]: rows of diff[0] whose made gradient is 0 and stays
             so whatever it is scaled by, NaN and infinities included.
+        products: the definition's matrix products, for FLOP counters: called with the inputs by
+            name; None where there are none.
     """
 
     def __init__(
@@ -129,6 +79,7 @@ class Op:
         torch_fwd: Callable[..., Any],
         opaque_torch: bool = False,
         ignored: Callable[[dict[str, Any]], Tensor] | None = None,
+        products: Callable[..., list[flops.Product]] | None = None,
     ):
         self.name = name
         self.fake = fake
@@ -136,6 +87,8 @@ class Op:
         self.torch_fwd = torch_fwd
         self.opaque_torch = opaque_torch
         self.ignored = ignored
+        self.products = products
+        self.label = f"{NAMESPACE}::{name}"
         fwd_schema = torch._C.parse_schema(f"{name}{fwd}")
         inputs = [argument.name for argument in fwd_schema.arguments]
         outputs = [result.name for result in fwd_schema.returns]
@@ -159,6 +112,7 @@ class Op:
         self.function = self._make_function(None)
         dispatch.register(name)
         OPS[name] = self
+        flops.count(self)
 
     def _register(self, fwd: str, bwd: str) -> None:
         declared, _, returns = fwd.partition(" -> ")
@@ -172,11 +126,10 @@ class Op:
         )
         _library.impl(self.name, self._registered_fwd, "CompositeExplicitAutograd")
         _library.impl(f"{self.name}_backward", self._registered_bwd, "CompositeExplicitAutograd")
-        qualified = f"{NAMESPACE}::{self.name}"
-        torch.library.register_fake(qualified, self._fake_fwd)
-        torch.library.register_fake(f"{qualified}_backward", self._fake_bwd)
+        torch.library.register_fake(self.label, self._fake_fwd)
+        torch.library.register_fake(f"{self.label}_backward", self._fake_bwd)
         torch.library.register_autograd(
-            qualified, self._backward, setup_context=self._setup_context
+            self.label, self._backward, setup_context=self._setup_context
         )
         packet = getattr(torch.ops, NAMESPACE)
         self.registered = getattr(packet, self.name).default
@@ -217,7 +170,7 @@ class Op:
                     flat.extend([grad] if length is None else grad or [None] * length)
                 return tuple(flat)
 
-        Function.__name__ = Function.__qualname__ = f"{self.name}_function"
+        profiling.rename(Function, self.label)
         return Function
 
     def __call__(self, backend: str, *args: Any, sizes: dict[str, int]) -> Any:
@@ -230,10 +183,7 @@ class Op:
             a for a in (arguments.flat(args) if self.has_lists else args) if isinstance(a, Tensor)
         ]
         device, dtype = tensors[0].device, tensors[0].dtype
-        needs_grad = False
-        if torch.is_grad_enabled():
-            for tensor in tensors:
-                needs_grad = needs_grad or tensor.requires_grad
+        needs_grad = may_need_grad(tensors)
         sizes["training"] = int(needs_grad)
         if reason := no_kernel(tensors, self.saves_each):
             backend = dispatch.without_kernels(self.name, backend, reason)
@@ -254,10 +204,10 @@ class Op:
         self, backend: str, args: Sequence[Any], tensors: Sequence[Tensor], needs_grad: bool
     ) -> tuple[Any, ...]:
         if backend == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
-            return as_tuple(self.torch_fwd(*args))
+            return self._alone(backend, args)
         plain = is_plain(tensors)
         if plain and not needs_grad:
-            return as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
+            return self._alone(backend, args)
         if plain or in_functorch():
             function = self.function
             if self.has_lists:
@@ -273,15 +223,35 @@ class Op:
             return as_tuple(direct.apply(*alive, backend))
         return as_tuple(self.registered(*args, backend))
 
+    def _alone(self, backend: str, args: Sequence[Any]) -> tuple[Any, ...]:
+        """A call that neither autograd's node nor the dispatcher names for the profiler."""
+        if torch.compiler.is_compiling():
+            return as_tuple(self.torch_fwd(*args))
+        if not profiling.active():
+            return self._backend_fwd(backend, args)
+        with profiling.event(self.label, args):
+            return self._backend_fwd(backend, args)
+
+    def _backend_fwd(self, backend: str, args: Sequence[Any]) -> tuple[Any, ...]:
+        fwd = self.torch_fwd
+        if backend != "torch":
+            fwd = dispatch.load_backend(self.name, backend).fwd
+        if not profiling.active():
+            return as_tuple(fwd(*args))
+        with profiling.event(f"{self.label}.{backend}", args):
+            return as_tuple(fwd(*args))
+
     def _run_fwd(self, backend: str, args: Sequence[Any]) -> Outputs:
+        outputs = self._backend_fwd(backend, args)
         if backend == "torch":
-            outputs = self._without_made(as_tuple(self.torch_fwd(*args)))
+            outputs = self._without_made(outputs)
             if all(o is not None for o in outputs):
                 return outputs
-            # What autograd keeps by itself.
+            # What autograd keeps by itself; a registered op returns the same each time.
             made = as_tuple(self.fake(*args))
-            return tuple(m if o is None else o for o, m in zip(outputs, made, strict=True))
-        outputs = as_tuple(dispatch.load_backend(self.name, backend).fwd(*args))
+            return tuple(
+                torch.zeros_like(m) if o is None else o for o, m in zip(outputs, made, strict=True)
+            )
         if outputs[-1] is None:
             outputs = (*outputs[:-1], outputs[0].new_empty(0))
         return outputs if len(outputs) == len(self.outputs) else self._without_made(outputs)
@@ -300,12 +270,16 @@ class Op:
         self, backend: str, args: Sequence[Any], needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         if backend != "torch":
-            return tuple(dispatch.load_backend(self.name, backend).bwd(*args))
+            bwd = dispatch.load_backend(self.name, backend).bwd
+            if not profiling.active():
+                return tuple(bwd(*args))
+            with profiling.event(f"{self.label}_backward.{backend}", args):
+                return tuple(bwd(*args))
         named = dict(zip(self.bwd_names, args, strict=True))
         inputs = [True if n == "save" else named.get(n) for n in self.inputs]
         grads = [named[f"grad_{n}"] for n in self.public]
         flat = iter(
-            _bwd_by_autograd(self.torch_fwd, inputs, self.diff_positions, grads, needs, False)
+            by_autograd.gradients(self.torch_fwd, inputs, self.diff_positions, grads, needs, False)
         )
         found: list[Tensor | None] = []
         for position, needed in zip(self.diff_positions, needs, strict=True):
@@ -376,7 +350,7 @@ class Op:
         needs = [arguments.any_of(needs_inputs[i]) for i in self.diff_positions]
         given = [named[f"grad_{name}"] for name in self.public]
         if not any(needs) or all(grad is None for grad in given):
-            return (None,) * (len(self.inputs) + 1)
+            return self._spread(named, [False] * len(needs), iter(()))
         if torch.is_grad_enabled():
             flat = self._differentiable_backward(named, given, needs)
         elif self.made and made.are_made(self.diff, named, given, needs):
@@ -400,11 +374,18 @@ class Op:
             return self.reference(**dict(zip(names, args, strict=True)))
 
         diff = [names.index(name) for name in self.diff]
-        return _bwd_by_autograd(call, [named[n] for n in names], diff, grads, needs, True)
+        return by_autograd.gradients(call, [named[n] for n in names], diff, grads, needs, True)
 
     def _spread(self, named: dict[str, Any], needs: Sequence[bool], flat: Any) -> tuple[Any, ...]:
-        """One entry for each forward input and for the backend, None where there is no gradient."""
-        spread: list[Any] = [None] * (len(self.inputs) + 1)
+        """One entry for each forward input and for the backend, None where there is no gradient.
+
+        For a list it is a list, of None where none of its tensors needs a gradient: torch.library
+        takes nothing else.
+        """
+        spread: list[Any] = [
+            [None] * len(value) if isinstance(value, list) and arguments.is_tensors(value) else None
+            for value in (named.get(name) for name in self.inputs)
+        ]
         for position, needed in zip(self.diff_positions, needs, strict=True):
             value = named[self.inputs[position]]
             if not needed or value is None:
@@ -413,4 +394,4 @@ class Op:
                 spread[position] = [next(flat) for _ in value]
             else:
                 spread[position] = next(flat)
-        return tuple(spread)
+        return (*spread, None)

@@ -1,8 +1,11 @@
 """What else is at work around a call: compilers, tracers, dispatch modes, functorch, tangents."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -37,6 +40,60 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
         ):
             return False
     return True
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def leaf(forward: F) -> F:
+    """A module's forward, which torch.fx.symbolic_trace records as one node, as of torch.nn's own.
+
+    torch.fx.Tracer knows leaves by the package that their class is from, and calls the forward of
+    all others with symbols.
+    """
+
+    @functools.wraps(forward)
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, torch.fx.Proxy):
+                tracer: Any = arg.tracer
+                path = tracer.path_of_module(self)
+                return tracer.create_proxy("call_module", path, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def may_need_grad(tensors: Sequence[Tensor]) -> bool:
+    """Whether a backward may come.
+
+    What torch.jit.trace records is constant: the graph trains and infers alike, and torch compares
+    it with a second one that is traced without gradients.
+    """
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor.requires_grad:
+                return True
+    return False
+
+
+def concrete(sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes` to choose a backend by, where something traces: a symbol counts as its example.
+
+    Any backend is right for any size, so no guard may come of the choice: it would compile again at
+    each boundary of a table, and make torch.export refuse a range that holds one.
+    """
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return {name: int(size) for name, size in sizes.items()}
+    from torch.fx.experimental import symbolic_shapes  # imports sympy
+
+    if not hasattr(symbolic_shapes, "optimization_hint"):  # before torch 2.13
+        return sizes
+    return {
+        name: symbolic_shapes.optimization_hint(size, fallback=0) for name, size in sizes.items()
+    }
 
 
 def no_kernel(tensors: Sequence[Tensor], takes_bools: bool) -> str | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks, dispatch
+from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.additive_attention.op import additive_attention
 from mbm_kernels.ops.concat_linear.module import Linear
@@ -53,6 +53,7 @@ class AdditiveAttention(nn.Module):
         """key [B, S, key_dim], projected and prepared once for several calls without gradients."""
         return additive_attention_keys(self.key_proj(key), backend=self.backend)
 
+    @tracing.leaf
     def forward(
         self,
         query: Tensor,

@@ -1,8 +1,11 @@
 """Additive (Bahdanau) attention: the public function and its registration."""
 
+from typing import Any
+
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, dispatch
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.tracing import is_plain, wants_gradient
 from mbm_kernels.ops.additive_attention import backend_torch, reference
@@ -26,6 +29,16 @@ def _fake(
     )
 
 
+def _products(query: Tensor, value: Tensor, **_: Any) -> list[Product]:
+    # FLOP counters know no product by a vector: the scores count nothing.
+    batch, steps, _features = query.shape
+    return [
+        product(
+            2 * batch * steps * value.size(1) * value.size(2), ("query", "key", "v"), ("value",)
+        )
+    ]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor query, Tensor key, Tensor value, Tensor v, Tensor? key_lengths, Tensor? mask)"
@@ -36,6 +49,7 @@ OP = Op(
     fake=_fake,
     reference=reference.additive_attention,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 
 

@@ -5,13 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks, dispatch
+from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels.ops.concat_linear.op import NAME, concat_linear, linear
 
 
 class Linear(nn.Linear):
     """torch.nn.Linear, run by concat_linear where its table names a backend for this size."""
 
+    @tracing.leaf
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -47,6 +48,7 @@ class ConcatLinear(nn.Linear):
         self.parts = tuple(in_features)
         self.backend = backend
 
+    @tracing.leaf
     def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
         """inputs [..., C_i] in the order of `in_features` -> [..., out_features]."""
         given = tuple(x.size(-1) for x in inputs if isinstance(x, Tensor) and x.dim() > 0)

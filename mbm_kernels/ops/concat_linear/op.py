@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, dispatch
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.tracing import in_functorch
+from mbm_kernels._core.tracing import in_functorch, may_need_grad
 from mbm_kernels.ops.concat_linear import backend_torch, reference
 
 NAME = "concat_linear"
@@ -20,6 +22,11 @@ def _fake(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tens
     return weight.new_empty(*leading, weight.size(0))
 
 
+def _products(inputs: Sequence[Tensor], weight: Tensor, **_: Any) -> list[Product]:
+    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    return [product(2 * math.prod(leading) * weight.numel(), ("inputs",), ("weight",))]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor[] inputs, Tensor weight, Tensor? bias) -> (Tensor y)",
@@ -28,6 +35,7 @@ OP = Op(
     fake=_fake,
     reference=reference.concat_linear,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 _remembered = checks.Remembered()
 
@@ -130,7 +138,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     tensors = (x, weight) if bias is None else (x, weight, bias)
     sizes = _sizes([x], math.prod(x.shape[:-1]), weight.size(1), weight.size(0))
-    sizes["training"] = int(torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    sizes["training"] = int(may_need_grad(tensors))
     chosen = dispatch.select(NAME, "auto", x.device, x.dtype, sizes)
     if chosen == "torch":
         return F.linear(x, weight, bias)

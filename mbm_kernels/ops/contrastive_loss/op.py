@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.contrastive_loss import backend_torch, reference
 
@@ -21,6 +23,12 @@ def _fake(
     return loss, *targets.gradients_to_make((image, text, scale, bias), save, "mean")
 
 
+def _products(image: Tensor, text: Tensor, scale: Tensor, **_: Any) -> list[Product]:
+    # In half precision the scale multiplies the product, not an operand.
+    left = ("image", "scale") if image.dtype == scale.dtype else ("image",)
+    return [product(2 * image.size(0) * text.numel(), left, ("text",))]
+
+
 # scale and bias: 0-dimensional, float64 with float64 embeddings, else float32.
 OP = Op(
     NAME,
@@ -32,6 +40,7 @@ OP = Op(
     fake=_fake,
     reference=reference.contrastive_loss,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 _remembered = checks.Remembered()
 

@@ -44,7 +44,7 @@ def fwd(
     activation: str | None,
     max_pool: Sequence[int] | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, None, None]:
     channels_last = geometry.is_channels_last(x) or geometry.is_channels_last(weight)
     # On CPUs NCHW pooling is scalar code: converting pays for itself once there is a pool (README).
     convert = (
@@ -67,10 +67,7 @@ def fwd(
         y = y if max_pool is None else _pool(y, max_pool)
     # An unbatched result is dense in [K, Y, X] whatever the weight's layout.
     y = y.contiguous() if convert or x.dim() == 3 else y
-    # Autograd saves what the backward needs, except as a registered op, whose fake kernel announces
-    # what the cpu backend would save.
-    keep = save and not torch.is_grad_enabled()
-    return y, *geometry.saved(y, activation, max_pool, keep, zeros=True)
+    return y, None, None
 
 
 def _convolution(

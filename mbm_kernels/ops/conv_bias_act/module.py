@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks, dispatch
+from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from mbm_kernels.ops.conv_bias_act.op import NAME, conv_bias_act
@@ -24,6 +24,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
+    @tracing.leaf
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, Y, X] or [C, Y, X] -> [B, K, Y', X'] or [K, Y', X']."""
         return self._convolve(x)
@@ -95,6 +96,7 @@ class ConvBiasAct(Conv2d):
         self.activation = activation
         self.max_pool = max_pool
 
+    @tracing.leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [B, C, Y, X], residual of the convolution's shape -> [B, K, Y'', X'']."""
         return self._convolve(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
@@ -46,6 +47,29 @@ def _fake(
     return y, *geometry.saved(y, activation, max_pool, save)
 
 
+def _products(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **_: Any,
+) -> list[Product]:
+    top, bottom, left, right = padding
+    height, width = geometry.convolved_size(
+        NAME,
+        x,
+        (weight.shape[2], weight.shape[3]),
+        (stride[0], stride[1]),
+        (top, bottom, left, right),
+        (dilation[0], dilation[1]),
+    )
+    flops = 2 * (x.shape[0] if x.dim() == 4 else 1) * height * width * weight.numel()
+    # torch counts the weight's gradient as if there were no groups.
+    return [Product(flops, ((flops, ("x",)), (flops * groups, ("weight",))))]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride,"
@@ -58,6 +82,7 @@ OP = Op(
     fake=_fake,
     reference=reference.conv_bias_act,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels._core import checks, dispatch
+from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.ops.concat_linear.op import linear
 from mbm_kernels.ops.cross_attention.op import cross_attention
@@ -37,6 +37,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
+    @tracing.leaf
     def forward(
         self,
         query: Tensor,

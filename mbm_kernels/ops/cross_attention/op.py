@@ -1,8 +1,11 @@
 """Scaled dot-product attention with its weights: the public function and its registration."""
 
+from typing import Any
+
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.cross_attention import backend_torch, reference
 from mbm_kernels.ops.cross_attention.saved import empty_saved
@@ -34,6 +37,21 @@ def _fake(
     )
 
 
+def _products(
+    query: Tensor, key: Tensor, value: Tensor, need_weights: str | None, **_: Any
+) -> list[Product]:
+    scores, context = 2 * query.numel() * key.size(2), 2 * value.numel() * query.size(2)
+    if need_weights is None:
+        # As torch counts scaled_dot_product_attention on a GPU (on a CPU it counts nothing): the
+        # backward makes all gradients, and the scores again.
+        backward = 3 * scores + 2 * context
+        return [Product(scores + context, ((backward, ("query", "key", "value", "mask")),))]
+    return [
+        product(scores, ("query",), ("key",)),
+        product(context, ("query", "key", "mask"), ("value",)),
+    ]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? mask, float scale,"
@@ -45,6 +63,7 @@ OP = Op(
     fake=_fake,
     reference=reference.cross_attention,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 _remembered = checks.Remembered()
 

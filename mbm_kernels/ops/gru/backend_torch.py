@@ -30,7 +30,7 @@ def fwd(
     lengths: Tensor | None,
     reverse: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, None]:
     steps, batch, _ = x.shape
     hidden = w_hh.size(1)
     if h0 is None:
@@ -38,13 +38,9 @@ def fwd(
     weights = [w_ih, w_hh]
     if b_ih is not None and b_hh is not None:
         weights += [b_ih, b_hh]
-    # Autograd keeps what it needs. Only the registered op, which records no graph, must return the
-    # reserve that its fake kernel announces, and the same each time.
-    keep = save and not torch.is_grad_enabled()
-    reserve = x.new_zeros((steps, batch, 4 * hidden) if keep else 0)
     if steps == 0:
         # aten::gru refuses; the product has the right shape and keeps y in the autograd graph.
-        return F.linear(x, w_ih[:hidden]), h0.clone(), reserve
+        return F.linear(x, w_ih[:hidden]), h0.clone(), None
     if lengths is not None:
         lengths = lengths.clamp(0, steps)
         if checks.values_readable(lengths):
@@ -52,11 +48,11 @@ def fwd(
             if valid == steps * batch:
                 lengths = None
             elif valid > 0 and (not save or valid < PACKED_BELOW * steps * batch):
-                return *_packed(x, h0, weights, lengths, reverse, save), reserve
+                return *_packed(x, h0, weights, lengths, reverse, save), None
     if lengths is not None:
-        return *_masked(x, h0, weights, lengths.to(x.device), reverse, save), reserve
+        return *_masked(x, h0, weights, lengths.to(x.device), reverse, save), None
     y, h_n = _whole(x.flip(0) if reverse else x, h0, weights, save)
-    return y.flip(0) if reverse else y, h_n, reserve
+    return y.flip(0) if reverse else y, h_n, None
 
 
 def _whole(x: Tensor, h0: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor]:

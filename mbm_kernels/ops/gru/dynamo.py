@@ -5,31 +5,25 @@ Dynamo breaks the graph at every instance of torch.nn.GRU, of subclasses too, un
 so it is allowed, and only it: the flag is on for no other module.
 """
 
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-BUILDER = "torch._dynamo.variables.builder"
-_classes: list[type] = []
+from mbm_kernels._core.when_imported import when_imported
+
+BUILDER = "torch._dynamo.variables.builder"  # importing it here would take 2 s
 
 
 def traceable(module: type) -> None:
     """Dynamo traces into instances of exactly this subclass of torch.nn.GRU."""
-    _classes.append(module)
-    if BUILDER in sys.modules:
-        _allow(sys.modules[BUILDER])
+    when_imported(BUILDER, lambda builder: _allow(builder, module))
 
 
-def _allow(builder: ModuleType) -> None:
+def _allow(builder: ModuleType, module: type) -> None:
     tables = getattr(getattr(builder, "VariableBuilder", None), "_type_dispatch_impl", None)
     if tables is None:  # another torch than 2.11 to 2.13: the graph breaks, as at torch.nn.GRU
         return
     for trace_numpy in (True, False):
-        tables(trace_numpy).update(dict.fromkeys(_classes, _wrap))
+        tables(trace_numpy)[module] = _wrap
 
 
 def _wrap(builder: Any, value: Any) -> Any:
@@ -37,28 +31,3 @@ def _wrap(builder: Any, value: Any) -> Any:
 
     with config.patch(allow_rnn=True):
         return builder.wrap_module(value)
-
-
-class _WhenImported(MetaPathFinder):
-    """Runs `_allow` on the builder once that is imported: importing it here would take 2 s."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _allow(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if BUILDER not in sys.modules:
-    sys.meta_path.insert(0, _WhenImported())

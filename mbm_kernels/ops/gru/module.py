@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from mbm_kernels._core import autocast, dispatch
-from mbm_kernels._core.tracing import in_functorch
+from mbm_kernels._core import autocast, dispatch, tracing
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
 from mbm_kernels.ops.gru_bidirectional import gru_bidirectional
@@ -40,6 +39,7 @@ class GRU(torch.nn.GRU):
         super().__init_subclass__(**kwargs)
         traceable(cls)
 
+    @tracing.leaf
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -125,7 +125,7 @@ class GRU(torch.nn.GRU):
 
     def _is_stock(self, input: Tensor | PackedSequence, hx: Tensor | None) -> bool:
         """Whether torch.nn.GRU itself serves this call best: all layers run the torch backend."""
-        if torch.compiler.is_compiling() or in_functorch():
+        if torch.compiler.is_compiling() or tracing.in_functorch():
             return False
         x = input.data if isinstance(input, PackedSequence) else input
         if autocast.enabled(x.device):
@@ -138,11 +138,8 @@ class GRU(torch.nn.GRU):
             steps, batch = x.shape[1::-1] if self.batch_first else x.shape[:2]
         else:
             steps, batch = x.size(0), 1
-        training = torch.is_grad_enabled() and (
-            x.requires_grad
-            or (hx is not None and hx.requires_grad)
-            or any(p.requires_grad for p in self._parameters.values() if p is not None)
-        )
+        given = (x, hx, *self._parameters.values())
+        training = tracing.may_need_grad([t for t in given if t is not None])
         hidden = self.hidden_size
         inner = hidden * (2 if self.bidirectional else 1)
         # The weights' dtype: an input of another is an error, which torch words.

@@ -1,8 +1,11 @@
 """A GRU over a sequence: the public function and its registration."""
 
+from typing import Any
+
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.gru import backend_torch, reference
 from mbm_kernels.ops.gru_cell.op import check_weights
@@ -30,6 +33,17 @@ def _fake(
     )
 
 
+def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
+    steps, batch, _features = x.shape
+    state = 2 * batch * w_hh.numel()
+    # The first state depends on h0 alone, those after it on everything.
+    return [
+        product(2 * steps * batch * w_ih.numel(), ("x",), ("w_ih",)),
+        product(state * min(steps, 1), ("h0",), ("w_hh",)),
+        product(state * max(steps - 1, 0), ("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"), ("w_hh",)),
+    ]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
@@ -42,6 +56,7 @@ OP = Op(
     reference=reference.gru,
     torch_fwd=backend_torch.fwd,
     opaque_torch=True,
+    products=products,
 )
 
 

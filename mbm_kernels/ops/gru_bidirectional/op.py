@@ -1,10 +1,13 @@
 """Both directions of a GRU's layer in one call, for nn.GRU: the function and its registration."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, dispatch
+from mbm_kernels._core import autocast, checks, dispatch, tracing
+from mbm_kernels._core.flops import Names, Product
 from mbm_kernels._core.op import Op
+from mbm_kernels.ops.gru.op import products as gru_products
 from mbm_kernels.ops.gru_bidirectional import backend_torch, reference
 from mbm_kernels.ops.gru_bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru_cell.op import check_weights
@@ -35,6 +38,21 @@ def _fake(
     )
 
 
+def _products(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, w_ih_reverse: Tensor, w_hh_reverse: Tensor, **_: Any
+) -> list[Product]:
+    def reverse(names: Names) -> Names:
+        return tuple(n if n in ("x", "h0") else f"{n}_reverse" for n in names)
+
+    return [
+        *gru_products(x, w_ih, w_hh),
+        *(
+            Product(p.flops, tuple((flops, reverse(names)) for flops, names in p.gradients))
+            for p in gru_products(x, w_ih_reverse, w_hh_reverse)
+        ),
+    ]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
@@ -52,6 +70,7 @@ OP = Op(
     reference=reference.gru_bidirectional,
     torch_fwd=backend_torch.fwd,
     opaque_torch=True,
+    products=_products,
 )
 
 
@@ -105,7 +124,7 @@ def gru_bidirectional(
     given = autocast.cast(x, h0, *weights, *others)
     named = tuple(zip(OP.diff, given, strict=True))
     checks.same_floating(NAME, named)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    needs_grad = tracing.may_need_grad([t for t in given if t is not None])
     sizes = {"T": steps, "B": batch, "C": features, "H": hidden}
     judged = {**sizes, "training": int(needs_grad)}
     if dispatch.select("gru", backend, x.device, given[0].dtype, judged) == "cpu":

@@ -22,11 +22,7 @@ def fwd(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    # Autograd keeps what it needs. Only the registered op, which records no graph, must return the
-    # reserve that its fake kernel announces, and the same each time.
-    keep = save and not torch.is_grad_enabled()
-    reserve = x.new_zeros((x.size(0), 4 * h.size(1)) if keep else 0)
+) -> tuple[Tensor, None]:
     if in_functorch():
-        return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), reserve
-    return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh), reserve
+        return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), None
+    return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh), None

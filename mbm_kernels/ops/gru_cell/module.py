@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, dispatch
+from mbm_kernels._core import autocast, dispatch, tracing
 from mbm_kernels.ops.gru_cell.op import gru_cell
 
 NAME = "gru_cell"
@@ -30,6 +30,7 @@ class GRUCell(torch.nn.GRUCell):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
+    @tracing.leaf
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, C] or [C]; hx [B, H], [H] or None for zeros -> [B, H] or [H]."""
         if self._is_stock(input, hx):
@@ -57,12 +58,8 @@ class GRUCell(torch.nn.GRUCell):
             return True
         if lowered or input.dtype != self.weight_ih.dtype:
             return not lowered
-        training = torch.is_grad_enabled() and (
-            input.requires_grad
-            or (hx is not None and hx.requires_grad)
-            or self.weight_ih.requires_grad
-            or self.weight_hh.requires_grad
-        )
+        given = (input, hx, self.weight_ih, self.weight_hh)
+        training = tracing.may_need_grad([t for t in given if t is not None])
         sizes = {
             "B": input.size(0) if input.dim() == 2 else 1,
             "C": self.input_size,

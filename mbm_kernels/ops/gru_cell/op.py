@@ -1,8 +1,11 @@
 """One GRU step: the public function and its registration."""
 
+from typing import Any
+
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.gru_cell import backend_torch, reference
 
@@ -22,6 +25,13 @@ def _fake(
     return h.new_empty(h.shape), h.new_empty(reserve)
 
 
+def _products(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
+    return [
+        product(2 * x.size(0) * w_ih.numel(), ("x",), ("w_ih",)),
+        product(2 * h.size(0) * w_hh.numel(), ("h",), ("w_hh",)),
+    ]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save)"
@@ -32,6 +42,7 @@ OP = Op(
     fake=_fake,
     reference=reference.gru_cell,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.linear_cross_entropy import backend_torch, reference
 
@@ -38,6 +39,10 @@ def _reference(
     return reference.linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index, **rest)
 
 
+def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
+    return [product(2 * hidden.size(0) * weight.numel(), ("hidden",), ("weight",))]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
@@ -51,6 +56,7 @@ OP = Op(
     reference=_reference,
     torch_fwd=backend_torch.fwd,
     ignored=targets.ignored_rows,
+    products=_products,
 )
 
 

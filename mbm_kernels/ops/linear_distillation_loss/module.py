@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import dispatch, tracing
 from mbm_kernels.ops.linear_distillation_loss.op import (
     check_options,
     linear_distillation_loss,
@@ -47,6 +47,7 @@ class LinearDistillationLoss(nn.Module):
         self.reduction = reduction
         self.backend = backend
 
+    @tracing.leaf
     def forward(
         self,
         student_hidden: Tensor,

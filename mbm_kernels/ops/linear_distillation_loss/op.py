@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.linear_distillation_loss import backend_torch, reference
 
@@ -48,6 +49,16 @@ def _reference(
     )
 
 
+def _products(
+    student_hidden: Tensor, student_weight: Tensor, teacher_weight: Tensor | None, **_: Any
+) -> list[Product]:
+    rows = 2 * student_hidden.size(0)
+    heads = [product(rows * student_weight.numel(), ("student_hidden",), ("student_weight",))]
+    if teacher_weight is not None:
+        heads.append(product(rows * teacher_weight.numel(), (), ()))
+    return heads
+
+
 _INPUTS = (
     "Tensor student_hidden, Tensor student_weight, Tensor target, Tensor? student_bias,"
     " Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits,"
@@ -64,6 +75,7 @@ OP = Op(
     reference=_reference,
     torch_fwd=backend_torch.fwd,
     ignored=targets.ignored_rows,
+    products=_products,
 )
 
 

@@ -4,11 +4,13 @@ It is internal: the captioner's search calls it, and `mbm_kernels` does not expo
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
+from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.linear_topk import backend_torch, reference
 
@@ -20,6 +22,10 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[
     return values, values.new_empty(values.shape, dtype=torch.int64)
 
 
+def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
+    return [product(2 * hidden.size(0) * weight.numel(), ("hidden",), ("weight",))]
+
+
 OP = Op(
     NAME,
     fwd="(Tensor hidden, Tensor weight, Tensor? bias, int k) -> (Tensor values, Tensor ids)",
@@ -29,6 +35,7 @@ OP = Op(
     fake=_fake,
     reference=reference.linear_topk,
     torch_fwd=backend_torch.fwd,
+    products=_products,
 )
 
 
