@@ -241,7 +241,6 @@ class TestSnapshot:
         key = torch.randn(2, 3, 4, dtype=torch.bfloat16)
         keys = additive_attention_keys(key, backend="torch")
         assert (keys.shape, keys.dtype, keys.device) == (key.shape, key.dtype, key.device)
-        assert isinstance(keys, mbm_kernels.AdditiveAttentionKeys)
         assert repr(keys) == (
             "AdditiveAttentionKeys([2, 3, 4], dtype=torch.bfloat16, device=cpu, backend='torch')"
         )
@@ -295,8 +294,6 @@ class TestBackends:
         keys = additive_attention_keys(inputs["key"])
         with raises(mbm_kernels.BackendUnavailableError, "'cuda' cannot run"):
             attend(inputs, "cuda", key=keys)
-        with raises(ValueError, "backend: got 'fast'"):
-            attend(inputs, "fast", key=keys)
 
     @pytest.mark.parametrize("backend", ON_CPU)
     def test_autocast(self, backend):
