@@ -296,6 +296,7 @@ class Captioner(nn.Module):
         )
         state = cell.unflatten(0, x.shape[:2])
         if isinstance(attention, DotAttention):
+            assert isinstance(key, Tensor)
             context, weights = attention.attend(state, key, value)
         else:
             query = attention.query_proj(state)

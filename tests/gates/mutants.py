@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
-        "if (v_.factorable && query_magnitude + group.magnitudes[i] <= kRatioLimit) {",
+        "if (v_.factorable && query_magnitude + key_magnitude <= kRatioLimit) {",
         "if (true) {",
         "tests/test_drawn.py -k additive_attention",
     ),
