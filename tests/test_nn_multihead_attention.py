@@ -163,6 +163,8 @@ def test_rows_filled_with_a_large_number(backend, kind, large):
     causal = torch.ones(4, 5, dtype=torch.bool).triu(1)
     causal[:, :2] = True
     given_masks = {}
+    if kind == "steps and padding":
+        large /= 2  # their sum is finite too
     if "steps" in kind:
         given_masks["attn_mask"] = torch.zeros(4, 5).masked_fill(causal, large)
     if kind == "each":

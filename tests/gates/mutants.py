@@ -203,6 +203,13 @@ MUTANTS = (
         "tests/test_drawn.py -k cross_attention",
     ),
     Mutant(
+        "hidden-value-read",
+        "csrc/cross_attention/head_weights.h",
+        "if (masked() && any_special(rows, width, out, out_stride))",
+        "if (false)",
+        "tests/test_cross_attention.py -k partly_hidden",
+    ),
+    Mutant(
         "mean-over-one-head-too-few",
         "csrc/cross_attention/cross_attention_cpu.cpp",
         "const vf share = set1(1.0f / static_cast<float>(N));",

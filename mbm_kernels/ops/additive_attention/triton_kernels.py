@@ -306,7 +306,8 @@ def grad_scores(
         use = (t < T)[:, None] & (s < count)[None, :]
         p = tl.load(weights + at, use, 0.0).to(tl.float32)
         g = tl.load(out + at, use, 0.0)
-        tl.store(out + at, p * (g - dot[:, None]), (t < T)[:, None] & (s < S)[None, :])
+        g = tl.where(p == 0, 0.0, p * (g - dot[:, None]))
+        tl.store(out + at, g, (t < T)[:, None] & (s < S)[None, :])
 
 
 @triton.jit
