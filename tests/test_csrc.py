@@ -15,7 +15,7 @@ BOUNDS = {
     "slope": (None, 3.4e-7),
     "softplus": (None, 3.4e-7),
     "tanh": (2e-7, 3e-7),
-    "tanh_slope": (1.2e-7, 5e-7),
+    "tanh_slope": (2.4e-7, 4e-7),
     "erf": (1.2e-7, 1.2e-7),
 }
 # softplus(x) and its slope, relative even where they are tiny.

@@ -248,7 +248,7 @@ def test_eager_calls_raise_for_wrong_lengths(name, backend, mode):
 def test_lengths_without_values_raise(name, backend, mode):
     inputs, _ = sequence(name)
     inputs[SEQUENCES[name]] = torch.ones(B, dtype=torch.int64, device="meta")
-    with raises(ValueError, SEQUENCES[name], "got meta", "a device with values, as cpu"):
+    with raises(ValueError, SEQUENCES[name], "got meta", "expected values, on cpu"):
         getattr(mbm_kernels.ops, name)(**inputs, backend=backend)
 
 
@@ -265,7 +265,7 @@ def test_saved_indices_are_bounded_too():
     """What the backward of an operation gets back as saved state, of any value."""
     x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
     op = OPS["conv_bias_act"]
-    named = {"x": x, "weight": weight, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    named = {"x": x, "weight": weight, "stride": [1, 1], "padding": [1] * 4, "dilation": [1, 1]}
     named |= {"groups": 1, "activation": "relu", "max_pool": [3, 3, 2, 2, 1, 1], "save": True}
     args = [named.get(n) for n in op.inputs]
     outputs = dict(zip(op.outputs, op.registered(*args, "cpu"), strict=True))

@@ -159,8 +159,8 @@ def lengths(
         fail(op, name, value.dtype, "int64", "convert it with .long()", TypeError)
     shape(op, name, value, "B", (batch,))
     if value.device.type == "meta" and like.device.type != "meta":
-        expected = f"a device with values, as {like.device} or cpu"
-        fail(op, name, value.device, expected, "make them on one of these")
+        devices = " or ".join(sorted({"cpu", str(like.device)}))
+        fail(op, name, value.device, f"values, on {devices}", "make them there")
     if batch > 0 and values_readable(value):
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high > limit:
