@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mbm_kernels import nn
+from mbm_kernels import conv_bias_act, nn
+from mbm_kernels._core import dispatch
+from mbm_kernels.ops.conv_bias_act import module as conv_module
 
 from .conftest import raises
 
@@ -122,3 +124,69 @@ def test_bad_input():
         nn.Conv2d(3, 4, 3)(torch.randn(1, 5, 8, 8))
     with raises(ValueError, "backend: got 'fast'"):
         nn.Conv2d(3, 4, 3, backend="fast")(torch.randn(1, 3, 8, 8))
+
+
+class TestStockCalls:
+    """A kind of call that runs the torch backend is torch.nn.Conv2d's own from its second on."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch):
+        monkeypatch.setattr(conv_module, "_stock", set())
+
+    def calls(self, conv, x, monkeypatch) -> int:
+        """How often `conv_bias_act` runs in two calls."""
+        seen = []
+
+        def counted(*args, **kwargs):
+            seen.append(args)
+            return conv_bias_act(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(conv_module, "conv_bias_act", counted)
+            first, second = conv(x), conv(x)
+        assert torch.equal(first, second)
+        return len(seen)
+
+    @pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+    @pytest.mark.parametrize("mode", ["zeros", "reflect"])
+    def test_the_second_call_is_stock(self, backend, mode, monkeypatch):
+        options = {"padding": 1, "padding_mode": mode}
+        conv = nn.Conv2d(3, 4, 3, backend=backend, **options)
+        stock = torch.nn.Conv2d(3, 4, 3, **options)
+        stock.load_state_dict(conv.state_dict())
+        x = torch.randn(2, 3, 5, 5)
+        assert self.calls(conv, x, monkeypatch) == (2 if backend == "cpu" else 1)
+        torch.testing.assert_close(conv(x), stock(x))
+
+    def test_what_changes_the_choice_is_seen(self, monkeypatch):
+        conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+        assert self.calls(conv, x, monkeypatch) == 1
+        assert self.calls(conv, x.to(memory_format=torch.channels_last), monkeypatch) == 1
+        with torch.no_grad():
+            assert self.calls(conv, x, monkeypatch) == 1
+        with dispatch.preferring("cpu"):
+            assert self.calls(conv, x, monkeypatch) == 2
+        assert self.calls(conv, x, monkeypatch) == 0
+
+    def test_forward_mode_leaves_no_trace(self):
+        conv, x = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 5, 5)
+        with torch.autograd.forward_ad.dual_level():
+            conv(torch.autograd.forward_ad.make_dual(x, x))
+        assert not conv_module._stock
+
+    def test_errors_stay_ours(self):
+        conv = nn.Conv2d(3, 4, 3)
+        conv(torch.randn(2, 3, 5, 5))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="conv_bias_act: x: got 2 channels"):
+                conv(torch.randn(2, 2, 5, 5))
+
+    @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "hardswish", "relu"])
+    def test_activations_in_place_where_none_is_recorded(self, activation):
+        conv = nn.ConvBiasAct(3, 4, 3, activation=activation, backend="torch")
+        x = torch.randn(2, 3, 5, 5)
+        recorded = conv(x)
+        with torch.no_grad():
+            assert torch.equal(conv(x), recorded)
+        recorded.sum().backward()
+        assert conv.weight.grad is not None

@@ -269,9 +269,32 @@ def disabled() -> Iterator[None]:
             _disabled_depth -= 1
 
 
-def state() -> tuple[Any, ...]:
-    """Changes where set_backend, `disabled` or the environment make "auto" mean something else."""
-    return (_disabled_depth > 0, *_defaults.items(), env.backend())
+_watchers = threading.local()
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """The backends that operations take within this context, in this thread."""
+    before = getattr(_watchers, "seen", None)
+    seen: list[str] = []
+    _watchers.seen = seen
+    try:
+        yield seen
+    finally:
+        _watchers.seen = before
+
+
+def note(backend: str) -> None:
+    """Tells `watched` what a call takes."""
+    seen = getattr(_watchers, "seen", None)
+    if seen is not None:
+        seen.append(backend)
+
+
+def state(op: str | None = None) -> tuple[Any, ...]:
+    """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
+    with `op`, its table too."""
+    return (_disabled_depth > 0, *_defaults.items(), env.backend(), _tables.get(op or ""))
 
 
 def backends(op: str) -> dict[str, str | None]:

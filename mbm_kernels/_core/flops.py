@@ -52,7 +52,8 @@ def _forward(op: "Op") -> Callable[..., int]:
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         named = dict(zip(op.inputs, args, strict=False)) | kwargs
         outputs = dict(zip(op.outputs, as_tuple(out_val), strict=False))
-        # Gradients made by the forward count here: their backward scales them.
+        # Gradients made by the forward count here. Their backward scales them; one that has to
+        # make others, of a second output, counts as well.
         made = {
             name
             for name in op.diff

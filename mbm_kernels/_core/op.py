@@ -188,6 +188,8 @@ class Op:
         if reason := no_kernel(tensors, self.saves_each):
             backend = dispatch.without_kernels(self.name, backend, reason)
         chosen = dispatch.select(self.name, backend, device, dtype, sizes)
+        if not torch.compiler.is_compiling():
+            dispatch.note(chosen)
         if self.saves_each:
             wanted = [args[i] for i in self.diff_positions]
             args = (*args, [needs_grad and w is not None and w.requires_grad for w in wanted])

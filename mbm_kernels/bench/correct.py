@@ -17,7 +17,7 @@ from mbm_kernels.bench.benchmark import (
     prepare,
 )
 from mbm_kernels.testing.errors import assert_matches, max_abs
-from mbm_kernels.testing.suite import map_floating
+from mbm_kernels.testing.inputs import map_floating
 
 NUDGE = 1e-5  # relative; ten times what float32 sums of 1000 terms are off
 SEEDS = 20

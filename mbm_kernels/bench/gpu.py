@@ -35,7 +35,8 @@ from mbm_kernels.bench.harness import MBM, backend_name, call_fails
 from mbm_kernels.bench.limits import Limits, Work
 from mbm_kernels.bench.results import Row
 from mbm_kernels.bench.statistics import Summary, paired_ratio
-from mbm_kernels.testing.suite import map_floating, placed
+from mbm_kernels.testing.inputs import map_floating
+from mbm_kernels.testing.suite import placed
 
 GRAPH = ", graph"
 WARM_UPS = 3  # before a capture: cuBLAS workspaces, compilation, autotuning

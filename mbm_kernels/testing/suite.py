@@ -20,10 +20,17 @@ import mbm_kernels
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
 from mbm_kernels.testing.errors import assert_matches, float64_yardstick
+from mbm_kernels.testing.inputs import (
+    Inputs,
+    flat_tensors,
+    map_floating,
+    map_tensors,
+    with_leaves,
+)
 from mbm_kernels.testing.layouts import LAYOUTS, relayout
 from mbm_kernels.testing.poison import poison
+from mbm_kernels.testing.tools import ToolTests
 
-Inputs = dict[str, Any]
 Named = dict[str, Tensor]
 Run = Callable[[Inputs], tuple[Tensor, ...]]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -43,7 +50,7 @@ class Case:
         return self.why.replace(" ", "-")
 
 
-class OpSuite:
+class OpSuite(ToolTests):
     """Subclass as Test<Op>; every class attribute without a value must be given one."""
 
     op: ClassVar[str]
@@ -259,7 +266,7 @@ class OpSuite:
             with pytest.raises(mbm_kernels.BackendUnavailableError, match=r"jit\.trace"):
                 torch.jit.trace(call, moving)
             return
-        traced = torch.jit.trace(call, moving, check_trace=False)
+        traced = torch.jit.trace(call, moving)  # and once more without gradients, to compare
         others = [x.roll(1, 0) if x.dim() else x / 2 for x in moving]
         for a, e in zip(as_tuple(traced(*others)), call(*others), strict=True):
             torch.testing.assert_close(a, e, equal_nan=True)
@@ -372,47 +379,6 @@ def _move(x: Tensor, device: torch.device) -> Tensor:
         .to(device)
         .as_strided(x.shape, x.stride(), x.storage_offset())
     )
-
-
-def map_tensors(inputs: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
-    """`inputs` with f applied to each tensor, in lists and tuples too."""
-
-    def apply(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return f(value)
-        if isinstance(value, (list, tuple)):
-            return type(value)(apply(v) for v in value)
-        return value
-
-    return {name: apply(value) for name, value in inputs.items()}
-
-
-def map_floating(inputs: Inputs, f: Callable[[Tensor], Tensor]) -> Inputs:
-    return map_tensors(inputs, lambda x: f(x) if x.is_floating_point() else x)
-
-
-def flat_tensors(inputs: Inputs) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    map_tensors(inputs, note)
-    return found
-
-
-def with_leaves(inputs: Inputs, diff: tuple[str, ...]) -> tuple[Inputs, dict[str, Tensor]]:
-    """`inputs` with those of `diff` as leaves that require a gradient, and the leaves by name."""
-    result, leaves = dict(inputs), {}
-    for name in diff:
-        value = inputs.get(name)
-        if isinstance(value, Tensor):
-            result[name] = leaves[name] = value.detach().requires_grad_()
-        elif isinstance(value, (list, tuple)):
-            result[name] = [v.detach().requires_grad_() for v in value]
-            leaves |= {f"{name}[{i}]": v for i, v in enumerate(result[name])}
-    return result, leaves
 
 
 def available_backends(op: str) -> Iterator[str]:

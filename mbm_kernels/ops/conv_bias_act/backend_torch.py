@@ -24,6 +24,13 @@ FRESH: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "hardswish": F.hardswish,
 }
+# Where nothing is differentiated, these too.
+IN_PLACE_UNRECORDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda z: F.silu(z, inplace=True),
+    "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
+    "hardswish": lambda z: F.hardswish(z, inplace=True),
+}
 # These commute with the maximum, gradients at ties included: all tied values have gradient 0.
 POOL_FIRST = ("relu", "relu6")
 
@@ -88,7 +95,9 @@ def _convolution(
 def _activate(z: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return z
-    return IN_PLACE[activation](z) if activation in IN_PLACE else FRESH[activation](z)
+    if activation in IN_PLACE:
+        return IN_PLACE[activation](z)
+    return (FRESH if z.requires_grad or in_functorch() else IN_PLACE_UNRECORDED)[activation](z)
 
 
 def _pool(y: Tensor, max_pool: Sequence[int]) -> Tensor:

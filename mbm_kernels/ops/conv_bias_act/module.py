@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,6 +10,9 @@ from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from mbm_kernels.ops.conv_bias_act.op import NAME, conv_bias_act
+
+# Kinds of calls that run the torch backend: torch.nn.Conv2d's own forward saves their checks.
+_stock: set[tuple[Any, ...]] = set()
 
 
 class Conv2d(nn.Conv2d):
@@ -27,7 +31,41 @@ class Conv2d(nn.Conv2d):
     @tracing.leaf
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, Y, X] or [C, Y, X] -> [B, K, Y', X'] or [K, Y', X']."""
-        return self._convolve(x)
+        kind = self._kind(x)
+        if kind is None:
+            return self._convolve(x)
+        if kind in _stock:
+            return super().forward(x)
+        with dispatch.watched() as backends:
+            y = self._convolve(x)
+        if backends == ["torch"]:
+            if len(_stock) >= dispatch.MOST_REMEMBERED:
+                _stock.clear()
+            _stock.add(kind)
+        return y
+
+    def _kind(self, x: Tensor) -> tuple[Any, ...] | None:
+        """What a call's checks and choice of a backend follow from; None where not from this."""
+        weight, bias = self.weight, self.bias
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+        if not isinstance(x, Tensor) or not tracing.is_plain(tensors):
+            return None
+        if torch._C._is_any_autocast_enabled() or tracing.no_kernel(tensors, False):
+            return None
+        return (
+            x.shape,
+            x.stride(),
+            weight.shape,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.padding_mode,
+            self.backend,
+            *((t.dtype, t.device) for t in tensors),
+            tracing.may_need_grad(tensors),
+            dispatch.state(NAME),
+        )
 
     def _convolve(self, x: Tensor, **epilogue: Any) -> Tensor:
         padding: Any = self.padding
