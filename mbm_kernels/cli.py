@@ -11,6 +11,9 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERNAL = 70  # never 1, which says that something measured is worse
 EXIT_INTERRUPTED = 130
 
+# What bad input raises. Anything else is a bug and keeps its traceback; --debug keeps them all.
+BAD_INPUT = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+
 # Typer carries click within itself since 0.26 and uses the package before; both derive from this.
 ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -23,7 +26,9 @@ app = typer.Typer(
 
 
 @app.callback()
-def root() -> None:
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with their traceback.")] = False,
+) -> None:
     """Fused kernels for multimodal models."""
 
 
@@ -43,7 +48,7 @@ def info(
 
 def _mount() -> None:
     """The parts with dependencies of their own are imported only when their command is named."""
-    asked = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    asked = next((word for word in sys.argv[1:] if word != "--debug"), "--help")
     if asked in ("caption", "--help"):
         from mbm_kernels.captioning import cli as caption
 
@@ -58,8 +63,14 @@ def _mount() -> None:
         app.add_typer(gate_cli.app, name="gate")
 
 
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"got no more memory ({error}), expected enough; take fewer or smaller inputs"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def main() -> None:
-    """Runs the command line; bad input ends in one line on stderr, never in a traceback."""
+    """Runs the command line; bad input ends in one line on stderr, a bug in its traceback."""
     try:
         _mount()
         code = app(standalone_mode=False)
@@ -69,8 +80,10 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except BAD_INPUT as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
         code = EXIT_BAD_INPUT
     except Exception:
         traceback.print_exc()

@@ -216,9 +216,23 @@ def _foreign(folder: Path, reason: str) -> ValueError:
     )
 
 
+def _read_bytes(path: Path, folder: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {folder}: got no {path.name}, expected one; train it again or give another"
+        )
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise type(error)(
+            f"checkpoint {folder}: got a {path.name} that cannot be read ({error.strerror}), "
+            "expected one that can; look at its rights and its disk, or give another"
+        ) from error
+
+
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(_read_bytes(path, folder))
     except (ValueError, RecursionError) as error:
         raise _foreign(folder, f"a {path.name} that is not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -267,12 +281,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_sealed(folder: Path, name: str, config: dict[str, Any]) -> bytes:
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"checkpoint {folder}: got no {name}, expected one; train it again or give another"
-        )
-    content = path.read_bytes()
+    content = _read_bytes(folder / name, folder)
     if name in SEALED[config["version"]]:
         found = hashlib.sha256(content).hexdigest()
         if found != config["sha256"].get(name):

@@ -327,7 +327,8 @@ class Captioner(nn.Module):
             images: float [B, 3, Y, X], values in [-1, 1].
             max_length: the most tokens of a caption.
             beam: hypotheses kept per picture; 1 is greedy. The score is the log-probability
-                divided by the length; a tie goes to the earlier hypothesis and the lower id.
+                divided by the length. A tie goes to the earlier hypothesis and the lower id; of
+                a beam where torch.topk chooses (layers "stock", or no kernel runs), to any.
             return_weights: also return the attention of each word, one [length, S] per picture.
 
         Raises:

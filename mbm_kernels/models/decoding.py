@@ -48,7 +48,10 @@ class Decoder(Protocol):
 
 
 class StockDecoder:
-    """`Captioner.step`, then torch's argmax, or its stable sort: of a tie the lower id is first."""
+    """`Captioner.step`, then what a user of PyTorch writes: argmax, or log_softmax and topk.
+
+    topk leaves open which of equal words it takes; argmax takes the lowest id.
+    """
 
     def __init__(self, model: Captioner, encoded: EncodedImages) -> None:
         self.model, self.pictures = model, encoded
@@ -62,11 +65,10 @@ class StockDecoder:
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words:
         logits, state, weights = self.model.step(self.pictures, last, state)
         if k == 1:
-            values, ids = logits, logits.argmax(dim=-1, keepdim=True)
-        else:
-            values = logits.log_softmax(dim=-1)
-            ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        return Words(values.gather(-1, ids), ids, state, weights)
+            ids = logits.argmax(dim=-1, keepdim=True)
+            return Words(logits.gather(-1, ids), ids, state, weights)
+        values, ids = logits.log_softmax(dim=-1).topk(k)
+        return Words(values, ids, state, weights)
 
 
 class FusedPictures(NamedTuple):

@@ -71,7 +71,7 @@ class Beam:
         before = (carry.done, carry.length, carry.score)
         words = (found.values, found.ids, found.state, self.eos_id)
         if self.stock:
-            *kept, parent = beams.by_torch(before, *words)
+            *kept, parent = beams.by_topk(before, *words)
         else:
             *kept, parent = beams.select(before, *words, self.classes)
         return Carry(*kept), Trace(kept[0], parent, found.weights)

@@ -3,6 +3,7 @@
 B pictures, K hypotheses of each, k continuations of each of these, H features of a state.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,33 @@ def by_torch(
     before: tuple[Tensor, Tensor, Tensor], values: Tensor, ids: Tensor, state: Tensor, eos_id: int
 ) -> Beams:
     """`select` in plain torch: some twenty launches on a GPU, the definition of the kernel."""
+    return _beams(before, values, ids, state, eos_id, _by_sort)
+
+
+def by_topk(
+    before: tuple[Tensor, Tensor, Tensor], values: Tensor, ids: Tensor, state: Tensor, eos_id: int
+) -> Beams:
+    """The stock form: a third of the time of the sort, and which of equal ones lives on is open."""
+    return _beams(before, values, ids, state, eos_id, _by_topk)
+
+
+def _by_sort(ranked: Tensor, beam: int) -> Tensor:
+    return ranked.sort(dim=-1, descending=True, stable=True).indices[:, :beam]
+
+
+def _by_topk(ranked: Tensor, beam: int) -> Tensor:
+    return ranked.topk(beam).indices
+
+
+def _beams(
+    before: tuple[Tensor, Tensor, Tensor],
+    values: Tensor,
+    ids: Tensor,
+    state: Tensor,
+    eos_id: int,
+    first: Callable[[Tensor, int], Tensor],
+) -> Beams:
+    """`first`: places of the largest of [B, K k]."""
     done, length, score = before
     beam, k = values.shape[1:]
     over = done[..., None]
@@ -66,7 +94,7 @@ def by_torch(
     ids = ids.masked_fill(over, eos_id)
     lengths = length + ~done
     ranked = (total / lengths[..., None]).flatten(1)
-    order = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :beam]
+    order = first(ranked, beam)
     parent = order // k
     last = ids.flatten(1).gather(1, order)
     return Beams(

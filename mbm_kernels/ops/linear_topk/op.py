@@ -51,7 +51,7 @@ def linear_topk(
 
     Equivalent to:
         logits = F.linear(hidden, weight, bias)
-        ids = logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        ids = logits.topk(k).indices
         values = logits.log_softmax(-1).gather(-1, ids)
 
     Args:
@@ -62,8 +62,10 @@ def linear_topk(
         backend: "auto", "cpu", "triton", "cuda" or "torch".
 
     Returns:
-        values [..., k] in descending order, dtype of hidden, and ids int64 [..., k]. Of equal
-        logits the lower class comes first, and NaN before all else, as in torch.argmax.
+        values [..., k] in descending order, dtype of hidden, and ids int64 [..., k]; NaN comes
+        before all else. Of equal logits "cpu" and "triton" take the lower class first, and so does
+        every backend for k = 1, as torch.argmax; for more classes "torch" takes those that
+        torch.topk takes, which says nothing of them.
 
     Raises:
         TypeError: an argument is not a tensor of the right kind, or dtypes differ outside autocast.
