@@ -135,10 +135,13 @@ def run_benchmarks(
     benchmarks: Sequence[Benchmark], root: Path, clock: Clock, *, whole: bool
 ) -> tuple[list[str], list[str]]:
     """The table's lines, and what was wrong, failed or was not reached."""
-    file = results.ResultsFile(
-        root / "benchmarks" / "results", machine.commit(root), device=machine.gpu()
-    )
     dirty = machine.is_dirty(root)
+    file = results.ResultsFile(
+        root / "benchmarks" / "results",
+        machine.commit(root),
+        device=machine.gpu(),
+        local=results.is_local(dirty, compiled=True),
+    )
     lines, failures = [HEADER], []
     print(HEADER, flush=True)
     for found in measure(tasks(benchmarks, whole=whole), root, clock):
