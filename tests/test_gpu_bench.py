@@ -127,19 +127,20 @@ def test_rules_are_what_dispatch_reads(tmp_path):
     assert not rule.holds("cuda", "float32", None, sizes)
 
 
+def write(path, *rows):
+    path.write_text("\n".join(json.dumps(line) for line in ({"schema": results.SCHEMA}, *rows)))
+
+
 def test_a_file_without_gpu_rows_makes_no_table(tmp_path):
-    path = tmp_path / "r.json"
-    path.write_text(
-        json.dumps({"schema": results.SCHEMA, "rows": [row({"B": 1}, 2, backend="cpu")]})
-    )
+    path = tmp_path / "r.jsonl"
+    write(path, row({"B": 1}, 2, backend="cpu"))
     with pytest.raises(ValueError, match="without a row of triton or cuda"):
         dispatch_tables.main(path)
 
 
 def test_models_make_no_rules(tmp_path, monkeypatch):
-    path = tmp_path / "r.json"
-    rows = [row({"B": 1}, 2), row({}, 2, op="captioner")]
-    path.write_text(json.dumps({"schema": results.SCHEMA, "rows": rows}))
+    path = tmp_path / "r.jsonl"
+    write(path, row({"B": 1}, 2), row({}, 2, op="captioner"))
     updated = []
     monkeypatch.setattr(dispatch_tables, "update", lambda op, *rest: updated.append(op))
     assert dispatch_tables.main(path) == 0

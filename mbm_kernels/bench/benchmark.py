@@ -125,11 +125,25 @@ def eager_and_compiled(build: Callable[[Inputs], tuple[Function, Inputs]]) -> di
     return {"eager": Form(build), "compile": Form(build, compile=True)}
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def frozen(
     build: Callable[[Inputs], tuple[Function, Inputs]], layout: torch.memory_format | None = None
 ) -> dict[str, Form]:
     """The forward pass of a build whose weights are parameters of its module, folded in."""
-    form = Form(build, layout, compile=True, compiler=freeze_whole, passes=(FORWARD,))
+
+    def with_plain_arguments(inputs: Inputs) -> tuple[Function, Inputs]:
+        # Freezing takes any Parameter for a constant, and with all of them the whole result.
+        function, arguments = build(inputs)
+        return function, {name: _plain(value) for name, value in arguments.items()}
+
+    form = Form(
+        with_plain_arguments, layout, compile=True, compiler=freeze_whole, passes=(FORWARD,)
+    )
     return {"compile freezing": form}
 
 

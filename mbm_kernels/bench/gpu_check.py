@@ -245,10 +245,13 @@ def run_benchmarks(
     command: Sequence[str] = CHILD,
 ) -> list[str]:
     """What was wrong, failed or was not reached; a row is written before the next one begins."""
-    file = results.ResultsFile(
-        root / "benchmarks" / "results", machine.commit(root), device=machine.gpu()
-    )
     dirty = machine.is_dirty(root)
+    file = results.ResultsFile(
+        root / "benchmarks" / "results",
+        machine.commit(root),
+        device=machine.gpu(),
+        local=results.is_local(dirty, compiled=True),
+    )
     failures: list[str] = []
     log(HEADER)
     for found in measure(tasks, root, clock, command):
