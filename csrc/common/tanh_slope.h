@@ -10,8 +10,8 @@ struct TanhAndSlope {
   vf slope;  // 1 - tanh(x)^2
 };
 
-// The slope to 3.0e-7 relative, however small: 4 e / (1 + e)^2 with e = e^-2|x|. Where tanh rounds to 1, its
-// value has no digit left of the slope.
+// The slope to 3.0e-7 relative, however small: 4 e / (1 + e)^2 with e = e^-2|x|. Where tanh rounds
+// to 1, its value has no digit left of the slope.
 inline TanhAndSlope tanh_and_slope(vf x) {
   const vf exponent = set1(-2.0f) * abs(x);
   const ExpParts parts = exp_parts(exponent);
