@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import masks
+from mbm_kernels._core import masks, tracing
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -39,7 +39,7 @@ def fwd(
         values = value.unsqueeze(1).masked_fill(hidden, 0)  # [B, T, S, E]
         return torch.matmul(weights.unsqueeze(2), values).squeeze(2), weights
     context = torch.bmm(weights, value)
-    if torch.is_grad_enabled():
+    if tracing.may_need_grad((query, key, value, v)):
         # An empty row is constant, whatever gradient arrives for it.
         some = attend.any(-1, keepdim=True)
         if not looks or not bool(some.all()):

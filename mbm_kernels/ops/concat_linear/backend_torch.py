@@ -60,11 +60,9 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
         plan = _remembered(shapes)
     except TypeError:  # symbols have no hash
         return _split(inputs, weight, bias, _Plan(shapes), True)
-    trains, least = False, LEAST_SAVED
-    if torch.is_grad_enabled():
-        trains = weight.requires_grad or any(x.requires_grad for x in inputs)
-        if trains:
-            least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
+    trains, least = tracing.may_need_grad((weight, *inputs)), LEAST_SAVED
+    if trains:
+        least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
     if plan.repeated * weight.size(0) >= least:
         return _split(inputs, weight, bias, plan, trains)
     leading = plan.leading
