@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbm_kernels.testing.errors import assert_matches
-from mbm_kernels.testing.poison import poison
 from mbm_kernels.testing.inputs import Inputs, map_floating
+from mbm_kernels.testing.poison import poison
 from mbm_kernels.testing.suite import Case, Named, OpSuite, Run
 
 

@@ -2,15 +2,18 @@
 
     python -m tests.gates.record RECORDS --isa avx2 --examples 12 --threads 3
 
-Every operation with a CPU backend is called, forward and backward, over arguments drawn from the
-strategies of mbm_kernels.testing.cases: a new operation is recorded without a change here. Every
-fourth call is made again with indices, lengths among them, that are wrong: a dispatch mode keeps
-them from being looked at.
+Every operation with a CPU backend is called, forward and backward, on the cases of its own tests,
+sizes of 0 among them, on those of mbm_kernels.testing.strata, which reach each plan of its kernels,
+and over arguments drawn from the strategies of mbm_kernels.testing.cases. Incoming gradients take
+every layout in turn. A new operation is recorded without a change here. Every fourth drawn call is
+made again with indices, lengths among them, that are wrong: a dispatch mode keeps them from being
+looked at.
 """
 
 import argparse
 import bisect
 import ctypes
+import importlib
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,11 +29,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mbm_kernels
 from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.testing import cases
-from mbm_kernels.testing.suite import Inputs, flat_tensors, map_tensors
+from mbm_kernels.testing import cases, strata
+from mbm_kernels.testing.inputs import Inputs, flat_tensors, map_tensors
+from mbm_kernels.testing.layouts import LAYOUTS, relayout
+from mbm_kernels.testing.suite import OpSuite
 
 ADDRESSES_FROM = 2**32  # no size and no stride is as large
 COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
+DENSE, NUMBER = "dense", "one number"  # that of sum().backward(): every stride is 0
+GRADIENTS = (DENSE, *LAYOUTS, NUMBER)
 WRONG = (-1, 2**20, 2**40, -(2**63), 2**63 - 1)
 SETTERS = ("set_isa", "isa", "best_isa", "runs_isa")
 
@@ -119,9 +126,13 @@ def run(
     op: str,
     inputs: Inputs,
     wanted: Callable[[int], bool] = lambda i: True,
+    layout: str = DENSE,
+    function: Callable[..., Any] | None = None,
 ) -> None:
-    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`. For
-    additive attention a second forward, labelled so, with keys made of its key."""
+    """Forward and backward by the CPU kernels; gradients of those floating tensors `wanted`, from
+    gradients of the outputs in that layout. For additive attention a second forward, labelled so,
+    with keys made of its key."""
+    function = function or getattr(mbm_kernels.ops, op)
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -132,9 +143,9 @@ def run(
         return x
 
     inputs = map_tensors(inputs, leaf)
-    outputs = as_tuple(getattr(mbm_kernels.ops, op)(**inputs, backend="cpu"))
+    outputs = as_tuple(function(**inputs, backend="cpu"))
     generator = torch.Generator().manual_seed(1)
-    pairs = [(o, torch.randn(o.shape, generator=generator)) for o in outputs if o.requires_grad]
+    pairs = [(o, _gradient(o, layout, generator)) for o in outputs if o.requires_grad]
     if pairs:
         torch.autograd.grad(
             [o for o, _ in pairs],
@@ -146,7 +157,14 @@ def run(
         recorder.label += ", keys"
         with torch.no_grad():
             keys = mbm_kernels.additive_attention_keys(inputs["key"], backend="cpu")
-            mbm_kernels.additive_attention(**{**inputs, "key": keys}, backend="cpu")
+            function(**{**inputs, "key": keys}, backend="cpu")
+
+
+def _gradient(output: Tensor, layout: str, generator: torch.Generator) -> Tensor:
+    grad = torch.randn(output.shape, generator=generator)
+    if layout == NUMBER:
+        return torch.ones(()).expand(output.shape)
+    return grad if layout == DENSE else relayout(grad, layout)
 
 
 class Unlooked(TorchDispatchMode):
@@ -205,6 +223,7 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
             op,
             drawn.inputs,
             (lambda i: i % 2 == 0) if count % 3 == 2 else (lambda i: True),
+            GRADIENTS[count % len(GRADIENTS)],
         )
         if count % 4 == 3:
             run_wrong(recorder, op, drawn.inputs)
@@ -212,6 +231,26 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
         count += 1
 
     each()
+
+
+def suites(op: str) -> list[OpSuite]:
+    """Those of the operation's tests that ask for its CPU kernels."""
+    module = importlib.import_module(f"tests.test_{op}")
+    found = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, OpSuite)]
+    return [suite() for suite in found if getattr(suite, "op", None) == op]
+
+
+def record_fixed(recorder: Recorder, op: str) -> None:
+    """The cases of the operation's tests, and its strata."""
+    made: list[tuple[str, Inputs, Callable[..., Any] | None]] = []
+    for suite in suites(op):
+        for case in (*suite.cases, *suite.edge_cases):
+            made.append((case.why, suite.inputs(case, torch.float32), type(suite).function))
+    made += [(what, inputs, None) for what, inputs in strata.of(op)]
+    for i, (what, inputs, function) in enumerate(made):
+        recorder.label = f"{op}: {what}"
+        run(recorder, op, inputs, layout=GRADIENTS[i % len(GRADIENTS)], function=function)
+        recorder.forget()
 
 
 def main() -> None:
@@ -228,6 +267,7 @@ def main() -> None:
             if op == COMMON:
                 record_common(recorder)
                 continue
+            record_fixed(recorder, op)
             for large in (False, True):
                 record_drawn(recorder, op, large, given_arguments.examples)
     for name, calls in sorted(recorder.calls.items()):

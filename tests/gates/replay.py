@@ -1,6 +1,7 @@
 """Makes recorded native calls again, without torch: on guarded buffers, under any tool.
 
     python tests/gates/replay.py EXTENSION RECORDS [--placement end|start] [--marks LIBRARY]
+        [--fail-allocations]
 
 Every buffer of a call lies in pages of its own between two that may not be touched, against the
 one behind it ("end") or the one before it ("start", aligned as torch aligns); what is left of its
@@ -9,6 +10,10 @@ The name of each call is printed to stderr before it is made, so that a crash ha
 
 With --marks, a library with the client requests of callgrind, each call is made three times and
 the third is counted: scratch memory then has its final size. Questions for a size are not counted.
+
+With --fail-allocations, of a build with -DMBM_FAILING_SCRATCH, the first calls of each function are
+made with their first allocation of scratch memory failing, then the second, ...: each must end as a
+MemoryError, wherever in a parallel region it is, and the call after it as ever.
 """
 
 import argparse
@@ -25,6 +30,7 @@ from typing import Any, NamedTuple
 
 PATTERN = 0xA5
 PROTECTION_NONE = 0
+FAILED_CALLS = 8  # of each function: every one is made again for each of its allocations
 
 
 class Record(NamedTuple):
@@ -126,21 +132,46 @@ def replay(record: Record, module: ModuleType, placement: str, marks: Any = None
         buffer.check()
 
 
+def replay_failing(record: Record, module: ModuleType, allocations_left: Any) -> int:
+    """The call with each of its allocations failing in turn, at last with none; how many did."""
+    failed = 0
+    while True:
+        allocations_left.value = failed
+        try:
+            replay(record, module, "end")
+        except MemoryError:
+            failed += 1
+            continue
+        if allocations_left.value < 0:
+            raise AssertionError("an allocation failed and the call went on")
+        allocations_left.value = -1
+        return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("extension", type=Path)
     parser.add_argument("records", type=Path)
     parser.add_argument("--placement", choices=("end", "start"), default="end")
     parser.add_argument("--marks", type=Path)
+    parser.add_argument("--fail-allocations", action="store_true")
     given = parser.parse_args()
     module = load(given.extension)
     marks = None if given.marks is None else ctypes.CDLL(str(given.marks))
-    count = 0
+    count, failed, calls = 0, 0, dict[str, int]()
+    if given.fail_allocations:
+        left = ctypes.c_int64.in_dll(ctypes.CDLL(str(given.extension)), "mbm_allocations_left")
     for record in read(given.records):
+        calls[record.function] = calls.get(record.function, 0) + 1
+        if given.fail_allocations and calls[record.function] > FAILED_CALLS:
+            continue
         print(f"{record.function} [{record.isa}] {record.label}", file=sys.stderr, flush=True)
-        replay(record, module, given.placement, marks)
+        if given.fail_allocations:
+            failed += replay_failing(record, module, left)
+        else:
+            replay(record, module, given.placement, marks)
         count += 1
-    print(f"{count} calls")
+    print(f"{count} calls" + (f", {failed} failed allocations" if given.fail_allocations else ""))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ THREADS, and made again (replay.py), always with guard pages around each buffer:
     as built             both ends of each buffer against a page that may not be touched
     address, undefined   every ISA; scratch memory between guard pages too
     thread               AVX2, with the std::thread build of csrc/common/parallel.h
+    coverage             AVX2: which lines run, of all calls together (coverage.py); then the first
+                         calls of each function with each allocation of scratch memory failing
 
 Then a barrier and bounds are taken out in a copy of the tree, and each must be reported. Exit
 status 1 for a report where none may be, or none where one must.
@@ -27,12 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbm_kernels._core import native
+from tests.gates import coverage
 from tests.gates.planting import ROOT, Mutant, build, copy_tree, planted
 from tests.gates.record import COMMON, kernels
 
+ONE_ISA = ("thread", "coverage")
 THREAD_ISA = "avx2"  # threads do the same in every ISA; valgrind's and sanitizers' lanes are 8
 THREADS = {"gru_bidirectional": 4}  # 3 for the others; an odd number runs no directions at once
-REPORTED = 77
+REPORTED, HANGS = 77, 124
+REPLAY_SECONDS = 1800  # a thread that waits for one that threw waits for ever
 OPTIONS = {
     "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
     "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={REPORTED}",
@@ -76,10 +81,10 @@ class Build:
     path: Path
     library: str | None = None
 
-    def replay(self, records: Path, placement: str = "end") -> subprocess.CompletedProcess[str]:
+    def replay(self, records: Path, *options: str) -> subprocess.CompletedProcess[str]:
         script = str(ROOT / "tests" / "gates" / "replay.py")
         command = [sys.executable, "-S", script, str(self.path), str(records)]
-        command += ["--placement", placement]
+        command += options
         environment = {**os.environ, **OPTIONS}
         if self.library is not None:
             found = subprocess.check_output([*compiler(), f"-print-file-name={self.library}"])
@@ -87,7 +92,20 @@ class Build:
         if self.name == "thread":
             # ThreadSanitizer knows fewer random places for a process than newer kernels choose.
             command = ["setarch", "-R", *command] if can_fix_addresses() else command
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        try:
+            return subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=REPLAY_SECONDS
+            )
+        except subprocess.TimeoutExpired as late:
+            told = late.stderr.decode() if isinstance(late.stderr, bytes) else (late.stderr or "")
+            return subprocess.CompletedProcess(command, HANGS, "", f"{told}\nhangs\n")
+
+
+def runs(build: Build) -> list[tuple[str, ...]]:
+    """The options of each replay of one operation's calls."""
+    if build.name == "as built":
+        return [("--placement", "end"), ("--placement", "start")]
+    return [(), ("--fail-allocations",)] if build.name == "coverage" else [()]
 
 
 def compiler() -> list[str]:
@@ -106,10 +124,10 @@ def extension(folder: Path) -> Path:
 def sanitized(root: Path, sanitizer: str) -> Build:
     """Compiles the kernels of the tree at `root`; what is up to date stays."""
     folder = f"build/sanitize/{sanitizer}"
-    only = THREAD_ISA if sanitizer == "thread" else ""
+    only = THREAD_ISA if sanitizer in ONE_ISA else ""
     places = ("--build-lib", folder, "--build-temp", f"{folder}/temp")
     build(root, *places, MBM_SANITIZE=sanitizer, MBM_BUILD_ISA=only)
-    library = {"thread": "libtsan.so", "address": "libasan.so"}[sanitizer]
+    library = {"thread": "libtsan.so", "address": "libasan.so"}.get(sanitizer)
     return Build(sanitizer, extension(root / folder), library)
 
 
@@ -135,13 +153,14 @@ def check(op: str, isa: str, builds: Iterable[Build], examples: int, folder: Pat
     record(records, op, isa, examples)
     calls = "0"
     for each in builds:
-        if each.name == "thread" and isa != THREAD_ISA:
+        if each.name in ONE_ISA and isa != THREAD_ISA:
             continue
-        for placement in ("end", "start") if each.library is None else ("end",):
-            done = each.replay(records, placement)
+        for options in runs(each):
+            done = each.replay(records, *options)
             calls = done.stdout.strip() or calls
             if done.returncode != 0:
-                found.append(f"{op}, {isa}, {each.name}: {report(done)}")
+                what = " ".join((each.name, *options))
+                found.append(f"{op}, {isa}, {what}: {report(done)}")
     records.unlink()
     print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{calls}", flush=True)
     return found
@@ -173,7 +192,9 @@ def main() -> None:
     given = parser.parse_args()
     started = time.monotonic()
     builds = [Build("as built", extension(ROOT))]
-    builds += [sanitized(ROOT, sanitizer) for sanitizer in ("address", "thread")]
+    builds += [sanitized(ROOT, sanitizer) for sanitizer in ("address", *ONE_ISA)]
+    counted = ROOT / "build" / "sanitize" / "coverage"
+    coverage.clear(counted)
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
         folder = Path(name)
@@ -184,6 +205,8 @@ def main() -> None:
             if isa != "avx512_lowered"  # of the production builds only
         ]
         reports = [found for each in work for found in each.result()]
+        if set(given.ops) >= {COMMON, *kernels()}:
+            reports += coverage.check(counted, compiler())
         missed = check_planted(folder, given.examples)
     for found in reports:
         print(f"\n{found}")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core.tracing import in_functorch
+from mbm_kernels._core.tracing import in_functorch, may_need_grad
 
 # Multiplications saved from which splitting pays (figures in README): in a forward; in training,
 # which also splits the weight and puts its gradient together again.
@@ -60,7 +60,7 @@ def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor
         plan = _remembered(shapes)
     except TypeError:  # symbols have no hash
         return _split(inputs, weight, bias, _Plan(shapes), True)
-    trains, least = tracing.may_need_grad((weight, *inputs)), LEAST_SAVED
+    trains, least = may_need_grad((weight, *inputs)), LEAST_SAVED
     if trains:
         least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
     if plan.repeated * weight.size(0) >= least:
