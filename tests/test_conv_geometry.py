@@ -194,7 +194,7 @@ def test_drawn_cases_hold_every_kind_of_pool():
         pool = drawn.inputs["max_pool"]
         if not isinstance(pool, tuple):
             return
-        for kernel, step, padding in zip(*pool, strict=True):
+        for kernel, step, padding in zip(*map(conv_cases.pair, pool), strict=True):
             kernels.add(kernel)
             steps.add(step)
             paddings.add((kernel, padding))

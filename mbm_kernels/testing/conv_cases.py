@@ -10,6 +10,7 @@ from torch import Tensor
 from mbm_kernels.testing.draws import COLUMNS, STRATA, Draws, Inputs, draws
 
 MOST_POOL, MOST_POOL_STRIDE = 5, 4  # of a window's sides and steps
+WIDENING = ((2, 1, 1), (4, 1, (1, 2)))  # their maps are wider than what they pool
 KERNELS = ((3, 3), (3, 3), (1, 1), (5, 5), (2, 3), (7, 7), (4, 1))
 
 # By what the kernels go by (README, "The cpu backend"): groups, channels in and out and the rest
@@ -99,8 +100,9 @@ STRATA["conv_bias_act"] = tuple(f"{a}, {e}" for a in ALGORITHMS for e in EPILOGU
 
 def _pool(given: Draws, height: int, width: int) -> Any:
     """A legal one: padding of at most half the kernel, a kernel within the padded map."""
-    if min(height, width) > 1 and given.of(True, False, False):
-        return 2
+    often = [*WIDENING, 2, 2] if min(height, width) > 1 else [*WIDENING]
+    if pool := given.of(*often, None, None, None):
+        return pool
 
     def side(pixels: int) -> tuple[int, int, int]:
         kernel = given.between(1, MOST_POOL)
@@ -121,7 +123,7 @@ def conv_bias_act(given: Draws) -> Inputs:
     options = {n: layer[n] for n in ("stride", "dilation", "groups")} | {"padding": padding}
     height, width = (
         max(given.size(20, 12), spread * (taps - 1) + 1)
-        for taps, spread in zip(kernel, _pair(layer["dilation"]), strict=True)
+        for taps, spread in zip(kernel, pair(layer["dilation"]), strict=True)
     )
     batch = given.between(1, 3) if channels_last else given.of(None, 1, 2, 3)
     x = given.randn(*(() if batch is None else (batch,)), channels, height, width) * given.scale
@@ -145,7 +147,7 @@ def conv_bias_act(given: Draws) -> Inputs:
     }
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
 
