@@ -1,6 +1,5 @@
 """Ignored rows of the losses: what they hold is not read, and whatever arrives they get 0."""
 
-import pytest
 import torch
 
 import mbm_kernels
@@ -9,6 +8,7 @@ from .test_indices import IGNORED, LOSSES, MODES, N, evaluate, every, op_of
 
 PLAIN_AND_MODES = ("plain", *MODES)
 ROWS = [0, 4, N - 1]
+SPOILT = (float("nan"), float("inf"))
 READ_BY_ROW = ("hidden", "student_hidden", "teacher_hidden", "teacher_logits")
 
 
@@ -35,8 +35,7 @@ def make(name, reduction):
     return inputs, diff
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@every(LOSSES, PLAIN_AND_MODES, ["reference"])
+@every(LOSSES, PLAIN_AND_MODES, ["reference"], reduction=("none", "mean", "sum"))
 def test_what_they_hold_is_not_read(name, backend, mode, reduction):
     inputs, diff = make(name, reduction)
     expected = evaluate(op_of(name), with_rows_of(0.0, inputs), diff, backend, mode)
@@ -45,8 +44,7 @@ def test_what_they_hold_is_not_read(name, backend, mode, reduction):
     assert all(x.isfinite().all() for x in found[1].values())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@every(LOSSES, PLAIN_AND_MODES, ["reference"])
+@every(LOSSES, PLAIN_AND_MODES, ["reference"], value=SPOILT)
 def test_what_arrives_without_reduction_is_not_read(name, backend, mode, value):
     inputs, diff = make(name, "none")
     grad = torch.randn(N)
@@ -58,9 +56,7 @@ def test_what_arrives_without_reduction_is_not_read(name, backend, mode, value):
     assert (found[1][diff[0]][ROWS] == 0).all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@every(LOSSES, PLAIN_AND_MODES, ["reference"])
+@every(LOSSES, PLAIN_AND_MODES, ["reference"], reduction=("mean", "sum"), value=SPOILT)
 def test_a_reduced_loss_spoils_the_other_rows_alone(name, backend, mode, reduction, value):
     inputs, diff = make(name, reduction)
     hidden, *others = evaluate(op_of(name), inputs, diff, backend, mode, value)[1].values()
@@ -71,8 +67,7 @@ def test_a_reduced_loss_spoils_the_other_rows_alone(name, backend, mode, reducti
     assert not any(grad.isfinite().any() for grad in others)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.0])
-@every(LOSSES)
+@every(LOSSES, value=(*SPOILT, 2.0))
 def test_the_gradients_of_the_first_result_alone(name, backend, mode, value):
     """Which a forward makes, for a gradient of 1."""
     inputs, diff = make(name, "mean")

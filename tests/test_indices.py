@@ -5,6 +5,7 @@ read nowhere and written nowhere: a loss's row becomes NaN, a length counts as t
 """
 
 import importlib
+import itertools
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -153,17 +154,20 @@ def reference(op):
     return getattr(importlib.import_module(f"mbm_kernels.ops.{op}.reference"), op)
 
 
-def every(names, modes=("plain",), more=()):
-    """Each name by each of its backends in each mode."""
+def every(names, modes=("plain",), more=(), **options):
+    """Each name by each of its backends in each mode, with each combination of `options`, of which
+    what is slow takes the first alone."""
+    combinations = list(itertools.product(*options.values()))
     found = [
-        (name, backend, mode)
+        (name, backend, mode, *values)
         for name in names
         for backend in (*suite.available_backends(op_of(name)), *more)
         for mode in modes
         if (backend, mode) not in NEVER and (name in FEW or (backend, mode) not in SLOW)
+        for values in (combinations[:1] if (backend, mode) in SLOW else combinations)
     ]
-    arguments = ("name", "backend", "mode")
-    return pytest.mark.parametrize(arguments, found, ids=["-".join(f) for f in found])
+    arguments = ("name", "backend", "mode", *options)
+    return pytest.mark.parametrize(arguments, found, ids=["-".join(map(str, f)) for f in found])
 
 
 def spoil(inputs, into):
@@ -181,8 +185,7 @@ def spoil(inputs, into):
     return inputs, right
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-@every(LOSSES, MODES)
+@every(LOSSES, MODES, reduction=("none", "mean"))
 def test_a_row_with_a_wrong_index_is_nan(name, backend, mode, reduction):
     make, diff = LOSSES[name]
     intos = ("target", "ids") if name.startswith("topk") else ("target",)
