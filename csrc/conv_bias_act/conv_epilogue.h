@@ -50,7 +50,7 @@ inline vf activate(Activation activation, vf z) {
   return z;
 }
 
-// 1 - tanh(x)^2, 9e-8 absolute: with e = e^-2|x| and u = 1 - |tanh x| = 2 e / (1 + e) it is
+// 1 - tanh(x)^2, 1.2e-7 absolute: with e = e^-2|x| and u = 1 - |tanh x| = 2 e / (1 + e) it is
 // u (2 - u), where the square of a rounded tanh would leave 3e-7, most of it of one sign.
 inline vf tanh_slope(vf x) {
   const vf e = exp(set1(-2.0f) * abs(x));
