@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import mbm_kernels
 from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import exits
 from mbm_kernels.bench.exits import CannotMeasure
-from mbm_kernels.testing import cases
+from mbm_kernels.testing import cases, strata
 from tests.gates import (
     base_revision,
+    coverage,
     instruction_cases,
     instructions,
     mutants,
@@ -270,3 +272,44 @@ def test_other_values_keep_their_shapes(drawn):
     again = drawn.redraw(2**20)
     assert repr(again) == repr(drawn)
     assert not torch.equal(again.inputs["x"], drawn.inputs["x"])
+
+
+class TestCoverage:
+    def test_a_line_runs_where_any_of_its_objects_runs_it(self):
+        counts = {}
+        for first, second in ((0, 3), (2, 0)):
+            lines = [{"line_number": 1, "count": first}, {"line_number": 2, "count": second}]
+            files = [{"file": "csrc/a.h", "lines": lines}, {"file": "/usr/b.h", "lines": lines}]
+            coverage.merge(counts, files)
+        assert counts == {"csrc/a.h": {1: 2, 2: 3}}
+
+    def test_what_is_not_run_is_told_unless_it_is_named(self, tmp_path):
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "a.h").write_text("one\n  two\nthree\n")
+        counts = {"csrc/a.h": {1: 5, 2: 0, 3: 0}}
+        share, missed = coverage.report(counts, tmp_path)
+        assert share == pytest.approx(1 / 3)
+        assert missed == ["csrc/a.h:2: two", "csrc/a.h:3: three"]
+        named = {"csrc/a.h": {"two": "asserts"}}
+        assert coverage.reasons(counts, named, tmp_path) == {"csrc/a.h": {1: 5, 3: 0}}
+        with pytest.raises(ValueError, match="got 'one', which runs or is gone"):
+            coverage.reasons(counts, {"csrc/a.h": {"one": "?"}}, tmp_path)
+
+    def test_incoming_gradients_take_every_layout(self):
+        y, generator = torch.empty(3, 4), torch.Generator().manual_seed(0)
+        strides = {record._gradient(y, name, generator).stride() for name in record.GRADIENTS}
+        assert strides == {(4, 1), (1, 3), (8, 2), (0, 1), (0, 0)}
+
+
+@pytest.mark.parametrize("op", sorted(strata.STRATA))
+def test_strata_are_calls_of_the_cpu_kernels(op):
+    found = strata.of(op)
+    assert len({what for what, _ in found}) == len(found)
+    for _, inputs in found:
+        getattr(mbm_kernels.ops, op)(**inputs, backend="cpu")
+
+
+@pytest.mark.parametrize("op", record.kernels())
+def test_cases_of_its_tests_are_recorded(op):
+    cases_of = [case for suite in record.suites(op) for case in suite.edge_cases]
+    assert cases_of, "sizes of 0 come from there"

@@ -55,10 +55,16 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("Winograd, pool", (2, 24, 24, 14, 15, 3), {"padding": 1, "max_pool": 2}),
         ("Winograd, no padding", (3, 16, 17, 9, 8, 3), {"activation": "gelu"}),
         ("Winograd, wide", (1, 72, 80, 30, 30, 3), {"padding": 1}),
+        ("Winograd, many tiles", (4, 16, 32, 40, 40, 3), {"padding": 1}),
         ("stem", (1, 3, 32, 24, 33, 3), {"padding": 1, "max_pool": 2, "activation": "relu"}),
         ("stem of 7x7", (1, 3, 24, 33, 34, 7), {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
         ("depthwise", (2, 40, 40, 12, 13, 3), {"groups": 40, "padding": 1, "activation": "relu"}),
         ("depthwise 7x7", (1, 33, 33, 14, 13, 7), {"groups": 33, "padding": 3}),
+        ("depthwise 5x5", (1, 40, 40, 12, 13, 5), {"groups": 40, "padding": 2}),
+        ("depthwise 5x5, stride 2", (1, 40, 40, 13, 12, 5), {"groups": 40, "stride": 2}),
+        ("depthwise 7x7, stride 2", (1, 40, 40, 15, 16, 7), {"groups": 40, "stride": 2}),
+        ("depthwise 4x4", (1, 24, 24, 9, 10, 4), {"groups": 24, "padding": 1}),
+        ("depthwise 5x5, dilation", (1, 24, 24, 13, 14, 5), {"groups": 24, "dilation": 2}),
         ("depthwise, stride 2", (2, 24, 24, 13, 14, 3), {"groups": 24, "padding": 1, "stride": 2}),
         ("depthwise, two outputs", (1, 24, 48, 9, 9, 3), {"groups": 24, "padding": 1}),
         ("stride 2", (2, 24, 40, 13, 12, 3), {"stride": 2, "padding": 1, "activation": "relu"}),
@@ -68,7 +74,15 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
     ]
     for what, (b, c, k, y, x, kernel), options in plans:
         for last in (False, True):
-            weight = numbers(k, c // options.get("groups", 1), kernel, kernel, scale=0.1)
+            weight = _image(numbers, k, c // options.get("groups", 1), kernel, kernel, last)
             layout = "channels_last" if last else "NCHW"
-            inputs = {"x": _image(numbers, b, c, y, x, last), "weight": weight, **options}
+            inputs = {"x": _image(numbers, b, c, y, x, last), "weight": 0.1 * weight, **options}
             yield f"{what}, {layout}", {**inputs, "bias": numbers(k)}
+    outputs_last = numbers(24, 3, 3, 40, scale=0.1).permute(3, 0, 1, 2)
+    yield "Winograd, weight with outputs last", {"x": numbers(1, 24, 9, 9), "weight": outputs_last}
+    pooled = {"padding": 1, "max_pool": 2, "activation": "relu"}
+    for channels in (8, 32):
+        x = numbers(1, 3, 12, 14)
+        x[0, 1, 4, 5] = torch.nan
+        weight = numbers(channels, 3, 3, 3, scale=0.1)
+        yield f"stem with a NaN, {channels} outputs", {"x": x, "weight": weight, **pooled}
