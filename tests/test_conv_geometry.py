@@ -42,6 +42,16 @@ OPTIONS = {
     },
 }
 
+# Of these PyTorch's own float32 convolution ends the process (torch 2.13, oneDNN 3).
+STOCK_ENDS = (("few channels", "unequal padding"), ("depthwise", "most padding"))
+FAR_CALLS = [
+    (name, options, backend)
+    for name in LAYERS
+    for options in OPTIONS
+    for backend in BACKENDS
+    if backend == "cpu" or (name, options) not in STOCK_ENDS
+]
+
 
 def results(call, x, weight, **options):
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
@@ -56,10 +66,8 @@ def layer(name, layout=torch.contiguous_format):
     return x, torch.randn(outputs, channels // groups, 3, 3), {"groups": groups}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "options", "backend"), FAR_CALLS)
 def test_steps_far_past_the_input_are_torchs(name, options, layout, backend):
     x, weight, groups = layer(name, layout)
     given = groups | OPTIONS[options]
@@ -131,7 +139,7 @@ def test_the_registered_operation_hands_nothing_absurd_to_a_kernel():
     with raises(ValueError, "got a stride, dilation, padding or window of", "expected 1 to"):
         call([2**60, 2**60], [1, 1, 1, 1], None)
     with raises(ValueError, "got a stride, dilation, padding or window of", "expected 0 to"):
-        call([2**59, 2**59], [2**59] * 4, None)
+        call([1, 1], [2**59] * 4, None)
     with raises(ValueError, "got a stride, dilation, padding or window of"):
         call([1, 1], [1, 1, 1, 1], [2, 2, 2**60, 1, 0, 0])
 

@@ -7,6 +7,7 @@
 #include "common/activations.h"
 #include "common/gemm_pack.h"
 #include "common/scratch.h"
+#include "common/tanh_slope.h"
 #include "conv_bias_act/conv_bias_act.h"
 
 namespace mbm::MBM_ISA {
@@ -48,14 +49,6 @@ inline vf activate(Activation activation, vf z) {
     case Activation::kTanh: return tanh(z);
   }
   return z;
-}
-
-// 1 - tanh(x)^2, 1.2e-7 absolute: with e = e^-2|x| and u = 1 - |tanh x| = 2 e / (1 + e) it is
-// u (2 - u), where the square of a rounded tanh would leave 3e-7, most of it of one sign.
-inline vf tanh_slope(vf x) {
-  const vf e = exp(set1(-2.0f) * abs(x));
-  const vf u = (e + e) / (set1(1.0f) + e);
-  return u * (set1(2.0f) - u);
 }
 
 // f' for the activations whose z is saved.

@@ -115,7 +115,7 @@ def _pool(given: Draws, height: int, width: int) -> Any:
 @draws
 def conv_bias_act(given: Draws) -> Inputs:
     algorithm, epilogue = str(given.stratum).split(", ")
-    layer = {"groups": 1, "stride": 1, "dilation": 1} | ALGORITHMS[algorithm](given)
+    layer: Layer = {"groups": 1, "stride": 1, "dilation": 1} | ALGORITHMS[algorithm](given)
     channels, outputs, groups = layer["channels"], layer["outputs"], layer["groups"]
     kernel = layer["kernel"] if "kernel" in layer else given.of(*KERNELS)
     padding = layer["padding"] if "padding" in layer else given.of(0, 1, 1, (1, 2), 2, (5, 0))
@@ -133,7 +133,9 @@ def conv_bias_act(given: Draws) -> Inputs:
     residual = given.randn(*before.shape) if "residual" in epilogue else None
     if channels_last:
         x = given.keep(x.contiguous(memory_format=torch.channels_last))
-        if epilogue == "residual":  # else of any layout: pixels read in place want all three so
+        if (
+            residual is not None and epilogue == "residual"
+        ):  # else of any layout: pixels read in place want all three so
             residual = given.keep(residual.contiguous(memory_format=torch.channels_last))
     activations = (None, "relu", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh")
     return {

@@ -82,7 +82,7 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
     yield "Winograd, weight with outputs last", {"x": numbers(1, 24, 9, 9), "weight": outputs_last}
     pooled = {"padding": 1, "max_pool": 2, "activation": "relu"}
     for channels in (8, 32):
-        x = numbers(1, 3, 12, 14)
-        x[0, 1, 4, 5] = torch.nan
+        spoilt = numbers(1, 3, 12, 14)
+        spoilt[0, 1, 4, 5] = torch.nan
         weight = numbers(channels, 3, 3, 3, scale=0.1)
-        yield f"stem with a NaN, {channels} outputs", {"x": x, "weight": weight, **pooled}
+        yield f"stem with a NaN, {channels} outputs", {"x": spoilt, "weight": weight, **pooled}
