@@ -219,7 +219,7 @@ def test_stages_write_to_out_as_they_go(with_triton, tmp_path, monkeypatch):
     gpu_check.warm(wanted, tmp_path, Clock(1), log, child)
     failures = gpu_check.run_benchmarks(wanted, tmp_path, Clock(1), log, child)
     assert len(failures) == 4, "two passes of two operations"
-    (path,) = out.glob("*-nocommit.json")
+    (path,) = out.glob("*-nocommit*.jsonl")
     assert {row["op"] for row in results.read(path)["rows"]} == {"gru_cell", "additive_attention"}
     said = (out / "gpu-check-all.log").read_text()
     assert "smoke: additive_attention (triton): 25% of the error's budget" in said

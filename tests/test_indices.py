@@ -127,12 +127,14 @@ def evaluate(op, inputs, diff, backend, mode, grad=1.0):
     if mode == "subclass":
         inputs = map_tensors(inputs, lambda x: x if x.requires_grad else x.as_subclass(Marked))
     given = [inputs[n] for n in others]
+    function = getattr(mbm_kernels.ops, op)
+    if backend == "reference":
+        function = getattr(importlib.import_module(f"mbm_kernels.ops.{op}.reference"), op)
+    options = {} if backend == "reference" else {"backend": backend}
 
     def call(*values):
         named = dict(zip((*leaves, *others), (*values, *given), strict=True))
-        if backend == "reference":
-            return as_tuple(reference(op)(**named))
-        return as_tuple(getattr(mbm_kernels.ops, op)(**named, backend=backend))
+        return as_tuple(function(**named, **options))
 
     values = list(leaves.values())
     if mode == "functorch":
@@ -148,10 +150,6 @@ def evaluate(op, inputs, diff, backend, mode, grad=1.0):
         found = torch.autograd.grad(outputs, values, grads, allow_unused=True)
     plain = [x.detach().as_subclass(torch.Tensor) for x in (*outputs, *found)]
     return plain[: len(outputs)], dict(zip(leaves, plain[len(outputs) :], strict=True))
-
-
-def reference(op):
-    return getattr(importlib.import_module(f"mbm_kernels.ops.{op}.reference"), op)
 
 
 def every(names, modes=("plain",), more=(), **options):

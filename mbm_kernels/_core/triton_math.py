@@ -60,7 +60,8 @@ def tanh(x):
 def tanh_slope(x):
     """1 - tanh(x)^2 with relative accuracy: 4 e / (1 + e)^2, e = e^(-2 |x|)."""
     e = exp_exact(-2.0 * tl.minimum(tl.abs(x), 43.0))
-    return 4.0 * (e / ((1.0 + e) * (1.0 + e)))
+    # Past 43 it is below float32's smallest normal number.
+    return tl.where(tl.abs(x) > 43.0, 0.0, 4.0 * (e / ((1.0 + e) * (1.0 + e))))
 
 
 @triton.jit

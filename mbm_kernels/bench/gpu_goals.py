@@ -18,8 +18,8 @@ GPU_BACKENDS = ("triton", "cuda")
 # cuBLAS does well already, last the models, which take the longest to compile.
 GOALS = (
     *("additive_attention", "linear_distillation_loss", "linear_cross_entropy", "gru"),
-    *("conv_bias_act", "cross_attention", "linear_topk", "contrastive_loss"),
-    *("gru_cell", "concat_linear", "multihead_attention"),
+    *("conv_bias_act", "cross_attention", "linear_topk", "additive_attention_keys"),
+    *("contrastive_loss", "gru_cell", "concat_linear", "multihead_attention"),
     *("decode_step", "captioner"),
 )
 TRAINED = ("linear_distillation_loss", "linear_cross_entropy", "contrastive_loss")
@@ -33,7 +33,7 @@ def gpu_backends(op: str) -> list[str]:
 
 def measured_before(base: Path) -> set[str]:
     """Operations with a row of a GPU among the results."""
-    rows = (row for path in base.glob("nvidia*/*.json") for row in results.read(path)["rows"])
+    rows = (row for path in base.glob("nvidia*/*.json*") for row in results.read(path)["rows"])
     return {row["op"] for row in rows if row.get("backend") in GPU_BACKENDS and "mbm_ms" in row}
 
 
