@@ -191,8 +191,8 @@ MUTANTS = (
     Mutant(
         "dilation-dropped-from-grad-x",
         "csrc/conv_bias_act/conv_backward_cpu.cpp",
-        "(s.S - 1) * s.dilation_x - s.left,",
-        "(s.S - 1) - s.left,",
+        "(s.S - 1) * s.dilation_x - s.left + columns.first,",
+        "(s.S - 1) - s.left + columns.first,",
         "tests/test_drawn.py -k conv_bias_act",
     ),
     Mutant(
@@ -233,7 +233,7 @@ MUTANTS = (
     Mutant(
         "slope-of-a-capped-logit",
         "csrc/common/tanh_slope.h",
-        "return {copysign(-em / sum, x), set1(4.0f) * (e / (sum * sum))};",
+        "return {copysign(-em / sum, x), slope_of_tail((e + e) / sum)};",
         "return {copysign(-em / sum, x), set1(1.0f) - (em / sum) * (em / sum)};",
         "tests/test_linear_cross_entropy.py -k softcap",
     ),
