@@ -1,6 +1,6 @@
 """Every operation's kernels over drawn shapes, layouts, lengths and masks, by the error rule.
 
-Two hundred of them for each operation on the widest ISA, half larger than one tile in every
+Over a hundred of them for each operation on the widest ISA, half larger than one tile in every
 blocked dimension, and fewer on the others; the same ones in every run.
 """
 
@@ -17,7 +17,7 @@ from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS
 from mbm_kernels.testing import OpSuite, cases, errors
 
-EXAMPLES, OTHER_EXAMPLES = 100, 20  # of each of the two sizes
+EXAMPLES, OTHER_EXAMPLES = 60, 12  # of each of the two sizes
 # Stock's largest error over few elements may be small by luck. An example over its budget is
 # judged again by the sums of errors and of budgets over this many draws of values; more than
 # LUCK of the examples may not need it.
