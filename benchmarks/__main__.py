@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all operations, into results/ and the README's table."""
+"""`python -m benchmarks`: all operations, into results/ and the table of RESULTS.md."""
 
 from pathlib import Path
 
@@ -6,4 +6,4 @@ from mbm_kernels.bench.cli import run_all
 
 FOLDER = Path(__file__).resolve().parent
 
-run_all(FOLDER, FOLDER.parent / "README.md")
+run_all(FOLDER, FOLDER / "RESULTS.md")
