@@ -318,7 +318,7 @@ def grad_queries(
             store_tile(grad_mask + head * T * S, g, t, s, T, S, S, 1)
         k = load_tile(key, s, d, count, D, key_s, key_d)
         by_query = dot_attended(
-            g, w != 0, k, key, s0, count, d, D, key_s, key_d, by_query, mask is not None, BLOCK_S
+            g, g != 0, k, key, s0, count, d, D, key_s, key_d, by_query, mask is not None, BLOCK_S
         )
         if OWNS_T:
             q = attending(load_tile(query, t, d, T, D, query_t, query_d), w, mask)
