@@ -105,7 +105,8 @@ def bwd(
     call = _Call(query, key, value, v, key_lengths)
     need_query, need_key, need_value, need_v = needs
     found: list[Tensor | None] = [None] * 4
-    if mask is not None and grad_context is not None:  # of an empty row it is not read
+    hides = mask is not None or key_lengths is not None
+    if hides and grad_context is not None:  # of an empty row it is not read
         grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0)
     if need_value:
         found[2] = (

@@ -221,6 +221,14 @@ def grad_at(
 
 
 @triton.jit
+def queries_read(T, count, lengths):
+    """How many of T queries products read: none where no position may be attended to."""
+    if lengths is not None:
+        T = tl.where(count > 0, T, 0)
+    return T
+
+
+@triton.jit
 def attending(tile, w, mask):
     """Rows of the tile [t, ..], 0 where none of the weights [t, s] is anything but 0."""
     if mask is not None:
@@ -298,6 +306,7 @@ def grad_queries(
         tl.store(row + each, inverse, t < T)
         tl.store(row + 2 * each, sum_s, t < T)
 
+    read = queries_read(T, count, lengths)
     end = count
     if OWNS_T or grad_mask is not None:
         end = S
@@ -318,16 +327,16 @@ def grad_queries(
             store_tile(grad_mask + head * T * S, g, t, s, T, S, S, 1)
         k = load_tile(key, s, d, count, D, key_s, key_d)
         by_query = dot_attended(
-            g, w != 0, k, key, s0, count, d, D, key_s, key_d, by_query, mask is not None, BLOCK_S
+            g, g != 0, k, key, s0, count, d, D, key_s, key_d, by_query, mask is not None, BLOCK_S
         )
         if OWNS_T:
-            q = attending(load_tile(query, t, d, T, D, query_t, query_d), w, mask)
+            q = attending(load_tile(query, t, d, read, D, query_t, query_d), w, mask)
             g = tl.trans(rounded(g, q.dtype))
             by_key = dot(g, q, tl.zeros((BLOCK_S, BLOCK_D), tl.float32))
             store_tile(grad_key, by_key * scale, s, d, S, D, to_key_s, to_key_d)
             by_value = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
             if grad_context is not None:
-                c = load_tile(grad_context, t, d, T, E, context_t, context_e)
+                c = load_tile(grad_context, t, d, read, E, context_t, context_e)
                 c = attending(c, w, mask)
                 by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
             store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)
@@ -364,6 +373,7 @@ def grad_keys(
     grad_key += b * to_key_b + n * to_key_n
     grad_value += b * to_value_b + n * to_value_n
     each = tl.cast(tl.num_programs(0), tl.int64) * T
+    read = queries_read(T, count, lengths)
     by_key = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     by_value = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for t0 in range(0, T, BLOCK_T):
@@ -381,10 +391,10 @@ def grad_keys(
             context_t, context_e, weights_t, weights_s, value_s, value_e, BLOCK_T, BLOCK_S, BLOCK_K,
         )
         g = tl.where(w != 0, w * (g - sum_s[:, None]), 0.0)
-        q = attending(load_tile(query, t, d, T, D, query_t, query_d), w, mask)
+        q = attending(load_tile(query, t, d, read, D, query_t, query_d), w, mask)
         by_key = dot(tl.trans(rounded(g, q.dtype)), q, by_key)
         if grad_context is not None:
-            c = attending(load_tile(grad_context, t, d, T, E, context_t, context_e), w, mask)
+            c = attending(load_tile(grad_context, t, d, read, E, context_t, context_e), w, mask)
             by_value = dot(tl.trans(rounded(w, c.dtype)), c, by_value)
     store_tile(grad_key, by_key * scale, s, d, S, D, to_key_s, to_key_d)
     store_tile(grad_value, by_value, s, d, S, E, to_value_s, to_value_e)
