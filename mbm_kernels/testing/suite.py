@@ -6,6 +6,7 @@ pytest_generate_tests, spreads the tests over cases, dtypes and the backends tha
 floats, which kernels compute in float32 and round on store, take the first cases alone.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -406,7 +407,10 @@ def generate(metafunc: pytest.Metafunc) -> None:
     if "edge_case" in names:
         metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
     if "hiding_case" in names:
-        metafunc.parametrize("hiding_case", suite.hiding_cases, ids=str)
+        hidden = [(c, b) for b in available_backends(suite.op) for c in _hiding_cases(suite, b)]
+        ids = [f"{case}-{backend}" for case, backend in hidden]
+        metafunc.parametrize(("hiding_case", "backend"), hidden, ids=ids)
+        return
     if "dtype" in names:
         pairs = _pairs(suite)
         ids = [_pair_id(*pair) for pair in pairs]
@@ -415,10 +419,19 @@ def generate(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", list(available_backends(suite.op)))
 
 
+def _interpreted(backend: str) -> bool:
+    """Whether a case takes seconds, and 16-bit floats are computed in float32."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
 def _rounded_cases(suite: type[OpSuite], backend: str) -> int:
-    # The interpreter computes 16-bit floats in float32, and takes seconds for a large case.
-    interpreted = backend == "triton" and not torch.cuda.is_available()
-    return min(1, suite.rounded_cases) if interpreted else suite.rounded_cases
+    return min(1, suite.rounded_cases) if _interpreted(backend) else suite.rounded_cases
+
+
+def _hiding_cases(suite: Any, backend: str) -> list[Case]:
+    """All of them, or the smallest two."""
+    ranked = sorted(suite.hiding_cases, key=lambda case: math.prod(case.sizes.values()))
+    return ranked[:2] if _interpreted(backend) else suite.hiding_cases
 
 
 def _pairs(suite: type[OpSuite]) -> list[tuple[str, torch.dtype]]:
