@@ -258,6 +258,9 @@ class Prepared:
         )
         # As after an optimizer's step: what a backend packed from the weights is stale.
         torch.autograd.graph.increment_version(list(self.leaves.values()))
+        for leaf in self.leaves.values():
+            if leaf.is_cpu and leaf.numel():  # a packed form goes by the values
+                leaf.detach()[(0,) * leaf.dim()].neg_()
         return found
 
     def call(self, which: str) -> Callable[[], Any]:

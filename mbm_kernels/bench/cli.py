@@ -311,7 +311,7 @@ def run_script(benchmark: Benchmark, folder: Path) -> None:
 
 
 def run_all(folder: Path, readme: Path) -> None:
-    """The main of `python -m benchmarks`: all operations; published whole, the table in `readme`."""
+    """The main of `python -m benchmarks`: all operations; if published whole, `readme`'s table."""
     argv = sys.argv[1:]
     narrowed = "--case" in argv or any(op in argv for op in _files(folder))
     marked = readme.exists() and table.BEGIN in readme.read_text()
