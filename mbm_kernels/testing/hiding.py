@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,6 +17,13 @@ class Hiding(OpSuite):
     """An OpSuite whose operation hides parts of its inputs."""
 
     hiding_cases: ClassVar[list[Case]]
+    # Name, value and mode; a dispatch mode stands for all that lets no value be read.
+    specials: ClassVar[list[tuple[str, float, Any]]] = [
+        ("nan", torch.nan, nullcontext),
+        ("inf", torch.inf, nullcontext),
+        ("-inf", -torch.inf, nullcontext),
+        ("nan, values unreadable", torch.nan, lambda: FlopCounterMode(display=False)),
+    ]
 
     def unread(self, inputs: Inputs) -> tuple[Named, list[Tensor]]:
         """What nothing reads, True, broadcastable to what it is about: inputs, by their names, and
@@ -57,15 +63,6 @@ class Hiding(OpSuite):
             assert_matches(*results, gradient=not name.startswith("output"), what=name)
         return actual
 
-    # A dispatch mode stands for all that lets no value be read.
-    @pytest.mark.parametrize(
-        ("special", "mode"),
-        [
-            *((special, nullcontext) for special in (torch.nan, torch.inf, -torch.inf)),
-            (torch.nan, lambda: FlopCounterMode(display=False)),
-        ],
-        ids=["nan", "inf", "-inf", "nan, values unreadable"],
-    )
     def test_what_is_hidden_is_not_read(
         self, hiding_case: Case, special: float, mode: Any, backend: str
     ) -> None:

@@ -406,6 +406,18 @@ def generate(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", suite.cases, ids=str)
     if "edge_case" in names:
         metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if {"hiding_case", "special"} <= set(names):
+        # Seconds a case in Triton's interpreter: there the first meets all specials, others NaN.
+        hidden = [
+            (case, backend, *each)
+            for number, case in enumerate(suite.hiding_cases)
+            for backend in available_backends(suite.op)
+            for each in suite.specials[: 1 if backend == "triton" and number else None]
+        ]
+        ids = [f"{case}-{backend}-{name}" for case, backend, name, *_ in hidden]
+        values = [(case, backend, *rest) for case, backend, _, *rest in hidden]
+        metafunc.parametrize(("hiding_case", "backend", "special", "mode"), values, ids=ids)
+        return
     if "hiding_case" in names:
         hidden = [(c, b) for b in available_backends(suite.op) for c in _hiding_cases(suite, b)]
         ids = [f"{case}-{backend}" for case, backend in hidden]
