@@ -10,11 +10,11 @@ if not torch.cuda.is_available():
 
 from mbm_kernels._core import native
 from mbm_kernels.bench import timing
-from mbm_kernels.testing import suite
+from mbm_kernels.testing import grid
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    suite.generate(metafunc)
+    grid.generate(metafunc)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,11 @@
 """The tests that every operation passes, under the same names and in the same order.
 
 A test file subclasses `OpSuite` as Test<Op>, fills in what an operation is (its cases and how to
-make inputs) and adds the operation's own properties. `generate`, called from conftest's
+make inputs) and adds the operation's own properties. `grid.generate`, called from conftest's
 pytest_generate_tests, spreads the tests over cases, dtypes and the backends that run here. 16-bit
 floats, which kernels compute in float32 and round on store, take the first cases alone.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import mbm_kernels
-from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
 from mbm_kernels.testing.errors import assert_matches, float64_yardstick
 from mbm_kernels.testing.inputs import (
@@ -384,76 +382,3 @@ def _move(x: Tensor, device: torch.device) -> Tensor:
 
 def available_backends(op: str) -> Iterator[str]:
     return (name for name, reason in mbm_kernels.backends(op).items() if reason is None)
-
-
-def generate(metafunc: pytest.Metafunc) -> None:
-    """The body of a conftest's pytest_generate_tests: see the module's docstring."""
-    suite = metafunc.cls
-    if suite is None or not issubclass(suite, OpSuite):
-        return
-    names = metafunc.fixturenames
-    if {"case", "backend", "dtype"} <= set(names):
-        cells = [
-            (case, backend, dtype)
-            for number, case in enumerate(suite.cases)
-            for backend, dtype in _pairs(suite)
-            if dtype.itemsize > 2 or number < _rounded_cases(suite, backend)
-        ]
-        ids = [f"{case}-{_pair_id(backend, dtype)}" for case, backend, dtype in cells]
-        metafunc.parametrize(("case", "backend", "dtype"), cells, ids=ids)
-        return
-    if "case" in names:
-        metafunc.parametrize("case", suite.cases, ids=str)
-    if "edge_case" in names:
-        metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
-    if {"hiding_case", "special"} <= set(names):
-        # Seconds a case in Triton's interpreter: there the first meets all specials, others NaN.
-        hidden = [
-            (case, backend, *each)
-            for number, case in enumerate(suite.hiding_cases)
-            for backend in available_backends(suite.op)
-            for each in suite.specials[: 1 if backend == "triton" and number else None]
-        ]
-        ids = [f"{case}-{backend}-{name}" for case, backend, name, *_ in hidden]
-        values = [(case, backend, *rest) for case, backend, _, *rest in hidden]
-        metafunc.parametrize(("hiding_case", "backend", "special", "mode"), values, ids=ids)
-        return
-    if "hiding_case" in names:
-        hidden = [(c, b) for b in available_backends(suite.op) for c in _hiding_cases(suite, b)]
-        ids = [f"{case}-{backend}" for case, backend in hidden]
-        metafunc.parametrize(("hiding_case", "backend"), hidden, ids=ids)
-        return
-    if "dtype" in names:
-        pairs = _pairs(suite)
-        ids = [_pair_id(*pair) for pair in pairs]
-        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)
-    elif "backend" in names:
-        metafunc.parametrize("backend", list(available_backends(suite.op)))
-
-
-def _interpreted(backend: str) -> bool:
-    """Whether a case takes seconds, and 16-bit floats are computed in float32."""
-    return backend == "triton" and not torch.cuda.is_available()
-
-
-def _rounded_cases(suite: type[OpSuite], backend: str) -> int:
-    return min(1, suite.rounded_cases) if _interpreted(backend) else suite.rounded_cases
-
-
-def _hiding_cases(suite: Any, backend: str) -> list[Case]:
-    """All of them, or the smallest two."""
-    ranked = sorted(suite.hiding_cases, key=lambda case: math.prod(case.sizes.values()))
-    return ranked[:2] if _interpreted(backend) else suite.hiding_cases
-
-
-def _pairs(suite: type[OpSuite]) -> list[tuple[str, torch.dtype]]:
-    return [
-        (backend, dtype)
-        for backend in available_backends(suite.op)
-        for dtype in suite.dtypes
-        if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
-    ]
-
-
-def _pair_id(backend: str, dtype: torch.dtype) -> str:
-    return f"{backend}-{str(dtype).removeprefix('torch.')}"

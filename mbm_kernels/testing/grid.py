@@ -1,0 +1,80 @@
+"""Spreads the tests of an OpSuite over its cases, the dtypes and the backends that run here."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mbm_kernels._core import dispatch
+from mbm_kernels.testing.suite import OpSuite, available_backends, device_of
+
+
+def generate(metafunc: pytest.Metafunc) -> None:
+    """The body of a conftest's pytest_generate_tests: see the module's docstring."""
+    suite = metafunc.cls
+    if suite is None or not issubclass(suite, OpSuite):
+        return
+    names = metafunc.fixturenames
+    if {"case", "backend", "dtype"} <= set(names):
+        cells = [
+            (case, backend, dtype)
+            for number, case in enumerate(suite.cases)
+            for backend, dtype in _pairs(suite)
+            if dtype.itemsize > 2 or number < _rounded_cases(suite, backend)
+        ]
+        ids = [f"{case}-{_pair_id(backend, dtype)}" for case, backend, dtype in cells]
+        metafunc.parametrize(("case", "backend", "dtype"), cells, ids=ids)
+        return
+    if "case" in names:
+        metafunc.parametrize("case", suite.cases, ids=str)
+    if "edge_case" in names:
+        metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if "hiding_case" in names:
+        _hide(metafunc, suite)
+        return
+    if "dtype" in names:
+        pairs = _pairs(suite)
+        ids = [_pair_id(*pair) for pair in pairs]
+        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)
+    elif "backend" in names:
+        metafunc.parametrize("backend", list(available_backends(suite.op)))
+
+
+def _interpreted(backend: str) -> bool:
+    """Whether a case takes seconds, and 16-bit floats are computed in float32."""
+    return backend == "triton" and not torch.cuda.is_available()
+
+
+def _rounded_cases(suite: type[OpSuite], backend: str) -> int:
+    return min(1, suite.rounded_cases) if _interpreted(backend) else suite.rounded_cases
+
+
+def _hide(metafunc: pytest.Metafunc, suite: Any) -> None:
+    """Every hiding case with every special number; interpreted, the smallest two cases, of which
+    the second has the first special alone."""
+    cells: list[tuple[Any, ...]] = []
+    with_specials = "special" in metafunc.fixturenames
+    for backend in available_backends(suite.op):
+        cases = suite.hiding_cases
+        if _interpreted(backend):
+            cases = sorted(cases, key=lambda case: math.prod(case.sizes.values()))[:2]
+        for number, case in enumerate(cases):
+            few = 1 if _interpreted(backend) and number else None
+            specials = suite.specials[:few] if with_specials else [("",)]
+            cells += [(f"{case}-{backend}-{name}", case, backend, *x) for name, *x in specials]
+    names = ("hiding_case", "backend", *(("special", "mode") if with_specials else ()))
+    metafunc.parametrize(names, [cell[1:] for cell in cells], ids=[cell[0] for cell in cells])
+
+
+def _pairs(suite: type[OpSuite]) -> list[tuple[str, torch.dtype]]:
+    return [
+        (backend, dtype)
+        for backend in available_backends(suite.op)
+        for dtype in suite.dtypes
+        if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
+    ]
+
+
+def _pair_id(backend: str, dtype: torch.dtype) -> str:
+    return f"{backend}-{str(dtype).removeprefix('torch.')}"
