@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mbm_kernels.bench import exits
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning import cli as caption
 from mbm_kernels.cli import main
@@ -209,11 +210,12 @@ def test_any_message_is_one_line(error, line, files, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("bug", [KeyError("x"), IndexError(), AttributeError(), AssertionError()])
-def test_a_bug_keeps_its_traceback(bug, files, monkeypatch):
+def test_a_bug_keeps_its_traceback(bug, files, monkeypatch, capsys):
     monkeypatch.setattr(caption, "evaluate", fail(bug))
-    monkeypatch.setattr(sys, "argv", ["mbm-kernels", "caption", *EVAL])
-    with pytest.raises(type(bug)):
-        main()
+    code, errors = end(monkeypatch, capsys, "caption", *EVAL)
+    assert code == exits.INTERNAL
+    assert errors.startswith("Traceback")
+    assert errors.splitlines()[-1].startswith(type(bug).__name__)
 
 
 def test_debug_keeps_every_traceback(files, monkeypatch):
