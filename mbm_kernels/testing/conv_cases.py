@@ -10,7 +10,7 @@ from torch import Tensor
 from mbm_kernels.testing.draws import COLUMNS, STRATA, Draws, Inputs, draws
 
 MOST_POOL, MOST_POOL_STRIDE = 5, 4  # of a window's sides and steps
-WIDENING = ((2, 1, 1), (4, 1, (1, 2)))  # their maps are wider than what they pool
+WIDENING = ((2, 1, 1), (4, 1, 2))  # their maps are wider than what they pool
 KERNELS = ((3, 3), (3, 3), (1, 1), (5, 5), (2, 3), (7, 7), (4, 1))
 
 # By what the kernels go by (README, "The cpu backend"): groups, channels in and out and the rest
