@@ -133,18 +133,19 @@ def conv_bias_act(given: Draws) -> Inputs:
     residual = given.randn(*before.shape) if "residual" in epilogue else None
     if channels_last:
         x = given.keep(x.contiguous(memory_format=torch.channels_last))
-        if (
-            residual is not None and epilogue == "residual"
-        ):  # else of any layout: pixels read in place want all three so
+        # Pixels read in place want all three so; else it is of any layout.
+        if residual is not None and epilogue == "residual":
             residual = given.keep(residual.contiguous(memory_format=torch.channels_last))
     activations = (None, "relu", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh")
+    if "pool" not in epilogue:  # a window of saturated values is a window of near ties
+        activations += ("sigmoid", "tanh")
     return {
         "x": x,
         "weight": weight,
         "bias": given.randn(outputs) if given.flag() else None,
         **options,
         "residual": residual,
-        "activation": given.of(*activations, "hardswish", "sigmoid", "tanh"),
+        "activation": given.of(*activations, "hardswish"),
         "max_pool": _pool(given, *before.shape[-2:]) if "pool" in epilogue else None,
     }
 
