@@ -136,7 +136,8 @@ def conv_bias_act(given: Draws) -> Inputs:
         # Pixels read in place want all three so; else it is of any layout.
         if residual is not None and epilogue == "residual":
             residual = given.keep(residual.contiguous(memory_format=torch.channels_last))
-    activations = (None, "relu", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh")
+    activations: tuple[str | None, ...] = (None, "relu", "relu", "relu6", "leaky_relu", "silu")
+    activations += ("gelu", "gelu_tanh")
     if "pool" not in epilogue:  # a window of saturated values is a window of near ties
         activations += ("sigmoid", "tanh")
     return {
