@@ -15,7 +15,8 @@ enum class Divergence { kForwardKl = 0, kReverseKl = 1, kJsd = 2 };
 // All arrays are contiguous and overlap nowhere. Rows whose target is ignore_index are not
 // computed and nothing of them is read: neither side's hidden states, no logits, ids or gradients
 // of results. A row with another target that is no class, or with such an id, has NaN for all
-// results and gradients; in the sums over rows these make all NaN. One teacher: hidden states and weight, logits, or k ids with log-probabilities.
+// results and gradients; in the sums over rows these make all NaN. One teacher: hidden states and
+// weight, logits, or k ids with log-probabilities.
 struct LinearDistillation {
   int64_t N, Hs, Ht, V, k;
   Teacher teacher;
