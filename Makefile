@@ -36,7 +36,7 @@ native: $(VENV)/.installed
 	@$(PY) setup.py -q build_ext --inplace
 
 test: native
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 test-fast: native
 	$(PY) -m pytest -m "not slow"
