@@ -209,7 +209,6 @@ def saved(
     activation: str | None,
     max_pool: Sequence[int] | None,
     save: bool,
-    zeros: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Room for what kernels save for an output like `y`: places and z, [B, Y'', X'', K].
 
@@ -219,12 +218,11 @@ def saved(
     """
     channels, height, width = y.shape[-3:]
     shape = (y.shape[0] if y.dim() == 4 else 1, height, width, channels)
-    make = y.new_zeros if zeros else y.new_empty
     has_places = save and (activation is not None or max_pool is not None)
     has_z = save and activation not in BY_PLACE
-    places = make(shape if has_places else (0,), dtype=torch.uint8)
+    places = y.new_empty(shape if has_places else (0,), dtype=torch.uint8)
     dtype = torch.float32 if y.device.type == "cpu" else y.dtype
-    return places, make(shape if has_z else (0,), dtype=dtype)
+    return places, y.new_empty(shape if has_z else (0,), dtype=dtype)
 
 
 def _is_int(value: Any) -> bool:
