@@ -66,6 +66,15 @@ def unread(
     return query.masked_fill(nothing, 0), key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
 
 
+def constant_where_empty(context: Tensor, attend: Tensor, looks: bool) -> Tensor:
+    """`context` [..., T, E], whose rows that attend to nothing are a constant 0, whatever gradient
+    arrives for them; `looks`: whether `attend` may be looked at."""
+    nothing = ~attend.any(-1, keepdim=True)
+    if looks and not bool(nothing.any()):
+        return context
+    return context.masked_fill(nothing, 0)
+
+
 def softmax(scores: Tensor, attend: Tensor) -> Tensor:
     """softmax over the last dimension where `attend`, 0 elsewhere; a row of it may be empty."""
     nothing = ~attend.any(-1, keepdim=True)

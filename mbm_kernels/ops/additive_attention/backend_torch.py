@@ -40,10 +40,7 @@ def fwd(
         return torch.matmul(weights.unsqueeze(2), values).squeeze(2), weights
     context = torch.bmm(weights, value)
     if tracing.may_need_grad((query, key, value, v)):
-        # An empty row is constant, whatever gradient arrives for it.
-        some = attend.any(-1, keepdim=True)
-        if not looks or not bool(some.all()):
-            context = context.masked_fill(~some, 0)
+        context = masks.constant_where_empty(context, attend, looks)
     return context, weights
 
 

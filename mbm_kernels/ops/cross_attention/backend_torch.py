@@ -55,8 +55,7 @@ def _masked(
     query, key, value = masks.unread(query, key, value, attend)
     explicit = explicit or (save and added is not None)
     context, heads = _dense(query, key, value, attend, added, scale, explicit)
-    # An empty row is constant, whatever gradient arrives for it.
-    return context.masked_fill(~attend.any(-1, keepdim=True), 0) if save else context, heads
+    return masks.constant_where_empty(context, attend, False) if save else context, heads
 
 
 def _looking(
@@ -78,9 +77,7 @@ def _looking(
     if not save or masks.all_finite(query, key):
         context, heads = _dense(query, key, value, attend, added, scale, exact)
         if masks.all_finite(context):
-            if save and not bool((some := attend.any(-1, keepdim=True)).all()):
-                context = context.masked_fill(~some, 0)
-            return context, heads
+            return masks.constant_where_empty(context, attend, True) if save else context, heads
     same_for_all = attend.size(-2) == 1
     if not same_for_all:
         clean = masks.unread(query, key, value, attend)
