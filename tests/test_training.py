@@ -16,6 +16,7 @@ from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.captioning.presets import PRESETS, DistillSettings, TrainSettings, preset
 from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.captioning.style import restyle
+from mbm_kernels.captioning.taught import TaughtSet
 from mbm_kernels.captioning.train import train_student, train_teacher
 from mbm_kernels.models import Captioner
 
@@ -72,50 +73,46 @@ def test_training_leaves_the_global_generator_alone(train_set, tokenizer):
     assert torch.equal(torch.rand(1), expected)
 
 
-@pytest.mark.parametrize("kind", ["cross-entropy", "distillation"])
+@pytest.mark.parametrize("kind", ["cross-entropy", "distillation", "kept teacher outputs"])
 def test_resume_gives_the_same_bits(kind, train_set, tokenizer, tmp_path):
-    settings = replace(SETTINGS, augment=True, neighbour_prior=True)
+    kept = kind == "kept teacher outputs"
+    settings = replace(SETTINGS, augment=not kept, neighbour_prior=True)
+    teacher = make(tokenizer, 2, "teacher").eval()
     prior = NeighbourPrior([tokenizer.encode(c) for c in train_set.captions], tokenizer.vocab_size)
 
     def objective():
         model = make(tokenizer, 1)
         if kind == "cross-entropy":
             return CrossEntropyObjective(model, prior)
-        return DistillationObjective(model, make(tokenizer, 2, "teacher"), DistillSettings(), prior)
+        return DistillationObjective(model, teacher, DistillSettings(), prior)
+
+    def fitted(objective, **arguments):
+        taught = TaughtSet(teacher, train_set, tokenizer) if kept else None
+        return fit(
+            objective,
+            train_set,
+            tokenizer,
+            settings,
+            validation=train_set,
+            taught=taught,
+            **arguments,
+        )
 
     whole = objective()
-    history = fit(
-        whole, train_set, tokenizer, settings, validation=train_set, run=tmp_path / "whole"
-    )
+    history = fitted(whole, run=tmp_path / "whole")
 
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(
-            objective(),
-            train_set,
-            tokenizer,
-            settings,
-            validation=train_set,
-            run=tmp_path / "cut",
-            after_step=stop_at(4, interrupt),
-        )
+        fitted(objective(), run=tmp_path / "cut", after_step=stop_at(4, interrupt))
     steps = {
         which: checkpoint.load(tmp_path / "cut", layers="stock", which=which).config["step"]
         for which in ("latest", "best")
     }
     assert steps == {"latest": 4, "best": 3}  # step 4 was never validated
     resumed = objective()
-    again = fit(
-        resumed,
-        train_set,
-        tokenizer,
-        settings,
-        validation=train_set,
-        run=tmp_path / "cut",
-        resume=True,
-    )
+    again = fitted(resumed, run=tmp_path / "cut", resume=True)
     assert_same(whole.state_dict(), resumed.state_dict())
     assert_same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
     assert history == again
@@ -262,6 +259,27 @@ def test_a_student_like_its_teacher_has_no_soft_loss(train_set, tokenizer):
     objective = DistillationObjective(student, teacher, DistillSettings())
     images, tokens, _ = collate(train_set, range(6), tokenizer)
     assert objective(images, tokens).parts["soft"].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_kept_outputs_of_a_teacher_are_its_own(train_set, tokenizer):
+    teacher = make(tokenizer, 2, "teacher").eval()
+    objective = DistillationObjective(make(tokenizer, 1), teacher, DistillSettings())
+    rows = torch.tensor([5, 0, 3, 11, 3])
+    images, tokens, _ = collate(train_set, rows, tokenizer)
+    taught = TaughtSet(teacher, train_set, tokenizer).batch(rows)
+    for ours, theirs in zip(
+        objective(images, tokens, taught=taught), objective(images, tokens), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_teacher_outputs_are_kept_only_where_images_come_again(train_set, tokenizer):
+    teacher = make(tokenizer, 2, "teacher")
+    often = replace(SETTINGS, steps=100)
+    cases = (often, True), (replace(often, augment=True), False), (replace(often, steps=1), False)
+    for settings, kept in cases:
+        found = TaughtSet.if_worth(teacher, train_set, tokenizer, settings)
+        assert (found is not None) is kept
 
 
 def test_losses_of_both_layers_agree():

@@ -24,6 +24,13 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
 
 
+class Taught(NamedTuple):
+    """What a student learns from: the teacher's hidden [B, T, H] and features [B, S, D]."""
+
+    hidden: Tensor
+    features: Tensor
+
+
 class _Objective(nn.Module):
     """A model and, in training mode only, a prior that is added to its logits."""
 
@@ -95,10 +102,23 @@ class DistillationObjective(_Objective):
     def teacher(self) -> Captioner:
         return self._teacher[0]
 
-    def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
-        """Loss of images [B, 3, Y, X]; ``inputs`` [B, T] replaces the words the student is fed."""
-        with torch.no_grad():
-            taught = self.teacher(images, tokens[:, :-1])
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        inputs: Tensor | None = None,
+        taught: Taught | None = None,
+    ) -> Loss:
+        """Loss of images [B, 3, Y, X].
+
+        Args:
+            inputs: [B, T], replaces the words that the student is fed.
+            taught: what the teacher says of these images and tokens; None asks it.
+        """
+        if taught is None:
+            with torch.no_grad():
+                output = self.teacher(images, tokens[:, :-1])
+            taught = Taught(output.hidden, output.features)
         own = self.model(images, tokens[:, :-1] if inputs is None else inputs)
         hidden, weight = self.words(own.hidden, self.model, tokens)
         taught_hidden, taught_weight = self.words(taught.hidden, self.teacher, tokens)

@@ -26,6 +26,7 @@ from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.progress import training_progress
 from mbm_kernels.captioning.style import restyle
+from mbm_kernels.captioning.taught import TaughtSet
 from mbm_kernels.models import Captioner
 
 LOG_EVERY = 20
@@ -52,6 +53,7 @@ def fit(
     resume: bool = False,
     title: str | None = None,
     after_step: Callable[[int], None] | None = None,
+    taught: TaughtSet | None = None,
 ) -> History:
     """Minimise an objective over a set of captioned pictures.
 
@@ -63,6 +65,7 @@ def fit(
         resume: continue from the latest checkpoint of ``run``.
         title: of the progress bar; None shows none.
         after_step: called with the number of steps done, after each.
+        taught: the teacher's outputs for ``train_set``, which a distillation then takes from there.
 
     Raises:
         ValueError: if the set has fewer pictures than a batch, if ``run`` holds another run's
@@ -77,7 +80,7 @@ def fit(
             f"train_set: got {len(train_set)} pictures, expected at least batch_size = "
             f"{settings.batch_size}; take a smaller batch_size"
         )
-    trainer = _Trainer(objective, train_set, tokenizer, settings, seed, validation, run)
+    trainer = _Trainer(objective, train_set, tokenizer, settings, seed, validation, run, taught)
     with locked(run) if run is not None else nullcontext():
         if resume:
             trainer.restore()
@@ -116,11 +119,12 @@ class _Trainer:
         seed: int,
         validation: CaptionSet | None,
         run: Path | None,
+        taught: TaughtSet | None,
     ) -> None:
         self.objective, self.model = objective, objective.model
         self.train_set, self.tokenizer = train_set, tokenizer
         self.settings, self.seed, self.run = settings, seed, run
-        self.validation = validation
+        self.validation, self.taught = validation, taught
         self.named = dict(objective.named_parameters())
         decayed = [p for p in self.named.values() if p.dim() > 1]
         plain = [p for p in self.named.values() if p.dim() <= 1]
@@ -147,13 +151,15 @@ class _Trainer:
         rate = settings.learning_rate * schedule(self.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        images, tokens, _ = collate(self.train_set, self._indices(), self.tokenizer)
+        rows = self._indices()
+        images, tokens, _ = collate(self.train_set, rows, self.tokenizer)
+        known = {} if self.taught is None else {"taught": self.taught.batch(rows)}
         with seeded(self.seed, self.step):
             if settings.augment:
                 generator = torch.Generator().manual_seed(mix_seed(self.seed, self.step))
                 images = restyle(augment(images, generator), generator)
             inputs = mask_words(tokens[:, :-1], settings.word_dropout, self.tokenizer)
-            loss = self.objective(images, tokens, inputs)
+            loss = self.objective(images, tokens, inputs, **known)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         nn.utils.clip_grad_norm_(self.named.values(), settings.clip, error_if_nonfinite=True)

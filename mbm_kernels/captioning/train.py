@@ -10,6 +10,7 @@ from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationOb
 from mbm_kernels.captioning.fit import History, fit, seeded
 from mbm_kernels.captioning.presets import DistillSettings, TrainSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
+from mbm_kernels.captioning.taught import TaughtSet
 from mbm_kernels.models import Captioner
 
 
@@ -102,6 +103,7 @@ def train_student(
         run=run,
         resume=resume,
         title="student by distillation" if progress else None,
+        taught=TaughtSet.if_worth(teacher, train_set, tokenizer, settings),
     )
     return Trained(model.eval(), tokenizer, history)
 

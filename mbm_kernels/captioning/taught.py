@@ -1,0 +1,61 @@
+"""The teacher's outputs for every image of a set, computed once instead of once in each epoch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.distill import Taught
+from mbm_kernels.captioning.presets import TrainSettings
+from mbm_kernels.models import Captioner
+
+BATCH = 128  # fixed, so that a resumed run gets the same bits
+MOST_BYTES = 2 << 30
+
+
+class TaughtSet:
+    """Float32 outputs of a teacher in eval mode for the N images of a set and their captions."""
+
+    def __init__(self, teacher: Captioner, images: CaptionSet, tokenizer: WordTokenizer) -> None:
+        hidden, features, lengths = [], [], []
+        with torch.no_grad():
+            for start in range(0, len(images), BATCH):
+                rows = range(start, min(start + BATCH, len(images)))
+                pixels, tokens, length = collate(images, rows, tokenizer)
+                output = teacher(pixels, tokens[:, :-1])
+                features.append(output.features)
+                predicted = torch.arange(tokens.shape[1] - 1) < (length - 1)[:, None]
+                hidden.append(output.hidden[predicted])
+                lengths.append(length - 1)
+        self.features = torch.cat(features)  # [N, S, D]
+        self.hidden = torch.cat(hidden)  # [sum of the lengths, H]
+        self.lengths = torch.cat(lengths)  # [N], predicted words of each caption
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    @classmethod
+    def if_worth(
+        cls,
+        teacher: Captioner,
+        images: CaptionSet,
+        tokenizer: WordTokenizer,
+        settings: TrainSettings,
+    ) -> TaughtSet | None:
+        """None where each image is new (augmentation), seen about once, or memory is short."""
+        seen = settings.steps * settings.batch_size
+        if settings.augment or seen <= len(images):
+            return None
+        positions = len(teacher.encoder.positions)
+        words = max(len(tokenizer.encode(caption)) for caption in images.captions)
+        each = positions * teacher.feature_size + words * teacher.hidden_size
+        if 4 * each * len(images) > MOST_BYTES:
+            return None
+        return cls(teacher.eval(), images, tokenizer)
+
+    def batch(self, rows: Tensor) -> Taught:
+        """The outputs for some images; hidden is 0 past a caption's end, where nothing reads it."""
+        lengths = self.lengths[rows]
+        place = torch.arange(int(lengths.max()))
+        real = place < lengths[:, None]  # [B, T]
+        hidden = self.hidden[(self.starts[rows, None] + place) * real]
+        return Taught(hidden * real[..., None], self.features[rows])
