@@ -3,8 +3,8 @@
 One ISA per file: every `csrc/*/*_cpu*.cpp` is compiled for a baseline, for AVX2+FMA and for
 AVX-512 (see csrc/common/isa.h) and picked at run time. `_C_cuda` is built when nvcc is found and
 MBM_CUDA is not 0. For tests there are MBM_BUILD_ISA, which compiles one ISA alone, MBM_SANITIZE,
-which instruments the kernels (coverage: counts their lines), and avx512_lowered, which is built
-where this CPU cannot run AVX-512 or MBM_LOWERED is 1.
+which instruments the kernels (coverage: counts their lines), and avx512_lowered: MBM_LOWERED=1
+builds it, 0 does not, by default a build in place does where this CPU cannot run AVX-512.
 """
 
 import os
@@ -37,7 +37,8 @@ ISAS = {
         ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     ),
 }
-LOWERED = {"avx512_lowered": (16, ISAS["avx2"][1])}
+# For tests alone. At -O3 it would take as long to compile as everything else together.
+LOWERED = {"avx512_lowered": (16, [*ISAS["avx2"][1], "-O1"])}
 # The binding stays as it is: what it does is convert arguments.
 SANITIZERS = {
     "": [],
@@ -168,6 +169,11 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"setup.py: compiling {ext.name} failed, see above") from error
 
+    def wants_lowered(self) -> bool:
+        asked = chosen("MBM_LOWERED", ("", "0", "1"))
+        in_place = self.inplace or self.editable_mode
+        return asked == "1" or (not asked and in_place and not cpu_has_avx512())
+
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         base = [*cxx, *CXXFLAGS, INCLUDE]
@@ -176,7 +182,7 @@ class BuildNative(build_ext):
         objects, calls, isas = [], [], ISAS
         if only:
             isas, calls = {only: {**ISAS, **LOWERED}[only]}, [f"-DMBM_ONLY_ISA={only}"]
-        elif chosen("MBM_LOWERED", ("", "0", "1")) == "1" or not cpu_has_avx512():
+        elif self.wants_lowered():
             isas, calls = {**ISAS, **LOWERED}, ["-DMBM_LOWERED"]
         for source in sorted(CSRC.glob("*/*_cpu*.cpp")):
             for isa, (lanes, flags) in isas.items():
