@@ -57,6 +57,10 @@ def _mount() -> None:
         from mbm_kernels.bench.cli import bench
 
         app.command()(bench)
+    if asked in ("calibrate", "--help"):
+        from mbm_kernels.bench.calibrate_cli import calibrate
+
+        app.command()(calibrate)
     if asked in ("gate", "--help"):
         from mbm_kernels.bench import gate_cli
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mbm_kernels
+from mbm_kernels._core import processor
 from mbm_kernels.bench import (
     Work,
     limits,
@@ -212,12 +213,12 @@ class TestTiming:
 
 class TestMachine:
     def test_slugs(self):
-        assert machine.cpu_slug(AMD) == "amd-family26-model2-avx512"
-        assert machine.cpu_slug(AMD, "avx2") == "amd-family26-model2-avx2"
-        assert machine.cpu_slug(INTEL) == "intel-family6-model94-avx2"
-        assert machine.cpu_slug(ARM) == "arm-implementer65-part3340-baseline"
-        assert machine.cpu_slug("").endswith("-baseline")
-        assert machine.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+        assert processor.cpu_slug(AMD) == "amd-family26-model2-avx512"
+        assert processor.cpu_slug(AMD, "avx2") == "amd-family26-model2-avx2"
+        assert processor.cpu_slug(INTEL) == "intel-family6-model94-avx2"
+        assert processor.cpu_slug(ARM) == "arm-implementer65-part3340-baseline"
+        assert processor.cpu_slug("").endswith("-baseline")
+        assert processor.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
     def test_heaps(self, monkeypatch):
         for name in list(os.environ):

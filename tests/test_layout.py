@@ -130,17 +130,10 @@ def test_import_is_light():
 
 def test_dispatch_rules_have_their_measurements():
     from mbm_kernels._core.dispatch import _tables
-    from mbm_kernels.bench import isa, results
 
     for op, table in _tables.items():
         for rule in table.rules:
             path = ROOT / rule.results
             assert rule.backend in table.backends, op
             assert path.is_file(), f"{op}: {rule.results} is missing"
-            assert rule.backend == "cpu" or rule.device == "cuda", op
-            if rule.backend == "cpu":
-                # A kernel wins in one ISA: a rule names it, and stock ran in it too.
-                assert rule.isa is not None, f"{op}: {rule.results}: the rule names no ISA"
-                assert len(rule.isa) == 1, f"{op}: {rule.results}: {rule.isa}"
-                refused = isa.refusal(results.read(path), rule.isa[0])
-                assert refused is None, f"{op}: {rule.results}: {refused}"
+            assert rule.device == "cuda", f"{op}: CPUs go by predicted times"

@@ -1,14 +1,15 @@
-"""Which backend runs a call: the caller's choice, or the measured table of the operation.
+"""Which backend runs a call: the caller's choice, or what is known of its speed.
 
-A table is package data, `ops/<op>/dispatch.json`:
+On CPUs "auto" compares predicted times (cost.py). On GPUs it goes by rules that results from
+hardware gave, package data in `ops/<op>/dispatch.json`:
 
-    {"rules": [{"backend": "cpu", "device": "cpu", "dtypes": ["float32"], "isa": ["avx2"],
+    {"rules": [{"backend": "triton", "device": "cuda", "dtypes": ["bfloat16"],
                 "where": {"B": [1, 64], "elements": [4096, null]},
                 "results": "benchmarks/results/<device>/<date>-<sha7>.jsonl"}]}
 
-A rule holds when device, dtype and (for cpu) the ISA in use match and every size named in `where`
-lies in its closed interval, null being unbounded. "auto" takes the first of cuda, triton, cpu that
-has a rule that holds and no reason not to run; else torch.
+A rule holds when device and dtype match and every size named in `where` lies in its closed
+interval, null being unbounded. "auto" takes the first of cuda, triton, cpu that is known to win and
+has no reason not to run; else torch.
 """
 
 import functools
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mbm_kernels._core import env, native, tracing
+from mbm_kernels._core import cost, env, tracing
 from mbm_kernels._core.errors import BackendUnavailableError
 
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
@@ -39,7 +40,6 @@ class Rule:
     backend: str
     device: str
     dtypes: tuple[str, ...]
-    isa: tuple[str, ...] | None
     where: tuple[tuple[str, float, float], ...]  # name, least, most
     results: str
 
@@ -49,16 +49,14 @@ class Rule:
             (name, -float("inf") if low is None else low, float("inf") if high is None else high)
             for name, (low, high) in entry.get("where", {}).items()
         )
-        isa = tuple(entry["isa"]) if "isa" in entry else None
         return cls(
-            entry["backend"], entry["device"], tuple(entry["dtypes"]), isa, where, entry["results"]
+            entry["backend"], entry["device"], tuple(entry["dtypes"]), where, entry["results"]
         )
 
-    def holds(self, device: str, dtype: str, isa: str | None, sizes: dict[str, int]) -> bool:
+    def holds(self, device: str, dtype: str, sizes: dict[str, int]) -> bool:
         return (
             self.device == device
             and dtype in self.dtypes
-            and (self.isa is None or isa in self.isa)
             and all(low <= sizes[name] <= high for name, low, high in self.where)
         )
 
@@ -95,6 +93,12 @@ _chosen: dict[tuple[Any, ...], str] = {}  # what `select` answered, 5 us of a ca
 MOST_REMEMBERED = 4096
 
 
+def reload() -> None:
+    """Forget what was chosen by the constants read before."""
+    cost.reload()
+    _chosen.clear()
+
+
 def register(op: str) -> None:
     _tables[op] = Table.read(op)
 
@@ -124,8 +128,15 @@ def _static_why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> s
 
 
 @_constant_for_compilers
-def _static_isa() -> str | None:
-    return native.isa()
+def _kernel_wins(op: str, sizes: tuple[tuple[str, int], ...]) -> bool:
+    found = predicted(op, dict(sizes))
+    return found is not None and found.kernel_wins
+
+
+def predicted(op: str, sizes: dict[str, int]) -> cost.Predicted | None:
+    """Times of a float32 call on the CPU with the present number of threads; None: not known."""
+    table = cost.table()
+    return None if table is None else table.predict(op, sizes, torch.get_num_threads())
 
 
 @_constant_for_compilers
@@ -166,6 +177,17 @@ def select(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
 ) -> str:
     """The name of the backend that runs this call; raises rather than swap a named one."""
+    chosen = _choose(op, backend, device, dtype, sizes)
+    if not torch.compiler.is_compiling():
+        seen = getattr(_watchers, "observed", None)
+        if seen is not None:
+            seen.append(Observed(op, backend, chosen, device, dtype, dict(sizes)))
+    return chosen
+
+
+def _choose(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> str:
     check_backend(op, backend)
     if _disabled_depth > 0:
         return "torch"
@@ -176,7 +198,7 @@ def select(
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return _select(op, backend, device, dtype, tracing.concrete(sizes))
     # An op always names its sizes in one order, so their values are the key.
-    key = (_tables[op], backend, device, dtype, *sizes.values())
+    key = (_tables[op], backend, device, dtype, torch.get_num_threads(), *sizes.values())
     try:
         chosen = _chosen.get(key)
     except TypeError:  # symbolic sizes have no hash
@@ -195,17 +217,25 @@ def _select(
         if reason := _why_not_call(op, backend, device, dtype, sizes):
             raise unavailable(op, backend, reason)
         return backend
-    isa = _static_isa() if torch.compiler.is_compiling() else native.isa()
-    dtype_name = str(dtype).removeprefix("torch.")
-    table = _tables[op]
-    for name in table.backends:
-        holds = any(
-            rule.backend == name and rule.holds(device.type, dtype_name, isa, sizes)
-            for rule in table.rules
-        )
-        if holds and _why_not_call(op, name, device, dtype, sizes) is None:
+    for name in _tables[op].backends:
+        if not _is_known_to_win(op, name, device, dtype, sizes):
+            continue
+        if _why_not_call(op, name, device, dtype, sizes) is None:
             return name
     return "torch"
+
+
+def _is_known_to_win(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> bool:
+    if device.type == "cpu":
+        known = backend == "cpu" and dtype is torch.float32
+        return known and _kernel_wins(op, tuple(sizes.items()))
+    name = str(dtype).removeprefix("torch.")
+    return any(
+        rule.backend == backend and rule.holds(device.type, name, sizes)
+        for rule in _tables[op].rules
+    )
 
 
 def default(op: str) -> str:
@@ -269,7 +299,31 @@ def disabled() -> Iterator[None]:
             _disabled_depth -= 1
 
 
+@dataclass(frozen=True)
+class Observed:
+    """One choice of a backend: `asked` by the caller, else "auto", and what was `chosen`."""
+
+    op: str
+    asked: str
+    chosen: str
+    device: torch.device
+    dtype: torch.dtype
+    sizes: dict[str, int]
+
+
 _watchers = threading.local()
+
+
+@contextmanager
+def observed() -> Iterator[list[Observed]]:
+    """The choices made within this context by this thread, outside compiled graphs."""
+    before = getattr(_watchers, "observed", None)
+    seen: list[Observed] = []
+    _watchers.observed = seen
+    try:
+        yield seen
+    finally:
+        _watchers.observed = before
 
 
 @contextmanager
@@ -293,8 +347,9 @@ def note(backend: str) -> None:
 
 def state(op: str | None = None) -> tuple[Any, ...]:
     """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
-    with `op`, its table too."""
-    return (_disabled_depth > 0, *_defaults.items(), env.backend(), _tables.get(op or ""))
+    with `op`, its table and the number of threads too."""
+    known = () if op is None else (_tables.get(op), cost.table(), torch.get_num_threads())
+    return (_disabled_depth > 0, *_defaults.items(), env.backend(), *known)
 
 
 def backends(op: str) -> dict[str, str | None]:

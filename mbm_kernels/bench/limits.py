@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mbm_kernels._core import native
+from mbm_kernels._core import native, processor
 from mbm_kernels.bench import machine, timing
 
 FMA_ITERATIONS = 200_000  # 0.6 ms at 4 GHz
@@ -73,7 +73,7 @@ def measure(threads: int) -> Limits:
     def arithmetic() -> object:
         return cpu.peak_run(FMA_ITERATIONS, threads)
 
-    second, last = machine.cache_bytes()
+    second, last = processor.cache_bytes()
     with timing.threads(threads), torch.no_grad():
         fma = timing.interleave({"fma": arithmetic}, SECONDS)["fma"].min()
         main = _bytes_per_s(COPY_BYTES)

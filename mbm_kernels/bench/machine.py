@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -11,71 +10,23 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import env, native
+from mbm_kernels._core import env, native, processor
 from mbm_kernels.bench import isa
 from mbm_kernels.info import package_versions
 
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 HEAPS = ("default", "warm")
-VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel", "HygonGenuine": "hygon"}
 MEASURED_CODE = ("csrc", "mbm_kernels", "setup.py", "benchmarks/*.py")
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _fields(cpuinfo: str) -> dict[str, str]:
-    """The first processor's fields of /proc/cpuinfo."""
-    first = cpuinfo.strip().split("\n\n", 1)[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
-
-
-def best_isa(cpuinfo: str) -> str:
-    """The widest code path of csrc that these CPU flags allow."""
-    fields = _fields(cpuinfo)
-    flags = set(fields.get("flags", "").split())
-    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        return "avx512"
-    if {"avx2", "fma", "f16c"} <= flags:
-        return "avx2"
-    return "baseline"
-
-
-def cpu_slug(cpuinfo: str, isa: str | None = None) -> str:
-    """Vendor, family, model and ISA, as `amd-family26-model2-avx512`.
-
-    A name alone, such as "AMD EPYC", is shared by generations.
-
-    Args:
-        cpuinfo: the text of /proc/cpuinfo.
-        isa: the code path in use, where it is not the best of the CPU's.
-    """
-    fields = _fields(cpuinfo)
-    isa = isa or best_isa(cpuinfo)
-    if "vendor_id" in fields and "cpu family" in fields:
-        vendor = VENDORS.get(fields["vendor_id"], slug(fields["vendor_id"]))
-        return f"{vendor}-family{fields['cpu family']}-model{fields.get('model', '0')}-{isa}"
-    if "CPU implementer" in fields:
-        part = fields.get("CPU part", "0x0")
-        return f"arm-implementer{int(fields['CPU implementer'], 16)}-part{int(part, 16)}-{isa}"
-    return f"{slug(platform.machine() or 'unknown')}-{isa}"
-
-
-def read_cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 def device() -> str:
     """The folder of this machine's CPU results."""
-    return cpu_slug(read_cpuinfo(), native.isa())
+    return processor.name()
 
 
 def gpu() -> str:
     """The folder of this machine's GPU results, as `nvidia-h100-80gb-hbm3`."""
-    return slug(torch.cuda.get_device_name())
+    return processor.slug(torch.cuda.get_device_name())
 
 
 def heap() -> str:
@@ -126,11 +77,11 @@ def is_dirty(folder: Path) -> bool | None:
 
 def facts() -> dict[str, Any]:
     """What else a figure depends on, ready for JSON."""
-    fields = _fields(read_cpuinfo())
+    fields = processor.fields(processor.read_cpuinfo())
     return {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
         "cores": cores(),
-        "isa": native.isa() or best_isa(read_cpuinfo()),
+        "isa": native.isa() or processor.best_isa(processor.read_cpuinfo()),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "openmp_runtimes": native.openmp_runtimes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -180,20 +131,3 @@ class Others:
 
 def cores() -> int:
     return os.cpu_count() or 1
-
-
-def cache_bytes() -> tuple[int, int]:
-    """Of the second level and of the last, all that one process can have; 0 where not known."""
-    found = {2: 0, 3: 0}
-    seen = set()
-    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
-        try:
-            level = int((index / "level").read_text())
-            shared = (level, (index / "shared_cpu_list").read_text().strip())
-            size = (index / "size").read_text().strip()
-        except (OSError, ValueError):
-            continue
-        if level in found and shared not in seen and size.endswith("K"):
-            seen.add(shared)
-            found[level] += int(size[:-1]) * 1024
-    return found[2], max(found[2], found[3])

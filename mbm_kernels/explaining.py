@@ -1,0 +1,128 @@
+"""Which backend "auto" takes for a call, by what prediction, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from mbm_kernels._core import cost, dispatch, env
+
+
+@dataclass(frozen=True)
+class Row:
+    """One call of an operation.
+
+    backend: what runs. predicted_ms: by each backend whose time is predicted. why_not: for each
+    other backend the reason. sizes: what the choice goes by.
+    """
+
+    name: str
+    op: str
+    backend: str
+    predicted_ms: dict[str, float]
+    why_not: dict[str, str]
+    sizes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; as text it is a table.
+
+    constants: where the predictions' constants come from; None where there are none.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    constants: str | None = None
+    threads: int = 1
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("call", "backend", "runs", "predicted", "why not")
+        for row in self.rows:
+            for backend in sorted(env.BACKENDS, key=lambda b: b != row.backend):
+                milliseconds = row.predicted_ms.get(backend)
+                table.add_row(
+                    row.name if backend == row.backend else "",
+                    backend,
+                    "yes" if backend == row.backend else "",
+                    "" if milliseconds is None else _time(milliseconds),
+                    row.why_not.get(backend, ""),
+                )
+        console = Console(width=110, color_system=None)
+        with console.capture() as capture:
+            console.print(table)
+            console.print(f"{self.threads} threads; constants {self.constants or 'none'}")
+        return capture.get().rstrip()
+
+
+def explain(target: str, *inputs: Any, **options: Any) -> Explanation:
+    """Which backend a call takes, the predicted times, and why not the others.
+
+    The call is made once, so that its arguments are checked as they would be.
+
+    Args:
+        target: an operation's name, such as "conv_bias_act".
+        inputs, options: its arguments, `backend` among them.
+
+    Returns:
+        An Explanation: print it, or read its `rows`.
+
+    Raises:
+        ValueError: for an unknown operation, and whatever the call itself raises.
+
+    Example:
+        print(explain("conv_bias_act", x, weight, stride=2, activation="relu"))
+    """
+    dispatch.check_op(target)
+    function = getattr(importlib.import_module(f"mbm_kernels.ops.{target}"), target)
+    with dispatch.observed() as seen:
+        function(*inputs, **options)
+    table = cost.table()
+    rows = [_row(call) for call in seen]
+    return Explanation(rows, table.source if table else None, torch.get_num_threads())
+
+
+def _row(call: dispatch.Observed) -> Row:
+    op, chosen = call.op, call.chosen
+    predicted = None
+    if call.device.type == "cpu" and call.dtype is torch.float32:
+        predicted = dispatch.predicted(op, call.sizes)
+    times = {} if predicted is None else {"cpu": predicted.cpu_ns, "torch": predicted.torch_ns}
+    why_not = {}
+    for backend in env.BACKENDS:
+        if backend != chosen:
+            why_not[backend] = dispatch.why_not(
+                op, backend, call.device, call.dtype, **call.sizes
+            ) or _not_chosen(backend, call, predicted)
+    return Row(
+        op, op, chosen, {b: round(t / 1e6, 6) for b, t in times.items()}, why_not, call.sizes
+    )
+
+
+def _not_chosen(backend: str, call: dispatch.Observed, predicted: cost.Predicted | None) -> str:
+    if call.asked != "auto" or dispatch.default(call.op) != "auto":
+        return "another backend was asked for"
+    if backend == "torch":
+        return "the kernel is predicted to be faster"
+    if call.device.type != "cpu":
+        return "no result from this hardware says that it wins"
+    if call.dtype is not torch.float32:
+        return f"it was measured in float32, not in {str(call.dtype).removeprefix('torch.')}"
+    if predicted is None:
+        return "no constants for such a problem; measure this machine by: mbm-kernels calibrate"
+    gain = predicted.torch_ns / predicted.cpu_ns
+    return f"predicted {gain:.2f}x of PyTorch, taken from {predicted.margin:.2f}x"
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds * 1e3:.1f} us" if milliseconds < 1 else f"{milliseconds:.2f} ms"

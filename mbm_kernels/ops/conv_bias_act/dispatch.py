@@ -1,0 +1,97 @@
+"""The work of a convolution: which kernel runs, by each backend, and how much of what it does."""
+
+from mbm_kernels._core.cost import Sizes, Work, padded, share
+
+TRANSCENDENTAL = 4  # the activations of geometry.ACTIVATIONS from here on take exp or erf
+WINOGRAD_CHANNELS = 16
+FEW_CHANNELS = 4  # of an image or its gray version
+TILE = 4  # pixels a side of Winograd's output
+IN_TILE = 36  # products of a tile, of a channel in and one out
+OTHER_POOL = 2  # of geometry.POOLS: every pool past 2x2
+
+
+def cpu(p: Sizes) -> Work:
+    """Kernels as csrc/conv_bias_act chooses them (README, "The cpu backend")."""
+    threads, lanes = p["threads"], p["lanes"]
+    kernel = _cpu_kernel(p)
+    amounts = _moved(p)
+    group_in, group_out = p["C"] // p["groups"], p["K"] // p["groups"]
+    if kernel == "winograd":
+        tiles = p["B"] * -(-p["conv_y"] // TILE) * -(-p["conv_x"] // TILE)
+        amounts["products"] = share(tiles, threads) * IN_TILE * group_in * padded(p["K"], lanes)
+        amounts["tiles_in"] = share(tiles, threads) * group_in
+        amounts["tiles_out"] = share(tiles, threads) * p["K"]
+    else:
+        pixels = p["B"] * p["conv_y"] * p["conv_x"]
+        across = (
+            p["C"] if kernel.startswith("depthwise") else p["groups"] * padded(group_out, lanes)
+        )
+        per = p["R"] * p["S"] * (1 if kernel.startswith("depthwise") else group_in)
+        amounts["products"] = share(pixels, threads) * per * across
+        amounts["taps"] = share(pixels, threads) * per * p["groups"]
+    return Work(kernel, amounts)
+
+
+def torch(p: Sizes) -> Work:
+    """oneDNN's kernels, by what makes their rates differ."""
+    group_in, group_out = p["C"] // p["groups"], p["K"] // p["groups"]
+    lanes = p["lanes"]
+    if p["depthwise"]:
+        kernel, per, across = "depthwise", 1, padded(p["C"], lanes)
+    elif p["groups"] > 1:
+        kernel, per, across = "grouped", group_in, p["groups"] * padded(group_out, lanes)
+    elif p["R"] == p["S"] == 1:
+        kernel, per, across = "pointwise", padded(group_in, lanes), padded(group_out, lanes)
+    elif p["C"] <= FEW_CHANNELS:
+        kernel, per, across = "few", group_in, padded(group_out, lanes)
+    else:
+        kernel, per, across = "spatial", padded(group_in, lanes), padded(group_out, lanes)
+    pixels = share(p["B"] * p["conv_y"] * p["conv_x"], p["threads"])
+    amounts = _moved(p)
+    amounts["products"] = pixels * per * across * p["R"] * p["S"]
+    amounts["taps"] = pixels * per * p["R"] * p["S"]
+    if p["stride"] != 1 and kernel != "few":
+        kernel += " strided"
+    return Work(kernel if p["layout"] else f"{kernel} nchw", amounts)
+
+
+def _cpu_kernel(p: Sizes) -> str:
+    square = p["R"] == p["S"]
+    plain = p["dilation"] == 1 and p["groups"] == 1 and p["pool"] < OTHER_POOL
+    wide = min(p["C"], p["K"]) >= WINOGRAD_CHANNELS
+    if plain and wide and square and p["R"] == 3 and p["stride"] == 1:
+        return "winograd"
+    if p["C"] <= FEW_CHANNELS and p["groups"] == 1:
+        fused = not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL
+        return "few" if fused else "few direct"
+    if p["depthwise"]:
+        in_place = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
+        return "depthwise rows" if in_place else "depthwise"
+    if p["R"] == p["S"] == 1 and p["stride"] == 1 and p["layout"] and not p["pool"]:
+        return "pointwise" if p["C"] // p["groups"] <= 512 and p["unpadded"] else "direct"
+    if p["groups"] > 1:
+        return "grouped"
+    return "direct" if p["stride"] == 1 else "direct strided"
+
+
+def _moved(p: Sizes) -> dict[str, float]:
+    """Calls and elements moved, which every kernel has."""
+    threads = p["threads"]
+    x = p["B"] * p["C"] * p["Y"] * p["X"]
+    y = p["B"] * p["K"] * p["conv_y"] * p["conv_x"]
+    weights = p["K"] * (p["C"] // p["groups"]) * p["R"] * p["S"]
+    moved = x + y + weights
+    return {
+        "calls": 1,
+        "forks": int(threads > 1),
+        "x": share(x, threads),
+        "y": share(y, threads),
+        "weights": weights,
+        "rows": share(p["B"] * p["conv_y"], threads),
+        "transcendental": share(y, threads) if p["activation"] >= TRANSCENDENTAL else 0,
+        "activated": share(y, threads) if p["activation"] else 0,
+        "pooled": share(y, threads) if p["pool"] else 0,
+        "residual": share(y, threads) if p["residual"] else 0,
+        "transposed": share(x + y, threads) if not p["layout"] else 0,
+        "moved_beyond_cache": moved if 4 * moved > p["cache"] else 0,
+    }
