@@ -45,7 +45,7 @@ def test_the_example_works(tmp_path):
     for objects in (ROOT / "build").glob("*_C_cpu"):
         shutil.copytree(objects, tmp_path / "build" / objects.name)
     written = follow(tmp_path)
-    assert len(written) == 9
+    assert len(written) == 10
     environment = {**os.environ, "MBM_CUDA": "0", "PYTHONPATH": str(tmp_path)}
 
     def run(*command: str) -> str:

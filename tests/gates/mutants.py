@@ -112,7 +112,7 @@ MUTANTS = (
     ),
     Mutant(
         "second-direction-runs-forwards",
-        "csrc/bind_gru.cpp",
+        "csrc/gru/bind.cpp",
         "given.reverse = !given.reverse;",
         "",
         "tests/test_gru_bidirectional.py -k forward",

@@ -1,13 +1,13 @@
+#include "common/bind.h"
+
 #include <pybind11/stl.h>
 
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "bind_cpu.h"
 #include "common/isa.h"
 #include "concat_linear/concat_linear.h"
-#include "linear_topk/linear_topk.h"
 
 namespace {
 
@@ -31,8 +31,6 @@ std::vector<mbm::ConcatLinearGroup> linear_groups(const std::vector<LinearGroup>
   }
   return groups;
 }
-
-}  // namespace
 
 void bind_concat_linear(py::module_& m) {
   m.def("concat_linear_packed_size",
@@ -79,21 +77,8 @@ void bind_concat_linear(py::module_& m) {
           py::gil_scoped_release release;
           MBM_CALL(concat_linear_bwd, args, num_threads);
         });
-
-  // The second operand is packed as concat_linear's.
-  m.def("linear_topk", [](std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, Address hidden,
-                          int64_t hidden_stride, Address packed, Address bias, Address values,
-                          Address ids, int num_threads) {
-    mbm::LinearTopk args{};
-    std::tie(args.R, args.H, args.V, args.k) = sizes;
-    const int64_t size = MBM_CALL(concat_linear_packed_size, args.V, args.H);
-    args.hidden = checked_ptr<const float>(hidden, args.R * args.H, "hidden");
-    args.hidden_stride = hidden_stride;
-    args.packed = checked_ptr<const float>(packed, size, "packed");
-    args.bias = optional_ptr<const float>(bias, args.V, "bias");
-    args.values = checked_ptr<float>(values, args.R * args.k, "values");
-    args.ids = checked_ptr<int64_t>(ids, args.R * args.k, "ids");
-    py::gil_scoped_release release;
-    MBM_CALL(linear_topk, args, num_threads);
-  });
 }
+
+const Binding registered(bind_concat_linear);
+
+}  // namespace
