@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels.bench import static_cases
+from mbm_kernels.gate import cases
 from mbm_kernels.ops.concat_linear import backend_triton
 from mbm_kernels.testing import Case
 from mbm_kernels.testing.poison import poison
@@ -86,7 +86,7 @@ def test_rows_of_any_strides_are_found(shape, order, inner):
     assert torch.equal(torch.stack(found), rows)
 
 
-@pytest.mark.parametrize("case", list(static_cases.of("concat_linear")), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", list(cases.of("concat_linear")), ids=lambda c: c.name)
 def test_one_launch_forward(case):
     assert [launch.kernel.name for launch in case.record(torch.bfloat16)] == ["concat"]
     assert case.record(torch.float32) == []  # torch's products

@@ -8,7 +8,7 @@ import torch
 import mbm_kernels
 from mbm_kernels._core import linear_head, triton_launch
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import static_cases
+from mbm_kernels.gate import cases
 from mbm_kernels.testing import Case
 from mbm_kernels.testing.poison import poison
 
@@ -119,7 +119,7 @@ def test_float16_gradients_of_many_pairs():
         assert (a.double() - b).norm() <= 2e-3 * b.norm() + 500 * 2**-25
 
 
-@pytest.mark.parametrize("case", list(static_cases.of("contrastive_loss")), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", list(cases.of("contrastive_loss")), ids=lambda c: c.name)
 def test_launches_without_reading_a_value(case):
     # Meta tensors have no values: a host synchronisation would raise.
     names = [launch.kernel.name for launch in case.record(torch.bfloat16)]

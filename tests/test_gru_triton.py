@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mbm_kernels._core import triton_launch
-from mbm_kernels.bench import static_cases
+from mbm_kernels.gate import cases
 from mbm_kernels.ops.gru import backend_triton
 from mbm_kernels.testing import Case
 
@@ -50,7 +50,7 @@ def test_programs_that_meet_run_at_once(monkeypatch, machine):
     for hidden in (33, 129, 200, 512, 513, 1024, 1025, 4000):
         for batch in (1, 16, 17, 300, 5000):
             for dtype in (torch.float32, torch.bfloat16):
-                case = static_cases.StaticCase("gru", "", static_cases.gru(batch, hidden))
+                case = cases.StaticCase("gru", "", cases.gru(batch, hidden))
                 for launch in case.record(dtype):
                     if not launch.kernel.name.startswith("grid"):
                         continue

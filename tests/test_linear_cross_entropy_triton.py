@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import mbm_kernels
 from mbm_kernels._core import linear_head, triton_launch
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import static_cases
+from mbm_kernels.gate import cases
 
 from .test_linear_cross_entropy import IGNORED
 from .test_linear_cross_entropy import TestLinearCrossEntropy as Suite
@@ -119,9 +119,7 @@ def test_a_row_depends_on_no_other():
     assert torch.equal(found[1:], whole[:-1])
 
 
-@pytest.mark.parametrize(
-    "case", list(static_cases.of("linear_cross_entropy")), ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", list(cases.of("linear_cross_entropy")), ids=lambda c: c.name)
 def test_one_launch_a_chunk_without_reading_a_value(case):
     # Meta tensors have no values: a host synchronisation would raise.
     launches = case.record(torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 import mbm_kernels
 from mbm_kernels._core import linear_head, triton_launch
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import static_cases
+from mbm_kernels.gate import cases
 from mbm_kernels.testing import Case
 
 from .test_linear_distillation_loss import IGNORED, STUDENT, sizes
@@ -113,9 +113,7 @@ def test_a_temperature_of_each_form_equals_its_formula():
         check(inputs, backend="triton")
 
 
-@pytest.mark.parametrize(
-    "case", list(static_cases.of("linear_distillation_loss")), ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", list(cases.of("linear_distillation_loss")), ids=lambda c: c.name)
 def test_one_launch_a_chunk_without_reading_a_value(case):
     # Meta tensors have no values: a host synchronisation would raise.
     launches = case.record(torch.bfloat16)

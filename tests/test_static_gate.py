@@ -13,12 +13,13 @@ import torch
 import typer
 
 from mbm_kernels._core import dispatch, triton_launch
-from mbm_kernels.bench import exits, gate, gate_cli, static, static_cases
+from mbm_kernels.bench import exits
 from mbm_kernels.bench.exits import CannotMeasure
+from mbm_kernels.gate import cases, cli, compare, resources
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = dataclasses.asdict(
-    static.Resources(
+    resources.Resources(
         registers=64,
         stack=0,
         spill_stores=0,
@@ -33,30 +34,30 @@ ENTRY = dataclasses.asdict(
 
 
 def moved(**changes):
-    (move,) = gate.compare({"k": ENTRY}, {"k": {**ENTRY, **changes}}, whole=True)
+    (move,) = compare.compare({"k": ENTRY}, {"k": {**ENTRY, **changes}}, whole=True)
     return move
 
 
 def test_every_change_is_told():
-    assert gate.compare({"k": ENTRY}, {"k": dict(ENTRY)}, whole=True) == []
+    assert compare.compare({"k": ENTRY}, {"k": dict(ENTRY)}, whole=True) == []
     assert moved(registers=65).verdict == "WORSE"
     assert moved(registers=60).verdict == "BETTER"
     assert moved(occupancy=0.25).verdict == "WORSE"
     assert moved(matrix_instructions=16).verdict == "BETTER"
     assert moved(registers=60, instructions=1001).verdict == "WORSE"
-    (new,) = gate.compare({}, {"k": ENTRY}, whole=True)
-    (gone,) = gate.compare({"k": ENTRY}, {}, whole=True)
+    (new,) = compare.compare({}, {"k": ENTRY}, whole=True)
+    (gone,) = compare.compare({"k": ENTRY}, {}, whole=True)
     assert (new.verdict, gone.verdict) == ("NEW", "GONE")
-    assert gate.compare({"k": ENTRY}, {}, whole=False) == []
+    assert compare.compare({"k": ENTRY}, {}, whole=False) == []
 
 
 def test_a_reason_is_asked_for_spills_and_large_losses(tmp_path):
     path, versions = tmp_path / "op.json", {"triton": "1", "ptxas": "2"}
-    gate.update(
+    compare.update(
         path,
-        gate.read_baseline(path),
+        compare.read_baseline(path),
         {"k": ENTRY},
-        gate.compare({}, {"k": ENTRY}, whole=True),
+        compare.compare({}, {"k": ENTRY}, whole=True),
         versions,
         None,
     )
@@ -64,22 +65,22 @@ def test_a_reason_is_asked_for_spills_and_large_losses(tmp_path):
     assert json.loads(stored) == {"versions": versions, "kernels": {"k": ENTRY}}
     for changes in ({"spill_stores": 4}, {"local_instructions": 1}, {"instructions": 1051}):
         now = {"k": {**ENTRY, **changes}}
-        moves = gate.compare({"k": ENTRY}, now, whole=True)
+        moves = compare.compare({"k": ENTRY}, now, whole=True)
         with pytest.raises(ValueError, match="expected a reason"):
-            gate.update(path, gate.read_baseline(path), now, moves, versions, None)
+            compare.update(path, compare.read_baseline(path), now, moves, versions, None)
         assert path.read_text() == stored
-        gate.update(path, gate.read_baseline(path), now, moves, versions, "a wider tile")
+        compare.update(path, compare.read_baseline(path), now, moves, versions, "a wider tile")
         assert json.loads(path.read_text())["kernels"]["k"] == {
             **now["k"],
             "because": "a wider tile",
         }
         path.write_text(stored)
     now = {"k": {**ENTRY, "instructions": 1049}}
-    gate.update(
+    compare.update(
         path,
-        gate.read_baseline(path),
+        compare.read_baseline(path),
         now,
-        gate.compare({"k": ENTRY}, now, whole=True),
+        compare.compare({"k": ENTRY}, now, whole=True),
         versions,
         None,
     )
@@ -88,13 +89,13 @@ def test_a_reason_is_asked_for_spills_and_large_losses(tmp_path):
 
 def test_a_new_kernel_that_spills_needs_a_reason():
     for name in ("spill_stores", "spill_loads", "local_instructions"):
-        (move,) = gate.compare({}, {"k": {**ENTRY, name: 1}}, whole=False)
+        (move,) = compare.compare({}, {"k": {**ENTRY, name: 1}}, whole=False)
         assert move.needs_reason, name
 
 
 def record(folder, versions, op="gru"):
-    path = gate.baseline_path(folder, versions, op)
-    gate.update(path, gate.read_baseline(path), {}, [], versions, None)
+    path = compare.baseline_path(folder, versions, op)
+    compare.update(path, compare.read_baseline(path), {}, [], versions, None)
     return path
 
 
@@ -102,57 +103,57 @@ def test_a_baseline_is_of_one_triton_and_ptxas(tmp_path):
     mine, older = {"triton": "2", "ptxas": "7"}, {"triton": "1", "ptxas": "7"}
     record(tmp_path, older)
     with pytest.raises(CannotMeasure, match=r"got no baseline of triton 2 for gru.*those of 1\)"):
-        gate.check_baselines(tmp_path, mine, ["gru"])
+        compare.check_baselines(tmp_path, mine, ["gru"])
     assert record(tmp_path, mine) == tmp_path / "2" / "gru.json"
-    gate.check_baselines(tmp_path, mine, ["gru"])
-    gate.check_baselines(tmp_path, older, ["gru"])
+    compare.check_baselines(tmp_path, mine, ["gru"])
+    compare.check_baselines(tmp_path, older, ["gru"])
     with pytest.raises(CannotMeasure, match="for gru_cell;"):
-        gate.check_baselines(tmp_path, mine, ["gru", "gru_cell"])
+        compare.check_baselines(tmp_path, mine, ["gru", "gru_cell"])
     with pytest.raises(CannotMeasure, match="expected those of the baseline"):
-        gate.check_baselines(tmp_path, mine | {"ptxas": "8"}, ["gru"])
+        compare.check_baselines(tmp_path, mine | {"ptxas": "8"}, ["gru"])
 
 
 def test_a_kernel_that_does_not_compile_is_a_regression_and_not_recorded(tmp_path):
-    now = {"k": {gate.BROKEN: "CompilationError: at 3:4"}}
-    moves = gate.compare({"k": ENTRY}, now, whole=True)
-    assert gate.describe(moves[0]) == "BROKEN k: CompilationError: at 3:4"
-    assert gate.compare({}, now, whole=True) == moves
+    now = {"k": {compare.BROKEN: "CompilationError: at 3:4"}}
+    moves = compare.compare({"k": ENTRY}, now, whole=True)
+    assert compare.describe(moves[0]) == "BROKEN k: CompilationError: at 3:4"
+    assert compare.compare({}, now, whole=True) == moves
     path = tmp_path / "op.json"
     with pytest.raises(RuntimeError, match="not to be recorded"):
-        gate.update(path, gate.read_baseline(path), now, moves, {"triton": "1"}, None)
+        compare.update(path, compare.read_baseline(path), now, moves, {"triton": "1"}, None)
     assert not path.exists()
 
 
 def same_compilation(launch, config, target):
-    its = static.specialise(launch, config, target)
+    its = resources.specialise(launch, config, target)
     options = config.compile_options(target.nvidia)
     return repr((launch.kernel.name, its, sorted(options.items())))
 
 
 @pytest.mark.parametrize("every_config", [False, True], ids=["default", "full"])
-@pytest.mark.parametrize("case", static_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.op} {case.name}")
 def test_every_compilation_has_an_entry_of_its_own(case, every_config):
-    target = static.TARGETS["sm_90"]
-    for dtype, torch_dtype in gate.DTYPES.items():
+    target = resources.TARGETS["sm_90"]
+    for dtype, torch_dtype in compare.DTYPES.items():
         launches = case.record(torch_dtype)
-        found = gate.compilations(case.name, launches, dtype, target, every_config)
+        found = compare.compilations(case.name, launches, dtype, target, every_config)
         keys = [each.key for each in found]
         assert len(set(keys)) == len(keys)
         wanted = {
             same_compilation(launch, config, target)
             for launch in launches
-            for config in gate._configs(launch, dtype, every_config)
+            for config in compare._configs(launch, dtype, every_config)
         }
         assert {same_compilation(e.launch, e.config, target) for e in found} == wanted
 
 
 def test_what_differs_between_launches_is_in_the_key():
-    (case,) = (c for c in static_cases.CASES if c.name == "V10000")
+    (case,) = (c for c in cases.CASES if c.name == "V10000")
     launches = case.record(torch.bfloat16)
     keys = [
         c.key
-        for c in gate.compilations(
-            case.name, launches, "bfloat16", static.TARGETS["sm_90"], every_config=False
+        for c in compare.compilations(
+            case.name, launches, "bfloat16", resources.TARGETS["sm_90"], every_config=False
         )
     ]
     for losses in ("None", "*fp32"):
@@ -161,14 +162,14 @@ def test_what_differs_between_launches_is_in_the_key():
 
 
 def test_one_key_for_two_compilations_is_an_error(monkeypatch):
-    (case,) = (c for c in static_cases.CASES if c.name == "V10000")
-    monkeypatch.setattr(gate, "_describe", lambda config: "the same")
+    (case,) = (c for c in cases.CASES if c.name == "V10000")
+    monkeypatch.setattr(compare, "_describe", lambda config: "the same")
     with pytest.raises(RuntimeError, match="two compilations with one key: rows"):
-        gate.compilations(
+        compare.compilations(
             case.name,
             case.record(torch.bfloat16),
             "bfloat16",
-            static.TARGETS["sm_90"],
+            resources.TARGETS["sm_90"],
             every_config=True,
         )
 
@@ -197,14 +198,14 @@ def test_only_a_regression_ends_as_one(gate, status, capsys):
 
 def test_the_command_says_that_there_is_no_baseline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(triton_launch, "interpreting", lambda: False)
-    monkeypatch.setattr(gate, "measure", raising(AssertionError("compiles for nothing")))
+    monkeypatch.setattr(compare, "measure", raising(AssertionError("compiles for nothing")))
     with pytest.raises(typer.Exit) as ended:
-        gate_cli.static_gate(op=["gru"], folder=tmp_path)
+        cli.static_gate(op=["gru"], folder=tmp_path)
     assert ended.value.exit_code == exits.CANNOT_MEASURE
     assert "got no baseline of triton" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", static_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: f"{case.op} {case.name}")
 def test_cases_record_without_running(case):
     launches = case.record(torch.bfloat16)
     assert launches
@@ -241,15 +242,15 @@ def test_every_triton_backend_is_gated_and_does_not_spill(version):
 @pytest.mark.parametrize("version", RECORDED)
 def test_what_a_baseline_holds_is_what_is_compiled(version):
     """At least all of the default run: a case that changed is recorded with every triton."""
-    for op in {case.op for case in static_cases.CASES}:
+    for op in {case.op for case in cases.CASES}:
         path = ROOT / "benchmarks" / "static" / version / f"{op}.json"
         recorded = set(json.loads(path.read_text())["kernels"])
-        for dtype in gate.DEFAULT_DTYPES:
-            for target in gate.DEFAULT_TARGETS:
-                for case in static_cases.of(op):
-                    launches = case.record(gate.DTYPES[dtype])
-                    of = static.TARGETS[target]
-                    found = gate.compilations(case.name, launches, dtype, of, every_config=False)
+        for dtype in compare.DEFAULT_DTYPES:
+            for target in compare.DEFAULT_TARGETS:
+                for case in cases.of(op):
+                    launches = case.record(compare.DTYPES[dtype])
+                    of = resources.TARGETS[target]
+                    found = compare.compilations(case.name, launches, dtype, of, every_config=False)
                     assert {each.key for each in found} <= recorded
 
 

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from mbm_kernels._core import dispatch, triton_launch
-from mbm_kernels.bench import exits, gate, static, static_cases
+from mbm_kernels.bench import exits
+from mbm_kernels.gate import cases, compare, resources
 
 app = typer.Typer(
     help="Hold compiled kernels to what benchmarks/ records of them.", no_args_is_help=True
@@ -57,10 +58,10 @@ def run(
     folder: Path,
     cache: Path | None,
 ) -> int:
-    versions = static.versions()
+    versions = resources.versions()
     if triton_launch.interpreting():
         raise ValueError("gate: got TRITON_INTERPRET=1; expected the compiler; unset it")
-    known = sorted({case.op for case in static_cases.CASES})
+    known = sorted({case.op for case in cases.CASES})
     for name in asked:
         dispatch.check_op(name)
         if name not in known:
@@ -70,22 +71,22 @@ def run(
             )
     ops = list(asked) or known
     if not update:
-        gate.check_baselines(folder, versions, ops)
-    dtypes = tuple(gate.DTYPES) if full else gate.DEFAULT_DTYPES
-    targets = tuple(static.TARGETS) if full else gate.DEFAULT_TARGETS
-    measured = gate.measure(ops, dtypes, targets, full, cache or static.default_cache())
+        compare.check_baselines(folder, versions, ops)
+    dtypes = tuple(compare.DTYPES) if full else compare.DEFAULT_DTYPES
+    targets = tuple(resources.TARGETS) if full else compare.DEFAULT_TARGETS
+    measured = compare.measure(ops, dtypes, targets, full, cache or resources.default_cache())
     failed = False
     for name, now in measured.items():
-        path = gate.baseline_path(folder, versions, name)
-        baseline = gate.read_baseline(path)
+        path = compare.baseline_path(folder, versions, name)
+        baseline = compare.read_baseline(path)
         before = {key: _metrics(entry) for key, entry in baseline["kernels"].items()}
-        moves = gate.compare(before, now, whole=full)
+        moves = compare.compare(before, now, whole=full)
         typer.echo(f"{name}: {len(now)} compilations, {len(moves)} moved")
         for move in moves:
-            typer.echo(f"  {gate.describe(move)}")
+            typer.echo(f"  {compare.describe(move)}")
         broken = any(move.verdict == "BROKEN" for move in moves)
         if update and not broken:
-            gate.update(path, baseline, now, moves, versions, because)
+            compare.update(path, baseline, now, moves, versions, because)
         failed |= broken or (bool(moves) and not update)
     if failed:
         typer.echo("gate: resources moved; look at the table, then record them with --update")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from mbm_kernels._core import files, triton_launch
-from mbm_kernels.bench import static, static_cases
 from mbm_kernels.bench.exits import CannotMeasure
+from mbm_kernels.gate import cases, resources
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = ("float32", "bfloat16")
@@ -77,15 +77,14 @@ def measure(
 def _measure_job(job: Job) -> dict[str, Entry]:
     op, dtype, target, every_config, cache = job
     found: dict[str, Entry] = {}
-    for case in static_cases.of(op):
+    of = resources.TARGETS[target]
+    for case in cases.of(op):
         launches = case.record(DTYPES[dtype])
-        for each in compilations(case.name, launches, dtype, static.TARGETS[target], every_config):
+        for each in compilations(case.name, launches, dtype, of, every_config):
             try:
-                resources = static.resources(
-                    each.launch, each.config, static.TARGETS[target], cache
-                )
-                found[each.key] = asdict(resources)
-            except static.DoesNotCompile as error:
+                used = resources.resources(each.launch, each.config, of, cache)
+                found[each.key] = asdict(used)
+            except resources.DoesNotCompile as error:
                 found[each.key] = {BROKEN: str(error)}
     return found
 
@@ -94,7 +93,7 @@ def compilations(
     case: str,
     launches: Sequence[triton_launch.Launch],
     dtype: str,
-    target: static.Target,
+    target: resources.Target,
     every_config: bool,
 ) -> list[Compilation]:
     """The compilations that differ among one case's launches.
@@ -124,9 +123,9 @@ def compilations(
     return [compilation for compilation, _ in found.values()]
 
 
-def _traits(launch: triton_launch.Launch, target: static.Target) -> dict[str, str]:
+def _traits(launch: triton_launch.Launch, target: resources.Target) -> dict[str, str]:
     """Beside what its configuration says, which the key has anyway."""
-    every = static.specialise(launch, launch.config, target).traits()
+    every = resources.specialise(launch, launch.config, target).traits()
     return {name: text for name, text in every.items() if name not in dict(launch.config.constants)}
 
 
