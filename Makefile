@@ -88,7 +88,7 @@ mutants: native
 
 # It builds in place. No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
 gpu-check:
-	$(PYTHON) -m mbm_kernels.bench.gpu_check
+	$(PYTHON) -m mbm_kernels.bench.gpu.check
 
 dispatch: native
 	$(PY) -m mbm_kernels.bench.dispatch_tables $(RESULTS)

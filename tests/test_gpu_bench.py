@@ -10,12 +10,12 @@ import torch
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import cli, dispatch_tables, gpu, gpu_check, results
+from mbm_kernels.bench import cli, dispatch_tables, results
 from mbm_kernels.bench.benchmark import FORWARD, watch
 from mbm_kernels.bench.dispatch_tables import Point, boxes, inside, points
 from mbm_kernels.bench.exits import CannotMeasure
-from mbm_kernels.bench.gpu import in_dtype
-from mbm_kernels.bench.limits import Work
+from mbm_kernels.bench.gpu import check, measure
+from mbm_kernels.bench.limits import Work, in_dtype
 from mbm_kernels.bench.model import MODELS, predict
 from mbm_kernels.testing.suite import placed
 
@@ -30,12 +30,12 @@ def test_summary_takes_the_best_of_each_side():
         "eager, graph": np.full(9, 30e3),
         "compile": np.full(9, 40e3),
     }
-    row = gpu._summary(times, {"compile, graph": "synchronises"})
+    row = measure._summary(times, {"compile, graph": "synchronises"})
     assert (row["mbm_form"], row["stock_form"]) == ("mbm, graph", "eager, graph")
     assert row["ratio"] == pytest.approx(3.0)
     assert row["ratio_called"] == pytest.approx(2.0)  # compile, 40, over mbm as called, 20
     assert set(row["ratios"]) == {"eager", "eager, graph", "compile"}
-    line = gpu_check.line(
+    line = check.line(
         {
             **row,
             "op": "gru",
@@ -46,13 +46,13 @@ def test_summary_takes_the_best_of_each_side():
         }
     )
     assert re.search(r"gru B1, forward, bfloat16, - +triton +0\.0100 +0\.0300 +3\.00 +2\.00", line)
-    assert len(line.split("triton")[0]) == len(gpu_check.HEADER.split("backend")[0])
+    assert len(line.split("triton")[0]) == len(check.HEADER.split("backend")[0])
 
 
 def test_rows_without_times_say_why():
     row = {"op": "gru", "case": "B1", "pass": "forward", "dtype": "bfloat16"}
-    assert gpu_check.line({**row, "wrong": "x"}).endswith("WRONG")
-    assert gpu_check.line({**row, "failed": "x"}).endswith("FAILED")
+    assert check.line({**row, "wrong": "x"}).endswith("WRONG")
+    assert check.line({**row, "failed": "x"}).endswith("FAILED")
 
 
 def test_rows_of_hot_and_cold_are_kept_apart(tmp_path):
@@ -67,16 +67,16 @@ def test_rows_of_hot_and_cold_are_kept_apart(tmp_path):
 def test_gpu_check_refuses_bad_settings(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="expected one of"):
-        gpu_check.main([])
+        check.main([])
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="expected one of"):
-        gpu_check.main([f"--{name.lower()}", value])
+        check.main([f"--{name.lower()}", value])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpu_check_says_that_there_is_no_gpu():
     with pytest.raises(CannotMeasure, match="torch sees no CUDA device"):
-        gpu_check.main([])
+        check.main([])
 
 
 def row(sizes, low, **rest):

@@ -15,19 +15,11 @@ from torch.fx.experimental import _config
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.bench import (
-    cli,
-    gpu,
-    gpu_check,
-    gpu_goals,
-    gpu_processes,
-    machine,
-    results,
-    timing,
-)
+from mbm_kernels.bench import cli, machine, results, timing
 from mbm_kernels.bench.benchmark import BOTH, FORWARD, Form, prepare
-from mbm_kernels.bench.gpu_child import Task, tiny
-from mbm_kernels.bench.gpu_processes import Clock, Failure, measure, run_all
+from mbm_kernels.bench.gpu import check, goals, measure, processes
+from mbm_kernels.bench.gpu.processes import Clock, Failure, run_all
+from mbm_kernels.bench.gpu.worker import Task, tiny
 from mbm_kernels.bench.limits import Limits
 from mbm_kernels.testing.suite import flat_tensors, placed, with_leaves
 
@@ -35,7 +27,7 @@ from .gpu import test_on_hardware as hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = cli.load(ROOT / "benchmarks")
-# Of its tasks it measures those called "good", in the way of gpu_child.
+# Of its tasks it measures those called "good", in the way of worker.py.
 CHILD = """
     import json, os, sys, time
     for task in json.load(sys.stdin):
@@ -58,7 +50,8 @@ def task(name):
 def found(names, clock, tmp_path):
     child = tmp_path / "child.py"
     child.write_text(textwrap.dedent(CHILD))
-    return list(measure([task(n) for n in names], tmp_path, clock, (sys.executable, str(child))))
+    command = (sys.executable, str(child))
+    return list(processes.measure([task(n) for n in names], tmp_path, clock, command))
 
 
 def test_a_crash_costs_its_task_alone(tmp_path):
@@ -74,7 +67,7 @@ def test_a_crash_costs_its_task_alone(tmp_path):
 
 
 def test_what_hangs_is_cut_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_processes, "TASK_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "TASK_SECONDS", 1.0)
     rows = found(["hang", "good"], Clock(1), tmp_path)
     assert rows[0].reason == "no answer in 1 s"
     assert rows[1]["op"] == "good"
@@ -107,13 +100,13 @@ def test_commands_run_at_once_and_end_in_time(tmp_path):
     assert done["bad"].code == 1
     assert done["hangs"].code is None
     assert "begun" in done["hangs"].output
-    assert done["hangs"].seconds < 2 + gpu_processes.GRACE_SECONDS
+    assert done["hangs"].seconds < 2 + processes.GRACE_SECONDS
     assert all(f.code is None for f in run_all(commands, tmp_path, Clock(0), 2, {}))
 
 
 def test_every_test_on_a_gpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not", lambda op, name: None if name == "triton" else "no")
-    asked = [command for name in (*OPS, "captioner") for _, command in gpu_check.commands(name)]
+    asked = [command for name in (*OPS, "captioner") for _, command in check.commands(name)]
     files = {Path(command[0]) for command in asked}
     assert Path("tests/gpu") in files
     assert Path("tests/gpu/test_decode_graph.py") in files
@@ -136,11 +129,11 @@ def with_triton(monkeypatch):
 
 
 def test_tasks_are_the_quick_cases_of_each_benchmark(with_triton):
-    every = gpu_goals.tasks(BENCHMARKS, whole=True)
-    some = gpu_goals.tasks(BENCHMARKS, whole=False)
+    every = goals.tasks(BENCHMARKS, whole=True)
+    some = goals.tasks(BENCHMARKS, whole=False)
     assert set(some) < set(every)
     assert {t.dtype for t in some} == {"bfloat16"}
-    assert set(gpu_goals.GOALS) == {t.op for t in some}
+    assert set(goals.GOALS) == {t.op for t in some}
     for t in every:
         (benchmark,) = (b for b in BENCHMARKS if b.op == t.op)
         (case,) = (c for c in benchmark.gpu_cases if c.label == t.case)
@@ -148,16 +141,16 @@ def test_tasks_are_the_quick_cases_of_each_benchmark(with_triton):
 
 
 def test_each_operation_has_a_row_before_any_has_two(with_triton):
-    some = gpu_goals.tasks(BENCHMARKS, whole=False)
-    first = [t.op for t in some[: len(gpu_goals.GOALS)]]
-    assert first == list(gpu_goals.GOALS)
-    every = gpu_goals.tasks(BENCHMARKS, whole=True)
+    some = goals.tasks(BENCHMARKS, whole=False)
+    first = [t.op for t in some[: len(goals.GOALS)]]
+    assert first == list(goals.GOALS)
+    every = goals.tasks(BENCHMARKS, whole=True)
     assert [t for t in every if t in some] == some
     assert every[: len(some)] == some, "the goals before the rest"
-    losses = [t for t in some if t.op in gpu_goals.TRAINED]
+    losses = [t for t in some if t.op in goals.TRAINED]
     assert losses[0].which == BOTH
-    measured = gpu_goals.tasks(BENCHMARKS, whole=False, measured={"additive_attention"})
-    assert measured[len(gpu_goals.GOALS) - 1].op == "additive_attention"
+    measured = goals.tasks(BENCHMARKS, whole=False, measured={"additive_attention"})
+    assert measured[len(goals.GOALS) - 1].op == "additive_attention"
 
 
 def test_what_was_measured_on_a_gpu_is_read_from_the_results(tmp_path):
@@ -165,19 +158,19 @@ def test_what_was_measured_on_a_gpu_is_read_from_the_results(tmp_path):
         file = results.ResultsFile(tmp_path, "abcdefg", device=device)
         file.append({"op": "gru", "backend": backend, "mbm_ms": 1.0})
         file.append({"op": "gru_cell", "backend": backend, "failed": "no"})
-    assert gpu_goals.measured_before(tmp_path) == {"gru"}
+    assert goals.measured_before(tmp_path) == {"gru"}
 
 
 def test_groups_hold_every_task_once_and_cases_whole(with_triton):
-    some = gpu_goals.tasks(BENCHMARKS, whole=True)
-    found = gpu_goals.groups(some, 5)
+    some = goals.tasks(BENCHMARKS, whole=True)
+    found = goals.groups(some, 5)
     assert sorted(t for group in found for t in group) == sorted(some)
     for case in {(t.op, t.case, t.dtype) for t in some}:
         assert sum(any((t.op, t.case, t.dtype) == case for t in group) for group in found) == 1
 
 
 def test_smoke_is_one_tiny_call_of_each_operation(with_triton):
-    found = gpu_goals.smoke_tasks(BENCHMARKS)
+    found = goals.smoke_tasks(BENCHMARKS)
     ops = [op for op in OPS if "triton" in dispatch._tables[op].backends]
     assert sorted(t.op for t in found) == sorted(ops)
     for t in found:
@@ -208,16 +201,16 @@ def test_stages_write_to_out_as_they_go(with_triton, tmp_path, monkeypatch):
     child = (sys.executable, str(script))
     monkeypatch.setenv("OUT", str(out))
     monkeypatch.setattr(machine, "gpu", lambda: "nvidia-test")
-    log = gpu_check.Log("all")
+    log = check.Log("all")
     chosen = [b for b in BENCHMARKS if b.op in ("gru", "gru_cell", "additive_attention")]
-    failures = gpu_check.run_smoke(chosen, tmp_path, Clock(1), log, child)
+    failures = check.run_smoke(chosen, tmp_path, Clock(1), log, child)
     assert sorted(f.split(":")[1] for f in failures) == [" gru (triton)", " gru_cell (triton)"]
     rows = {row["op"]: row for row in json.loads((out / "smoke.json").read_text())}
     assert "status 9" in rows["gru"]["failed"]
     assert rows["additive_attention"]["error_of_budget"] == 0.25
-    wanted = gpu_goals.tasks(chosen, whole=False)
-    gpu_check.warm(wanted, tmp_path, Clock(1), log, child)
-    failures = gpu_check.run_benchmarks(wanted, tmp_path, Clock(1), log, child)
+    wanted = goals.tasks(chosen, whole=False)
+    check.warm(wanted, tmp_path, Clock(1), log, child)
+    failures = check.run_benchmarks(wanted, tmp_path, Clock(1), log, child)
     assert len(failures) == 4, "two passes of two operations"
     (path,) = out.glob("*-nocommit*.jsonl")
     assert {row["op"] for row in results.read(path)["rows"]} == {"gru_cell", "additive_attention"}
@@ -247,11 +240,11 @@ def test_a_stage_does_its_own_work_alone(stage, did, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, what in (("run_smoke", "smoke"), ("build", "build"), ("run_tests", "tests")):
-        monkeypatch.setattr(gpu_check, name, note(what, []))
-    monkeypatch.setattr(gpu_check, "warm", note("warm", None))
-    monkeypatch.setattr(gpu_check, "run_benchmarks", note("rows", []))
+        monkeypatch.setattr(check, name, note(what, []))
+    monkeypatch.setattr(check, "warm", note("warm", None))
+    monkeypatch.setattr(check, "run_benchmarks", note("rows", []))
     monkeypatch.setenv("OUT", "")
-    assert gpu_check.main(["--stage", stage, "--out", str(tmp_path), "--minutes", "1"]) == 0
+    assert check.main(["--stage", stage, "--out", str(tmp_path), "--minutes", "1"]) == 0
     assert called == did
     assert (tmp_path / f"gpu-check-{stage}.log").exists()
 
@@ -262,13 +255,14 @@ def test_what_is_warm_is_found_by_another_process(tmp_path):
         from pathlib import Path
 
         import torch
-        from mbm_kernels.bench import cli, gpu
+        from mbm_kernels.bench import cli
+        from mbm_kernels.bench.gpu import measure
         from torch._dynamo.utils import counters
         (benchmark,) = (b for b in cli.load(Path("benchmarks")) if b.op == "additive_attention")
         (case,) = (c for c in benchmark.cases if c.quick)
-        settings = gpu.GpuSettings(("float32",), backend="torch")
+        settings = measure.GpuSettings(("float32",), backend="torch")
         device = torch.device("cpu")
-        found = dict(gpu.warm(benchmark, case, "forward", settings, device))
+        found = dict(measure.warm(benchmark, case, "forward", settings, device))
         assert found["compile"] is None, found
         print("hits", counters["inductor"]["fxgraph_cache_hit"],
               counters["aot_autograd"]["autograd_cache_hit"])
@@ -299,20 +293,20 @@ def on_host(monkeypatch):
     def captured(call):
         raise RuntimeError("no graph on a CPU")
 
-    monkeypatch.setattr(gpu, "captured", captured)
-    monkeypatch.setattr(gpu, "lasting", lambda: None)
-    monkeypatch.setattr(gpu, "hot_sample", by_host)
-    monkeypatch.setattr(gpu, "cold_sample", by_host)
-    monkeypatch.setattr(gpu, "_peak_extra_bytes", lambda call: 0)
-    monkeypatch.setattr(gpu, "limits", lambda dtype: Limits(1e12, 1e11))
+    monkeypatch.setattr(measure, "captured", captured)
+    monkeypatch.setattr(measure, "lasting", lambda: None)
+    monkeypatch.setattr(measure, "hot_sample", by_host)
+    monkeypatch.setattr(measure, "cold_sample", by_host)
+    monkeypatch.setattr(measure, "_peak_extra_bytes", lambda call: 0)
+    monkeypatch.setattr(measure, "limits", lambda dtype: Limits(1e12, 1e11))
     monkeypatch.setattr(timing, "WARM_UP_NS", 0)
     monkeypatch.setattr(timing, "LEAST_SAMPLE_NS", 1)
 
 
 def rows(benchmark, **changes):
-    settings = gpu.GpuSettings(("bfloat16",), 0.0, 2, "torch", compile=False)
+    settings = measure.GpuSettings(("bfloat16",), 0.0, 2, "torch", compile=False)
     case = next(c for c in benchmark.cases if c.quick)
-    return list(gpu.run(benchmark, [case], replace(settings, **changes), torch.device("cpu")))
+    return list(measure.run(benchmark, [case], replace(settings, **changes), torch.device("cpu")))
 
 
 def benchmark_of(op):
@@ -326,7 +320,7 @@ def test_rows_of_hot_and_cold(on_host):
     assert hot["mbm_form"] == "mbm"
     assert "no graph on a CPU" in hot["unavailable"]["mbm, graph"]
     assert hot["ratio"] > 0
-    assert gpu_check.line(hot)
+    assert check.line(hot)
 
 
 def test_a_stock_form_that_fails_is_left_out(on_host):
@@ -337,7 +331,7 @@ def test_a_stock_form_that_fails_is_left_out(on_host):
     form = Form(lambda inputs: (broken, {"inputs": inputs}))
     changed = replace(benchmark, stock=lambda case: {**benchmark.stock(case), "broken": form})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "check", lambda *args: {})
+        patch.setattr(measure, "check", lambda *args: {})
         row = rows(changed)[0]
     assert "TypeError: not this one" in row["unavailable"]["broken"]
     assert "broken" not in row["ratios"]
@@ -350,12 +344,12 @@ def test_any_error_is_a_row_of_its_own(on_host, monkeypatch):
     def fails(*args):
         raise CompilationError("at line 3")
 
-    monkeypatch.setattr(gpu, "check", fails)
+    monkeypatch.setattr(measure, "check", fails)
     found = rows(benchmark_of("gru_cell"))
     assert [row["failed"] for row in found] == ["CompilationError: at line 3"] * len(found)
-    assert gpu_check.line(found[0]).endswith("FAILED")
-    monkeypatch.setattr(gpu, "lasting", lambda: "an illegal memory access")
-    with pytest.raises(gpu.LastingError, match="illegal"):
+    assert check.line(found[0]).endswith("FAILED")
+    monkeypatch.setattr(measure, "lasting", lambda: "an illegal memory access")
+    with pytest.raises(measure.LastingError, match="illegal"):
         rows(benchmark_of("gru_cell"))
 
 
@@ -369,7 +363,7 @@ def test_gpu_cases_stay_on_their_device(measured):
             continue  # words, which are read on the host
         for which in case.passes:
             small = case.for_check(which)
-            inputs = gpu.placer(torch.bfloat16, meta)(measured.inputs(small))
+            inputs = measure.placer(torch.bfloat16, meta)(measured.inputs(small))
             diff = measured.differentiable(inputs)
             forms = {n: f for n, f in measured.stock(small).items() if which in f.passes}
             for name, form in {"mbm": measured.mbm("torch"), **forms}.items():

@@ -7,7 +7,7 @@ import torch
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.bench.gpu import no_synchronisation
+from mbm_kernels.bench.gpu.measure import no_synchronisation
 from mbm_kernels.testing.suite import LENGTHS, OpSuite, flat_tensors, placed, with_leaves
 
 DEVICE = torch.device("cuda")

@@ -1,6 +1,6 @@
 """`make gpu-check`: what a GPU at hand for a few minutes is to show, in stages of their own.
 
-    python3 -m mbm_kernels.bench.gpu_check [--stage smoke|tests|goals|bench|all]
+    python3 -m mbm_kernels.bench.gpu.check [--stage smoke|tests|goals|bench|all]
         [--ops gru,captioner] [--minutes 9] [--out FOLDER]
 
 smoke    one tiny call of every operation's GPU kernels, each in a process of its own, right or not
@@ -33,11 +33,11 @@ import torch
 
 from mbm_kernels._core import dispatch, files
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import cli, exits, gpu_goals, machine, results
+from mbm_kernels.bench import cli, exits, machine, results
 from mbm_kernels.bench.benchmark import Benchmark
-from mbm_kernels.bench.gpu_child import Task
-from mbm_kernels.bench.gpu_goals import GPU_BACKENDS
-from mbm_kernels.bench.gpu_processes import (
+from mbm_kernels.bench.gpu import goals
+from mbm_kernels.bench.gpu.goals import GPU_BACKENDS
+from mbm_kernels.bench.gpu.processes import (
     CHILD,
     Clock,
     Failure,
@@ -45,6 +45,7 @@ from mbm_kernels.bench.gpu_processes import (
     measure_apart,
     run_all,
 )
+from mbm_kernels.bench.gpu.worker import Task
 
 STAGES = ("smoke", "tests", "goals", "bench", "all")
 SMOKE_SECONDS = 60.0
@@ -123,8 +124,8 @@ def run(stage: str, asked: Sequence[str], minutes: str) -> int:
         share = 1.0 if stage == "tests" else TESTS_SHARE
         failures += run_tests(names, root, Clock(share * clock.left() / 60), log)
     if stage in ("goals", "bench", "all"):
-        before = gpu_goals.measured_before(root / "benchmarks" / "results")
-        tasks = gpu_goals.tasks(chosen, whole=stage == "bench", measured=before)
+        before = goals.measured_before(root / "benchmarks" / "results")
+        tasks = goals.tasks(chosen, whole=stage == "bench", measured=before)
         warm(tasks, root, Clock(WARM_SHARE * clock.left() / 60), log)
         failures += run_benchmarks(tasks, root, clock, log)
     for failure in failures:
@@ -146,7 +147,7 @@ def run_smoke(
 ) -> list[str]:
     failures: list[str] = []
     rows: list[dict[str, Any]] = []
-    wanted = [[task] for task in gpu_goals.smoke_tasks(benchmarks)]
+    wanted = [[task] for task in goals.smoke_tasks(benchmarks)]
     for found in measure_apart(wanted, root, clock, command, TEST_ENVIRONMENT):
         if isinstance(found, Failure):
             task = found.task
@@ -174,7 +175,7 @@ def warm(
 ) -> None:
     """What fails here fails again where it is measured, and is told there."""
     began, forms, late = time.monotonic(), 0, 0
-    wanted = [group for group in gpu_goals.groups(tasks, workers()) if group]
+    wanted = [group for group in goals.groups(tasks, workers()) if group]
     for found in measure_apart(wanted, root, clock, command, WARM_ENVIRONMENT):
         if isinstance(found, Failure):
             late += 1

@@ -10,7 +10,7 @@ from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import results
 from mbm_kernels.bench.benchmark import PASSES, Benchmark
-from mbm_kernels.bench.gpu_child import Task
+from mbm_kernels.bench.gpu.worker import Task
 
 GPU_BACKENDS = ("triton", "cuda")
 # By what a win would be worth: first what torch has no kernel for and whose temporaries are the

@@ -1,6 +1,6 @@
 """A process of `make gpu-check`: tasks as JSON in, a line of JSON for each event out.
 
-    python -m mbm_kernels.bench.gpu_child [smoke | warm | measure]
+    python -m mbm_kernels.bench.gpu.worker [smoke | warm | measure]
 
 smoke checks one tiny call, warm calls every form once, so that what they compile lies in the disk
 caches of Inductor and Triton, measure gives rows. It ends early, after a task, where its device is
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mbm_kernels.bench import cli, gpu
+from mbm_kernels.bench import cli
 from mbm_kernels.bench.benchmark import Benchmark, Case
+from mbm_kernels.bench.gpu import measure
 
 
 class Task(NamedTuple):
@@ -53,24 +54,24 @@ def _device() -> torch.device:
 
 
 def _measure(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, Any]]:
-    settings = gpu.GpuSettings(dtypes=(task.dtype,), backend=task.backend)
-    yield from gpu.run(benchmark, [replace(case, passes=(task.which,))], settings, _device())
+    settings = measure.GpuSettings(dtypes=(task.dtype,), backend=task.backend)
+    yield from measure.run(benchmark, [replace(case, passes=(task.which,))], settings, _device())
 
 
 def _smoke(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, Any]]:
     begin = time.monotonic()
-    row = gpu.checked(benchmark, tiny(case, task.which), task, _device())
+    row = measure.checked(benchmark, tiny(case, task.which), task, _device())
     yield row | {"seconds": round(time.monotonic() - begin, 1)}
-    if reason := gpu.lasting():
-        raise gpu.LastingError(reason)
+    if reason := measure.lasting():
+        raise measure.LastingError(reason)
 
 
 def _warm(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, Any]]:
-    settings = gpu.GpuSettings(dtypes=(task.dtype,), backend=task.backend)
-    for name, reason in gpu.warm(benchmark, case, task.which, settings, _device()):
+    settings = measure.GpuSettings(dtypes=(task.dtype,), backend=task.backend)
+    for name, reason in measure.warm(benchmark, case, task.which, settings, _device()):
         yield {"op": task.op, "form": name, "unavailable": reason}
-    if reason := gpu.lasting():
-        raise gpu.LastingError(reason)
+    if reason := measure.lasting():
+        raise measure.LastingError(reason)
 
 
 WORK: dict[str, Callable[[Benchmark, Case, Task], Iterator[dict[str, Any]]]] = {
@@ -96,7 +97,7 @@ def main(what: str = "measure") -> int:
         try:
             for row in WORK[what](benchmark, case, task):
                 say(row=row)
-        except gpu.LastingError as error:
+        except measure.LastingError as error:
             say(done=task, lasting=str(error))
             return 0
         say(done=task)

@@ -5,7 +5,7 @@ it can be captured, as a replayed CUDA graph; each with the inputs in the L2 cac
 a row) and without ("cold": the cache is overwritten before each call).
 
 Some failures stay with a process: a fault in a kernel, and before torch 2.12 a capture that breaks
-off. `lasting` finds them; measuring goes on in another process (gpu_check.py).
+off. `lasting` finds them; measuring goes on in another process (check.py).
 """
 
 import functools
@@ -32,7 +32,7 @@ from mbm_kernels.bench.benchmark import (
 )
 from mbm_kernels.bench.correct import WrongResult, check
 from mbm_kernels.bench.harness import MBM, backend_name, call_fails
-from mbm_kernels.bench.limits import Limits, Work
+from mbm_kernels.bench.limits import DTYPES, Limits, Work, in_dtype
 from mbm_kernels.bench.results import Row
 from mbm_kernels.bench.statistics import Summary, paired_ratio
 from mbm_kernels.testing.inputs import map_floating
@@ -40,7 +40,6 @@ from mbm_kernels.testing.suite import placed
 
 GRAPH = ", graph"
 WARM_UPS = 3  # before a capture: cuBLAS workspaces, compilation, autotuning
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _reason(error: Exception) -> str:
 
 
 def checked(benchmark: Benchmark, case: Case, task: Any, device: torch.device) -> Row:
-    """A row without times: whether the results of `task` (gpu_child.Task) are right."""
+    """A row without times: whether the results of `task` (worker.Task) are right."""
     row: Row = {"op": task.op, "case": case.label, "pass": task.which}
     row |= {"dtype": task.dtype, "backend": task.backend}
     try:
@@ -353,11 +352,6 @@ def _peak_extra_bytes(call: timing.Call) -> int:
     peak = torch.cuda.max_memory_allocated()
     del kept
     return peak - before
-
-
-def in_dtype(work: Work, dtype: torch.dtype) -> Work:
-    """`work`, which counts bytes of float32 tensors, in another dtype."""
-    return Work(work.operations, work.bytes * dtype.itemsize / 4, work.special)
 
 
 def _share(work: Work, milliseconds: float, dtype: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbm_kernels.bench.gpu_child import Task
+from mbm_kernels.bench.gpu.worker import Task
 
-CHILD = (sys.executable, "-m", "mbm_kernels.bench.gpu_child")
+CHILD = (sys.executable, "-m", "mbm_kernels.bench.gpu.worker")
 NONE: Mapping[str, str] = {}
 TASK_SECONDS = 150.0  # between two events; a model's compilation takes the longest
 GRACE_SECONDS = 10.0  # for pytest to print, once interrupted
