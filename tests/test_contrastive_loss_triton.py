@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import linear_head, triton_launch
+from mbm_kernels._core import triton_launch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.gate import cases
+from mbm_kernels.ops.linear_head import linear_head
 from mbm_kernels.testing import Case
 from mbm_kernels.testing.poison import poison
 

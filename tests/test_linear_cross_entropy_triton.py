@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import mbm_kernels
-from mbm_kernels._core import linear_head, triton_launch
+from mbm_kernels._core import triton_launch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.gate import cases
+from mbm_kernels.ops.linear_head import linear_head
 
 from .test_linear_cross_entropy import IGNORED
 from .test_linear_cross_entropy import TestLinearCrossEntropy as Suite

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mbm_kernels._core.matmul import product
+from mbm_kernels.ops.linear_head.matmul import product
 
 # One chunk up to this many bytes of logits: near the 50 MB of an H100's L2 cache, and few launches.
 CHUNK_BYTES = 128 * 2**20
