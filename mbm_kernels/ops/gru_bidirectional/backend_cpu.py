@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
-from mbm_kernels.ops.gru_cell import packed
+from mbm_kernels.ops.gru import packed
+from mbm_kernels.ops.gru_cell import precision
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -34,7 +35,7 @@ def fwd(
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
     reverse = packed.forward(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse)
-    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    x, h0, lengths = precision.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, 2 * hidden))
     h_n = x.new_empty((2, batch, hidden))
     reserve = x.new_empty((2, steps, batch, 4 * hidden)) if save else None
@@ -60,9 +61,9 @@ def fwd(
         valid = int(lengths.clamp(0, steps).sum())
         reserve.view(2, -1, 4 * hidden)[:, valid:].zero_()
     return (
-        packed.rounded(y, dtype),
-        packed.rounded(h_n, dtype),
-        packed.optional_rounded(reserve, dtype),
+        precision.rounded(y, dtype),
+        precision.rounded(h_n, dtype),
+        precision.optional_rounded(reserve, dtype),
     )
 
 
@@ -89,9 +90,9 @@ def bwd(
     weights = w_ih, w_hh, b_ih, b_hh
     others = w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse
     given = (x, h0, *weights, *others)
-    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    x, h0, lengths = precision.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y, reserve = native.dense(y), native.dense(reserve)
-    grad_y = None if grad_y is None else packed.rows(grad_y)
+    grad_y = None if grad_y is None else precision.rows(grad_y)
     grad_h_n = native.dense(grad_h_n)
     grads = [
         x.new_empty(tensor.shape) if needed and tensor is not None else None
@@ -122,4 +123,4 @@ def bwd(
         tuple(map(native.address, grads[6:])),
         torch.get_num_threads(),
     )
-    return tuple(None if g is None else packed.rounded(g, dtype) for g in grads)
+    return tuple(None if g is None else precision.rounded(g, dtype) for g in grads)

@@ -1,7 +1,4 @@
-"""The GRU's weights in the layouts of csrc/gru/gru.h, cached; and tensors as its kernels take them.
-
-Shared by the CPU backends of gru and gru_cell.
-"""
+"""The GRU's weights in the layouts of csrc/gru/gru.h, cached."""
 
 import torch
 from torch import Tensor
@@ -9,38 +6,8 @@ from torch import Tensor
 from mbm_kernels._core import native, packing
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """float32 with contiguous rows; the other strides may be anything."""
-    if tensor.dtype is not torch.float32:
-        tensor = tensor.to(torch.float32)
-    return tensor if tensor.stride(-1) == 1 or tensor.size(-1) == 1 else tensor.contiguous()
-
-
 def lengths_on_cpu(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
-
-
-def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if dtype is torch.float32 else tensor.to(dtype)
-
-
-def optional_rounded(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else rounded(tensor, dtype)
-
-
-def _elements(weight: Tensor) -> int:
-    return weight.numel()
-
-
-def _widen(out: Tensor, weight: Tensor) -> None:
-    out.copy_(weight.reshape(-1))
-
-
-def plain(weight: Tensor) -> Tensor:
-    """A weight as contiguous float32: itself, or a copy kept as long as the weight lives."""
-    if weight.dtype is torch.float32 and weight.is_contiguous():
-        return weight
-    return packing.packed(_elements, _widen, weight)
 
 
 def _forward_size(w_hh: Tensor, w_ih: Tensor, *biases: Tensor | None) -> int:
@@ -119,7 +86,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for x [T, B, C], h0, w_ih, w_hh, b_ih, b_hh, in the dtype of x, None if unwanted.
 
-    sizes are T, B, C, H; x and grad_y as `rows` makes them, the other tensors dense, lengths int64.
+    sizes are T, B, C, H; x and grad_y as `precision.rows` makes them, the other tensors dense,
+    lengths int64.
     """
     steps, batch, features, hidden = sizes
     gates = 3 * hidden
