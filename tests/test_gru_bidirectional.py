@@ -5,7 +5,7 @@ import torch
 
 import mbm_kernels
 from mbm_kernels._core import dispatch, native
-from mbm_kernels.ops.gru_bidirectional import gru_bidirectional, reference
+from mbm_kernels.ops.gru.bidirectional import gru_bidirectional, reference
 from mbm_kernels.testing import Case, Hiding
 from mbm_kernels.testing.suite import map_floating
 

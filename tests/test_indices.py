@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
+from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
 from mbm_kernels.testing import suite
 from mbm_kernels.testing.suite import map_tensors, with_leaves
@@ -129,7 +130,7 @@ def evaluate(op, inputs, diff, backend, mode, grad=1.0):
     given = [inputs[n] for n in others]
     function = getattr(mbm_kernels.ops, op)
     if backend == "reference":
-        function = getattr(importlib.import_module(f"mbm_kernels.ops.{op}.reference"), op)
+        function = getattr(importlib.import_module(f"{dispatch.package_of(op)}.reference"), op)
     options = {} if backend == "reference" else {"backend": backend}
 
     def call(*values):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mbm_kernels
-from mbm_kernels._core import env
+from mbm_kernels._core import dispatch, env
 from mbm_kernels._core.op import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ INTERNAL = {"gru_bidirectional": "gru", "linear_topk": "linear_topk"}
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_op_is_complete(op):
-    folder = PACKAGE / "ops" / op
+    folder = ROOT.joinpath(*dispatch.package_of(op).split("."))
     for path in (
         *(folder / n for n in ("README.md", "reference.py", "op.py", "backend_torch.py")),
         ROOT / "tests" / f"test_{op}.py",
@@ -74,7 +74,7 @@ def test_imports_point_down(path):
 
 
 def test_backends_stand_alone():
-    for path in PACKAGE.glob("ops/*/backend_*.py"):
+    for path in PACKAGE.glob("ops/**/backend_*.py"):
         for name in imports(path):
             stem = name.split(".")[-1]
             assert not stem.startswith("backend_") or "_core" in name, f"{path}: {name}"
@@ -108,7 +108,7 @@ def test_environment_is_read_in_one_place():
 
 
 def test_launch_tables_say_where_they_come_from():
-    for path in PACKAGE.glob("ops/*/launch.json"):
+    for path in PACKAGE.glob("ops/**/launch.json"):
         tables = json.loads(path.read_text())
         for name, entries in [*tables["kernels"].items(), *tables.get("choices", {}).items()]:
             assert entries, f"{path}: {name} has no configuration"

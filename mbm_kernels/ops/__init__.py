@@ -8,7 +8,7 @@ from mbm_kernels.ops.contrastive_loss import contrastive_loss
 from mbm_kernels.ops.conv_bias_act import conv_bias_act
 from mbm_kernels.ops.cross_attention import cross_attention
 from mbm_kernels.ops.gru import gru
-from mbm_kernels.ops.gru_bidirectional import gru_bidirectional as gru_bidirectional  # for nn.GRU
+from mbm_kernels.ops.gru.bidirectional import gru_bidirectional as gru_bidirectional  # for nn.GRU
 from mbm_kernels.ops.gru_cell import gru_cell
 from mbm_kernels.ops.linear_cross_entropy import linear_cross_entropy
 from mbm_kernels.ops.linear_distillation_loss import linear_distillation_loss

@@ -7,9 +7,9 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Names, Product
 from mbm_kernels._core.op import Op
+from mbm_kernels.ops.gru.bidirectional import backend_torch, reference
+from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru.op import products as gru_products
-from mbm_kernels.ops.gru_bidirectional import backend_torch, reference
-from mbm_kernels.ops.gru_bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru_cell.op import check_weights
 
 NAME = "gru_bidirectional"
@@ -70,6 +70,7 @@ OP = Op(
     reference=reference.gru_bidirectional,
     torch_fwd=backend_torch.fwd,
     opaque_torch=True,
+    package=__package__,
     products=_products,
 )
 

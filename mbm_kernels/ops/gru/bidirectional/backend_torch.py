@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbm_kernels.ops.gru_bidirectional.by_direction import by_direction
+from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
