@@ -18,16 +18,6 @@ PACKAGE = ROOT / "mbm_kernels"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 CSRC = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 
-# A layer may import itself and those to its right; the first name that matches a module counts.
-LAYERS = (
-    ("cli", "info", "captioning", "__main__"),
-    ("models",),
-    ("optimize",),
-    ("nn",),
-    ("ops",),
-    ("_core",),
-)
-
 
 def imports(path: Path) -> list[str]:
     found = []
@@ -37,13 +27,6 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return found
-
-
-def layer(module: str) -> int | None:
-    parts = module.split(".")
-    if parts[0] != "mbm_kernels" or len(parts) < 2:
-        return None
-    return next((i for i, names in enumerate(LAYERS) if parts[1] in names), None)
 
 
 # Operations that layers and models call, not users, and whose csrc folder has their kernels.
@@ -62,15 +45,6 @@ def test_op_is_complete(op):
     assert (op in mbm_kernels.__all__) == (op not in INTERNAL)
     native = folder / "backend_cpu.py"
     assert native.exists() == (ROOT / "csrc" / INTERNAL.get(op, op)).exists()
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    own = layer(".".join(("mbm_kernels", *path.relative_to(PACKAGE).with_suffix("").parts)))
-    for name in imports(path):
-        other = layer(name)
-        if own is not None and other is not None:
-            assert other >= own, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_backends_stand_alone():
