@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda")
 
 def suite_of(op: str) -> OpSuite:
     """The operation's first that can run; a file may hold variants and a common base."""
-    module = importlib.import_module(f"tests.test_{op}")
+    module = importlib.import_module(f"tests.ops.test_{op}")
     return next(
         value()
         for name, value in vars(module).items()

@@ -57,10 +57,10 @@ WORKERS = 12
 # cuBLAS warns of its workspace wherever the tests poison memory.
 WARM_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-CONV = "tests/test_conv_bias_act_triton.py"
+CONV = "tests/ops/test_conv_bias_act_triton.py"
 MORE_TESTS = {
     "captioner": (["tests/gpu/test_decode_graph.py"],),
-    "linear_topk": (["tests/test_linear_topk_beams.py"],),
+    "linear_topk": (["tests/ops/test_linear_topk_beams.py"],),
     "conv_bias_act": ([CONV, "-k", "test_every_way"], [CONV, "-k", "not test_every_way"]),
 }
 
@@ -209,7 +209,7 @@ def commands(name: str) -> Iterator[tuple[str, list[str]]]:
     backends = [b for b in GPU_BACKENDS if name in OPS and dispatch.why_not(name, b) is None]
     if not backends:
         return
-    mine, file = " or ".join(backends), f"tests/test_{name}.py"
+    mine, file = " or ".join(backends), f"tests/ops/test_{name}.py"
     yield f"{name} backward", [file, "-k", f"({mine}) and test_backward"]
     yield f"{name} forward", [file, "-k", f"({mine}) and test_forward"]
     rest = f"({mine}) and not test_forward and not test_backward"
