@@ -46,7 +46,8 @@ def test_the_example_works(tmp_path):
     for objects in (ROOT / "build").glob("*_C_cpu"):
         shutil.copytree(objects, tmp_path / "build" / objects.name)
     written = follow(tmp_path)
-    assert len(written) == 10
+    assert len(written) == 11
+    assert len(EDIT.findall(TEXT)) == 1, "its own files and one line"
     environment = {**os.environ, "MBM_CUDA": "0", "PYTHONPATH": str(tmp_path)}
 
     def run(*command: str) -> str:

@@ -13,7 +13,8 @@ import mbm_kernels
 from mbm_kernels import nn
 from mbm_kernels._core import dispatch, native
 from mbm_kernels.ops.conv_bias_act import geometry
-from mbm_kernels.testing import cases, conv_cases
+from mbm_kernels.testing import cases
+from mbm_kernels.testing.strategies import conv_bias_act as strategy
 from tests.conftest import raises
 
 BACKENDS = [b for b in ("cpu", "torch", "auto") if b != "cpu" or native.cpu_reason() is None]
@@ -201,7 +202,7 @@ def test_drawn_cases_hold_every_kind_of_pool():
         pool = drawn.inputs["max_pool"]
         if not isinstance(pool, tuple):
             return
-        for kernel, step, padding in zip(*map(conv_cases.pair, pool), strict=True):
+        for kernel, step, padding in zip(*map(strategy.pair, pool), strict=True):
             kernels.add(kernel)
             steps.add(step)
             paddings.add((kernel, padding))
@@ -222,10 +223,10 @@ def test_drawn_cases_hold_every_kind_of_pool():
                 suppress_health_check=list(HealthCheck),
             )
             every(seed(number)(given(cases.drawn("conv_bias_act", False, stratum))(each)))()
-    assert kernels == set(range(1, conv_cases.MOST_POOL + 1))
-    assert steps == set(range(1, conv_cases.MOST_POOL_STRIDE + 1))
+    assert kernels == set(range(1, strategy.MOST_POOL + 1))
+    assert steps == set(range(1, strategy.MOST_POOL_STRIDE + 1))
     assert paddings == {(k, p) for k in kernels for p in range(k // 2 + 1)}
-    assert {s.split(", ")[0] for s in wider} == set(conv_cases.ALGORITHMS)
+    assert {s.split(", ")[0] for s in wider} == set(strategy.ALGORITHMS)
     assert len(cases.strata("conv_bias_act")) == len(
-        list(itertools.product(conv_cases.ALGORITHMS, conv_cases.EPILOGUES))
+        list(itertools.product(strategy.ALGORITHMS, strategy.EPILOGUES))
     )

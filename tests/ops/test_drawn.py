@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 import mbm_kernels
 from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS
-from mbm_kernels.testing import OpSuite, cases, errors
+from mbm_kernels.testing import OpSuite, cases, draws, errors
 
 EXAMPLES, OTHER_EXAMPLES = 60, 12  # of each of the two sizes
 # Stock's largest error over few elements may be small by luck. An example over its budget is
@@ -125,7 +125,7 @@ def test_drawn_arguments_are_accepted_and_past_their_tiles(op):
         seen.add(repr(drawn))
         assert all(o.isfinite().all() for o in suite.run(drawn.inputs, "torch"))
         largest = max(max(x.shape, default=0) for x in tensors(drawn.inputs))
-        assert largest > cases.COLUMNS
+        assert largest > draws.COLUMNS
 
     each()
     assert len(seen) > 5
