@@ -13,7 +13,7 @@ help:
 	@echo "make test    the whole test suite"
 	@echo "make demo    train, distil, caption and time on generated scenes (DATA=emoji: real drawings)"
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
-	@echo "make lint    ruff, ruff-format, clang-format, mypy"
+	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
@@ -45,6 +45,7 @@ lint: native
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(PY) -m mypy
 
 format: native
@@ -88,7 +89,7 @@ mutants: native
 
 # It builds in place. No .venv and no download: PYTHON brings torch, triton, pybind11, ninja, pytest, typer and rich.
 gpu-check:
-	$(PYTHON) -m mbm_kernels.bench.gpu_check
+	$(PYTHON) -m mbm_kernels.bench.gpu.check
 
 dispatch: native
 	$(PY) -m mbm_kernels.bench.dispatch_tables $(RESULTS)

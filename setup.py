@@ -191,8 +191,8 @@ class BuildNative(build_ext):
         objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", [*base, *calls]))
         # -O1: the binding only converts arguments, and compiles twice as fast.
         binding = [*base, *calls, "-O1", *python_includes()]
-        for name in ("bind_cpu.cpp", "bind_concat_linear.cpp", "bind_gru.cpp", "bind_losses.cpp"):
-            objects.append(ninja.compile(CSRC / name, "any", binding))
+        for source in sorted(CSRC.glob("*/bind.cpp")):
+            objects.append(ninja.compile(source, "any", binding))
         ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *sanitizer], [])
 
     def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
@@ -205,7 +205,7 @@ class BuildNative(build_ext):
         objects = [ninja.compile(s, "cuda", cuda) for s in sorted(CSRC.glob("*/*_cuda*.cu"))]
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         binding = [*cxx, *CXXFLAGS, "-O1", INCLUDE, *python_includes()]
-        objects.append(ninja.compile(CSRC / "bind_cuda.cpp", "any", binding))
+        objects.append(ninja.compile(CSRC / "common" / "bind_cuda.cpp", "any", binding))
         ninja.link(target, objects, [nvcc, "-shared", "-cudart", "static"], [])
 
 

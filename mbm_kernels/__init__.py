@@ -9,8 +9,8 @@ from mbm_kernels._core.packing import forget as forget
 from mbm_kernels.explaining import Explanation as Explanation
 from mbm_kernels.explaining import explain as explain
 from mbm_kernels.ops import *  # noqa: F403
+from mbm_kernels.ops import PUBLIC as _ops
 from mbm_kernels.ops import AdditiveAttentionKeys as AdditiveAttentionKeys
-from mbm_kernels.ops import __all__ as _ops
 from mbm_kernels.ops import additive_attention_keys as additive_attention_keys
 
 __version__ = "0.1.0"

@@ -62,9 +62,9 @@ def _mount() -> None:
 
         app.command()(calibrate)
     if asked in ("gate", "--help"):
-        from mbm_kernels.bench import gate_cli
+        from mbm_kernels.gate import cli as gate
 
-        app.add_typer(gate_cli.app, name="gate")
+        app.add_typer(gate.app, name="gate")
 
 
 def _in_one_line(error: BaseException) -> str:

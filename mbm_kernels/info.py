@@ -50,7 +50,7 @@ def collect() -> dict[str, Any]:
             "openmp_runtimes": native.openmp_runtimes(),
         },
         "gpu": gpu(),
-        "ops": {op: mbm_kernels.backends(op) for op in mbm_kernels.ops.__all__},
+        "ops": {op: mbm_kernels.backends(op) for op in mbm_kernels.ops.PUBLIC},
         "environment": env.in_force(),
         "unknown_environment": env.unknown(),
     }

@@ -1,5 +1,5 @@
 // exp, expm1, log, softplus, sigmoid, tanh and erf on vf lanes. NaN passes through; errors are the
-// largest measured against float64 over [-20, 20] (tests/test_csrc.py repeats the measurement).
+// largest measured against float64 over [-20, 20] (tests/core/test_csrc.py measures it).
 #pragma once
 
 #include "common/simd.h"

@@ -2,9 +2,9 @@
 // linear_head.h with images as rows and texts as classes; the pair of row r is class r.
 #pragma once
 
-#include "common/linear_head.h"
-#include "common/row_statistics.h"
 #include "contrastive_loss/contrastive_loss.h"
+#include "linear_head/linear_head.h"
+#include "linear_head/row_statistics.h"
 
 namespace mbm::MBM_ISA {
 

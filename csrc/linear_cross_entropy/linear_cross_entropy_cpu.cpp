@@ -1,10 +1,10 @@
 #include <cmath>
 #include <limits>
 
-#include "common/linear_head.h"
-#include "common/row_statistics.h"
 #include "common/tanh_slope.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
+#include "linear_head/linear_head.h"
+#include "linear_head/row_statistics.h"
 
 namespace mbm::MBM_ISA {
 namespace {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "common/activations.h"
-#include "common/row_statistics.h"
 #include "linear_distillation_loss/linear_distillation_loss.h"
+#include "linear_head/row_statistics.h"
 
 namespace mbm::MBM_ISA {
 

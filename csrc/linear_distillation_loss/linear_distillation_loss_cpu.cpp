@@ -1,10 +1,10 @@
 #include <cmath>
 #include <limits>
 
-#include "common/linear_head.h"
 #include "linear_distillation_loss/divergence.h"
 #include "linear_distillation_loss/linear_distillation_loss.h"
 #include "linear_distillation_loss/topk_bins.h"
+#include "linear_head/linear_head.h"
 
 namespace mbm::MBM_ISA {
 namespace {

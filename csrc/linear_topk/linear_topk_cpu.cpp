@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "common/gemm_pack.h"
-#include "common/row_statistics.h"
+#include "linear_head/row_statistics.h"
 #include "linear_topk/linear_topk.h"
 
 namespace mbm::MBM_ISA {

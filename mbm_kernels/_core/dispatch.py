@@ -70,7 +70,7 @@ class Table:
 
     @classmethod
     def read(cls, op: str) -> "Table":
-        folder = OPS_FOLDER / op
+        folder = OPS_FOLDER.joinpath(*package_of(op).split(".")[2:])
         names = tuple(b for b in env.BACKENDS if (folder / f"backend_{b}.py").exists())
         path = folder / "dispatch.json"
         entries = json.loads(path.read_text())["rules"] if path.exists() else []
@@ -89,6 +89,7 @@ def _constant_for_compilers(function: F) -> F:
 
 # Plain dictionaries, since torch.compile traces through `select`.
 _tables: dict[str, Table] = {}
+_packages: dict[str, str] = {}  # of operations inside another's package
 _chosen: dict[tuple[Any, ...], str] = {}  # what `select` answered, 5 us of a call saved
 MOST_REMEMBERED = 4096
 
@@ -99,13 +100,20 @@ def reload() -> None:
     _chosen.clear()
 
 
-def register(op: str) -> None:
+def register(op: str, package: str | None = None) -> None:
+    if package is not None:
+        _packages[op] = package
     _tables[op] = Table.read(op)
+
+
+def package_of(op: str) -> str:
+    """Where an operation's modules are, as `mbm_kernels.ops.gru`."""
+    return _packages.get(op, f"mbm_kernels.ops.{op}")
 
 
 @functools.cache
 def load_backend(op: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"mbm_kernels.ops.{op}.backend_{backend}")
+    return importlib.import_module(f"{package_of(op)}.backend_{backend}")
 
 
 def why_not(

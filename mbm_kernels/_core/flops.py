@@ -9,13 +9,10 @@ inputs, ignored rows, steps past a row's length) or computes twice does not chan
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mbm_kernels._core.arguments import any_of, as_tuple
 from mbm_kernels._core.when_imported import when_imported
-
-if TYPE_CHECKING:
-    from mbm_kernels._core.op import Op
 
 Names = tuple[str, ...]
 
@@ -34,13 +31,25 @@ def product(flops: int, left: Names, right: Names) -> Product:
     return Product(flops, ((flops, left), (flops, right)))
 
 
-def count(op: "Op") -> None:
+class Counted(Protocol):
+    """What of an operation (op.Op) the formulas are made of."""
+
+    registered: Any
+    registered_backward: Any
+    inputs: list[str]
+    outputs: list[str]
+    diff: list[str]
+    bwd_names: list[str]
+    products: Callable[..., list[Product]] | None
+
+
+def count(op: Counted) -> None:
     """Registers the formulas of `op` once there is a FLOP counter: its module imports triton."""
     if op.products is not None:
         when_imported("torch.utils.flop_counter", lambda module: _register(module, op))
 
 
-def _register(module: ModuleType, op: "Op") -> None:
+def _register(module: ModuleType, op: Counted) -> None:
     for registered, formula in (
         (op.registered, _forward(op)),
         (op.registered_backward, _backward(op)),
@@ -48,7 +57,7 @@ def _register(module: ModuleType, op: "Op") -> None:
         module.register_flop_formula(registered._overloadpacket, get_raw=True)(formula)
 
 
-def _forward(op: "Op") -> Callable[..., int]:
+def _forward(op: Counted) -> Callable[..., int]:
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         named = dict(zip(op.inputs, args, strict=False)) | kwargs
         outputs = dict(zip(op.outputs, as_tuple(out_val), strict=False))
@@ -67,7 +76,7 @@ def _forward(op: "Op") -> Callable[..., int]:
     return formula
 
 
-def _backward(op: "Op") -> Callable[..., int]:
+def _backward(op: Counted) -> Callable[..., int]:
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         named = dict(zip(op.bwd_names, args, strict=False)) | kwargs
         needs = zip(op.diff, named["needs"], strict=True)
@@ -76,7 +85,7 @@ def _backward(op: "Op") -> Callable[..., int]:
     return formula
 
 
-def _products(op: "Op", named: dict[str, Any]) -> list[Product]:
+def _products(op: Counted, named: dict[str, Any]) -> list[Product]:
     assert op.products is not None
     return op.products(**{name: named[name] for name in op.inputs if name in named})
 

@@ -50,7 +50,8 @@ class Op:
     """One operation: its schemas, its reference and its backends.
 
     Args:
-        name: as in `mbm_kernels.ops.<name>`.
+        name: of the function and, unless `package` says otherwise, of its package in
+            `mbm_kernels.ops`.
         fwd: forward schema without the backend, as "(Tensor x, Tensor? mask) -> (Tensor y)".
         bwd: backward schema up to `needs`, without its returns, which are one tensor for each
             needed input, in the order of `diff`.
@@ -63,6 +64,7 @@ class Op:
         opaque_torch: compilers cannot trace `torch_fwd`, so that it too is registered.
         ignored: of the inputs by name, bool [N]: rows of diff[0] whose made gradient is 0 and stays
             so whatever it is scaled by, NaN and infinities included.
+        package: where its modules are, if not in `mbm_kernels.ops.<name>`.
         products: the definition's matrix products, for FLOP counters: called with the inputs by
             name; None where there are none.
     """
@@ -80,6 +82,7 @@ class Op:
         opaque_torch: bool = False,
         ignored: Callable[[dict[str, Any]], Tensor] | None = None,
         products: Callable[..., list[flops.Product]] | None = None,
+        package: str | None = None,
     ):
         self.name = name
         self.fake = fake
@@ -110,7 +113,7 @@ class Op:
         self.reference_inputs = [n for n in inputs if n != "save"]
         self._register(fwd, bwd)
         self.function = self._make_function(None)
-        dispatch.register(name)
+        dispatch.register(name, package)
         OPS[name] = self
         flops.count(self)
 

@@ -197,7 +197,7 @@ class Benchmark:
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:
             return Form(self.function, layout=self.layout)
-        public = getattr(importlib.import_module(f"mbm_kernels.ops.{self.op}"), self.op)
+        public = getattr(importlib.import_module(dispatch.package_of(self.op)), self.op)
         return Form(
             lambda inputs: (public, {**inputs, "backend": backend}),
             layout=self.layout,
@@ -207,7 +207,7 @@ class Benchmark:
     def definition(self) -> Function:
         if self.reference is not None:
             return self.reference
-        module = importlib.import_module(f"mbm_kernels.ops.{self.op}.reference")
+        module = importlib.import_module(f"{dispatch.package_of(self.op)}.reference")
         found: Function = getattr(module, self.op)
         return found
 

@@ -16,6 +16,7 @@ from mbm_kernels._core import native, processor
 from mbm_kernels.bench import machine, timing
 
 FMA_ITERATIONS = 200_000  # 0.6 ms at 4 GHz
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPY_BYTES = 128 * 2**20
 SECONDS = 0.4
 
@@ -34,6 +35,11 @@ class Work:
     bytes: float
     special: float = 0.0
     fewest: float | None = None
+
+
+def in_dtype(work: Work, dtype: torch.dtype) -> Work:
+    """`work`, which counts bytes of float32 tensors, in another dtype."""
+    return Work(work.operations, work.bytes * dtype.itemsize / 4, work.special)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mbm_kernels.bench.benchmark import Benchmark
-from mbm_kernels.bench.gpu import DTYPES, in_dtype
-from mbm_kernels.bench.limits import Work
+from mbm_kernels.bench.limits import DTYPES, Work, in_dtype
 
 
 @dataclass(frozen=True)

@@ -6,53 +6,27 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 from mbm_kernels.captioning import data, metrics
 from mbm_kernels.captioning.checkpoint import remove
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.fit import History
 from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.presets import Preset, preset
-from mbm_kernels.captioning.speed import Speed, measure
+from mbm_kernels.captioning.report import write_report
+from mbm_kernels.captioning.results import MODELS, Demo
+from mbm_kernels.captioning.speed import measure
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
 
-Scores = dict[str, dict[str, float]]  # split -> metric -> value
-MODELS = {"teacher": "teacher", "student": "student", "student_no_distill": "student alone"}
 SPEED_SECONDS = 8.0
-
-
-@dataclass
-class Demo:
-    """Everything that the report shows."""
-
-    data: str
-    attention: str
-    seed: int
-    sets: dict[str, CaptionSet]
-    tokenizer: WordTokenizer
-    scores: dict[str, Scores] = field(default_factory=dict)
-    baselines: dict[str, Scores] = field(default_factory=dict)
-    predictions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    weights: dict[str, list[Tensor]] = field(default_factory=dict)  # of the student, by split
-    histories: dict[str, History] = field(default_factory=dict)
-    parameters: dict[str, int] = field(default_factory=dict)
-    speed: list[Speed] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def splits(self) -> list[str]:
-        return [name for name in self.sets if name != "train"]
 
 
 def run(
@@ -81,8 +55,6 @@ def run(
         RuntimeError: when another demo works in that folder.
         OSError: when something cannot be written; whether `out` can is tried first.
     """
-    from mbm_kernels.captioning.report import write_report
-
     chosen = preset(name)
     out = out or Path("out") / "demo" / name
     console = console or Console()

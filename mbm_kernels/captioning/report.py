@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.decode import attention_overlay
-
-if TYPE_CHECKING:
-    from mbm_kernels.captioning.demo import Demo
+from mbm_kernels.captioning.results import Demo
 
 SHOWN = 12  # pictures of a split
 SHOWN_MAPS = 4  # pictures of a split with their attention

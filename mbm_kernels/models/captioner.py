@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mbm_kernels.models.generation import search
 from mbm_kernels.models.layers import Layers, layers_named
+from mbm_kernels.models.search_state import EncodedImages
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
 
@@ -45,20 +46,6 @@ class CaptionerOutput(NamedTuple):
     hidden: Tensor
     features: Tensor
     weights: Tensor
-
-
-class EncodedImages(NamedTuple):
-    """What decoding needs of the pictures, computed once.
-
-    features [B, S, D], summary [B, D], key (projected, [B, S, A] or [B, N, S, D/N]), value, and
-    the decoder's first state [B, H].
-    """
-
-    features: Tensor
-    summary: Tensor
-    key: Tensor
-    value: Tensor
-    state: Tensor
 
 
 def position_table(side: int, width: int) -> Tensor:

@@ -15,18 +15,22 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.tracing import is_plain
-from mbm_kernels.models.decoding import Decoder
-
-if TYPE_CHECKING:
-    from mbm_kernels.models.captioner import Captioner
-    from mbm_kernels.models.generation import Carry, Search
+from mbm_kernels.models.search_state import (
+    Carry,
+    Decoder,
+    Search,
+    StepModel,
+    Trace,
+    joined,
+    stacked,
+)
 
 STEPS = 8  # of one graph: an early end costs 7 steps at most, of 20 us each
 MOST_KEPT = 8  # graphs of one model: shapes that are asked for in turn
@@ -34,23 +38,7 @@ Replay = Callable[[], None]
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
-class Trace(NamedTuple):
-    """What steps leave: words, the hypotheses they extend [..., B, K], weights [..., B, K, S]."""
-
-    words: Tensor
-    parents: Tensor
-    weights: Tensor
-
-
-def stacked(traces: list[Trace]) -> Trace:
-    return Trace(*map(torch.stack, zip(*traces, strict=True)))
-
-
-def joined(traces: list[Trace]) -> Trace:
-    return Trace(*map(torch.cat, zip(*traces, strict=True)))
-
-
-def why_not(model: Captioner, device: torch.device) -> str | None:
+def why_not(model: StepModel, device: torch.device) -> str | None:
     """What decides, before anything is recorded, that the loop runs step by step."""
     if device.type != "cuda":
         return f"tensors are on {device}; graphs are CUDA's"
@@ -137,12 +125,12 @@ def _own(tensors: Tensors) -> Tensors:
 
 
 Key = tuple[Any, ...]
-_loops: weakref.WeakKeyDictionary[Captioner, dict[Key, Loop]] = weakref.WeakKeyDictionary()
+_loops: weakref.WeakKeyDictionary[StepModel, dict[Key, Loop]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()  # two threads would share a graph's memory
 
 
 def run(
-    model: Captioner,
+    model: StepModel,
     how: Search,
     decoder: Decoder,
     carry: Carry,

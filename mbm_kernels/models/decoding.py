@@ -10,7 +10,7 @@ K hypotheses of one picture are K queries over the same keys, so nothing of the 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,42 +18,18 @@ from torch import Tensor
 
 from mbm_kernels._core import autocast, packing
 from mbm_kernels._core.tracing import is_plain
+from mbm_kernels.models.search_state import Decoder, EncodedImages, StepModel, Words
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.linear_topk import linear_topk
 
-if TYPE_CHECKING:
-    from mbm_kernels.models.captioner import Captioner, EncodedImages
-
-
-class Words(NamedTuple):
-    """values and ids [B, K, k], state [B, K, H], weights [B, K, S]."""
-
-    values: Tensor
-    ids: Tensor
-    state: Tensor
-    weights: Tensor
-
-
-class Decoder(Protocol):
-    @property
-    def pictures(self) -> tuple[Tensor, ...]: ...
-
-    def __call__(self, last: Tensor, state: Tensor, k: int) -> Words: ...
-
-    def for_pictures(self, pictures: Any) -> Decoder:
-        """The same for other pictures."""
-
-    def for_steps(self) -> Decoder:
-        """The same, with what its steps have in common made once of the pictures as they are."""
-
 
 class StockDecoder:
-    """`Captioner.step`, then what a user of PyTorch writes: argmax, or log_softmax and topk.
+    """The model's step, then what a user of PyTorch writes: argmax, or log_softmax and topk.
 
     topk leaves open which of equal words it takes; argmax takes the lowest id.
     """
 
-    def __init__(self, model: Captioner, encoded: EncodedImages) -> None:
+    def __init__(self, model: StepModel, encoded: EncodedImages) -> None:
         self.model, self.pictures = model, encoded
 
     def for_pictures(self, pictures: EncodedImages) -> StockDecoder:
@@ -90,7 +66,7 @@ class FusedDecoder:
 
     def __init__(
         self,
-        model: Captioner,
+        model: StepModel,
         pictures: FusedPictures,
         keys: AdditiveAttentionKeys | None = None,
     ) -> None:
@@ -98,7 +74,7 @@ class FusedDecoder:
         self.key = pictures.key if keys is None else keys
 
     @classmethod
-    def of(cls, model: Captioner, encoded: EncodedImages) -> FusedDecoder:
+    def of(cls, model: StepModel, encoded: EncodedImages) -> FusedDecoder:
         join, split = model.join_input, encoded.summary.shape[-1]
         by_summary = F.linear(encoded.summary, join.weight[:, :split], join.bias).unsqueeze(1)
         return cls(model, FusedPictures(word_table(model), by_summary, encoded.key, encoded.value))
@@ -122,7 +98,7 @@ class FusedDecoder:
         return Words(values, ids, state, weights)
 
 
-def decoder_for(model: Captioner, encoded: EncodedImages) -> Decoder:
+def decoder_for(model: StepModel, encoded: EncodedImages) -> Decoder:
     if model.layers == "mbm":
         return FusedDecoder.of(model, encoded)
     return StockDecoder(model, encoded)
@@ -133,10 +109,10 @@ class _Kept(NamedTuple):
     table: Tensor
 
 
-_tables: weakref.WeakKeyDictionary[Captioner, _Kept] = weakref.WeakKeyDictionary()
+_tables: weakref.WeakKeyDictionary[StepModel, _Kept] = weakref.WeakKeyDictionary()
 
 
-def word_table(model: Captioner) -> Tensor:
+def word_table(model: StepModel) -> Tensor:
     """join_input's product with the embedding of each word, [V, H].
 
     On CPU it is kept as packed weights are, while a hash of both weights stays (packing.py). A hash

@@ -8,35 +8,22 @@ parents, and the best hypothesis is read backwards at the end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import packing
 from mbm_kernels.models import decode_graph
-from mbm_kernels.models.decode_graph import Trace, stacked
-from mbm_kernels.models.decoding import Decoder, decoder_for
+from mbm_kernels.models.decoding import decoder_for
+from mbm_kernels.models.search_state import (
+    Carry,
+    Decoder,
+    EncodedImages,
+    Search,
+    StepModel,
+    Trace,
+    stacked,
+)
 from mbm_kernels.ops.linear_topk import beams
-
-if TYPE_CHECKING:
-    from mbm_kernels.models.captioner import Captioner, EncodedImages
-
-
-class Carry(NamedTuple):
-    """From one step to the next: last, done, length and score [B, K], state [B, K, H]."""
-
-    last: Tensor
-    done: Tensor
-    length: Tensor
-    score: Tensor
-    state: Tensor
-
-
-class Search(Protocol):
-    beam: int
-
-    def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]: ...
 
 
 class Greedy:
@@ -44,7 +31,7 @@ class Greedy:
 
     beam = 1
 
-    def __init__(self, model: Captioner) -> None:
+    def __init__(self, model: StepModel) -> None:
         self.eos_id = model.eos_id
 
     def step(self, decoder: Decoder, carry: Carry) -> tuple[Carry, Trace]:
@@ -61,7 +48,7 @@ class Beam:
     The best `beam` continuations of all hypotheses of a picture are among the best `beam` of each.
     """
 
-    def __init__(self, model: Captioner, beam: int) -> None:
+    def __init__(self, model: StepModel, beam: int) -> None:
         self.beam, self.eos_id = beam, model.eos_id
         self.classes, self.stock = model.vocab_size, model.layers == "stock"
         self.continuations = min(beam, self.classes)
@@ -77,7 +64,7 @@ class Beam:
         return Carry(*kept), Trace(kept[0], parent, found.weights)
 
 
-def start(model: Captioner, encoded: EncodedImages, beam: int) -> Carry:
+def start(model: StepModel, encoded: EncodedImages, beam: int) -> Carry:
     state = encoded.state
     shape = (state.shape[0], beam)
     # All hypotheses begin equal: only the first may be extended at the first step.
@@ -94,7 +81,7 @@ def start(model: Captioner, encoded: EncodedImages, beam: int) -> Carry:
 
 
 def search(
-    model: Captioner,
+    model: StepModel,
     encoded: EncodedImages,
     max_length: int,
     beam: int,

@@ -24,7 +24,7 @@ from tests.gates.planting import ROOT, Mutant, build, copy_tree, planted
 
 COPIES = 2  # as many mutants at a time
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-COMMON_TESTS = "tests/test_gru.py tests/test_csrc.py"
+COMMON_TESTS = "tests/ops/test_gru.py tests/core/test_csrc.py"
 
 GRU_FORWARD = "csrc/gru/gru_cpu_forward.cpp"
 GRU_BACKWARD = "csrc/gru/gru_cpu_backward.cpp"
@@ -38,98 +38,98 @@ MUTANTS = (
         "csrc/common/simd.h",
         "    store_n(p, v, static_cast<int>(left));",
         "    store_n(p, v, static_cast<int>(left) - 1);",
-        "tests/test_drawn.py -k gru",
+        "tests/ops/test_drawn.py -k gru",
     ),
     Mutant(
         "wrong-mask-stride",
         ATTENTION,
         "const bool attend = m[s * in_.mask_stride_s] != 0;",
         "const bool attend = m[s] != 0;",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "missing-mask",
         ATTENTION,
         "padded[s] = attend ? row[s] : kMasked;",
         "padded[s] = row[s];",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "dropped-bias",
         GRU_FORWARD,
         "const vf hn = load(c + 2 * kPanel + j) + load(w_.bias_hn + u);",
         "const vf hn = load(c + 2 * kPanel + j);",
-        "tests/test_drawn.py -k gru",
+        "tests/ops/test_drawn.py -k gru",
     ),
     Mutant(
         "stale-weight-cache",
         "mbm_kernels/_core/packing.py",
         "return (tensor.shape, tensor.stride(), tensor.dtype, native.fingerprint(tensor))",
         "return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr())",
-        "tests/test_gru.py -k changed_in_place",
+        "tests/ops/test_gru.py -k changed_in_place",
     ),
     Mutant(
         "padding-left-uninitialised",
         GRU_FORWARD,
         "if (thread % grid.units == 0) clear_padding(share);",
         "",
-        "tests/test_drawn.py -k gru",
+        "tests/ops/test_drawn.py -k gru",
     ),
     Mutant(
         "reverse-ignored-in-backward",
         GRU_BACKWARD,
         "const int64_t t = seq_.reverse ? s : seq_.T - 1 - s;",
         "const int64_t t = seq_.T - 1 - s;",
-        "tests/test_drawn.py -k gru",
+        "tests/ops/test_drawn.py -k gru",
     ),
     Mutant(
         "accurate-small-form-dropped",
         ATTENTION_BACKWARD,
         "if (bound <= kSmallLimit) return Form::kSmall;",
         "",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "second-slice-of-k-overwrites",
         "csrc/common/gemm.h",
         "const bool add = g.accumulate || k > 0, last = k + depth == g.K;",
         "const bool add = g.accumulate, last = k + depth == g.K;",
-        "tests/test_drawn.py -k gru",
+        "tests/ops/test_drawn.py -k gru",
     ),
     Mutant(
         "saturated-branch-dropped",
         ATTENTION,
         "if (v_.factorable && query_magnitude + key_magnitude <= kRatioLimit) {",
         "if (true) {",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "gradient-of-v-misses-a-batch-element",
         ATTENTION_BACKWARD,
         "for (int64_t b = 0; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
         "for (int64_t b = 1; b < in.B; ++b) total += grad_v_parts[b * in.D + d];",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "second-direction-runs-forwards",
-        "csrc/bind_gru.cpp",
+        "csrc/gru/bind.cpp",
         "given.reverse = !given.reverse;",
         "",
-        "tests/test_gru_bidirectional.py -k forward",
+        "tests/ops/test_gru_bidirectional.py -k forward",
     ),
     Mutant(
         "higher-class-first-of-a-tie",
         "csrc/linear_topk/linear_topk_cpu.cpp",
         "return a > b || (a != a && b == b);",
         "return a >= b || (a != a && b == b);",
-        "tests/test_linear_topk.py",
+        "tests/ops/test_linear_topk.py",
     ),
     Mutant(
         "lengths-ignored",
         "csrc/additive_attention/tanh_forms.h",
         "if (in.key_lengths == nullptr) return in.S;",
         "return in.S;",
-        "tests/test_drawn.py -k additive_attention",
+        "tests/ops/test_drawn.py -k additive_attention",
     ),
     Mutant(
         "magnitude-of-a-kept-key-forgotten",
@@ -137,126 +137,126 @@ MUTANTS = (
         "out + packed.at(tile), out + packed.magnitudes_at(tile));",
         "out + packed.at(tile), out + packed.magnitudes_at(tile)),\n"
         "          std::fill_n(out + packed.magnitudes_at(tile), kKeys, 0.0f);",
-        "tests/test_additive_attention_keys.py -k form",
+        "tests/ops/test_additive_attention_keys.py -k form",
     ),
     Mutant(
         "keys-of-the-tile-past-the-length-count",
         ATTENTION,
         "for (int j = 0; j < keys; ++j)\n          key_magnitude",
         "for (int j = 0; j < kKeys; ++j)\n          key_magnitude",
-        "tests/test_additive_attention_keys.py -k influence",
+        "tests/ops/test_additive_attention_keys.py -k influence",
     ),
     Mutant(
         "keys-share-the-memory-of-the-key",
         "mbm_kernels/ops/additive_attention/keys.py",
         "key.to(torch.float32, copy=True, memory_format=torch.contiguous_format)",
         "key.to(torch.float32)",
-        "tests/test_additive_attention_keys.py -k Snapshot",
+        "tests/ops/test_additive_attention_keys.py -k Snapshot",
     ),
     Mutant(
         "exponentials-of-another-isa",
         "mbm_kernels/ops/additive_attention/backend_cpu.py",
         "if prepared is not None and prepared.isa == native.isa() else None",
         "if prepared is not None else None",
-        "tests/test_additive_attention_keys.py -k isa",
+        "tests/ops/test_additive_attention_keys.py -k isa",
     ),
     Mutant(
         "sign-left-out-of-the-gradient-of-v",
         ATTENTION_BACKWARD,
         "grad_v[i] = block.sign[i] * (total",
         "grad_v[i] = (total",
-        "tests/test_additive_attention.py -k backward",
+        "tests/ops/test_additive_attention.py -k backward",
     ),
     Mutant(
         "second-block-of-queries-overwrites-grad-key",
         CROSS_BACKWARD,
         "args_.grad_key.stride_r, t0 > 0);",
         "args_.grad_key.stride_r, false);",
-        "tests/test_cross_attention_native.py",
+        "tests/ops/test_cross_attention_native.py",
     ),
     Mutant(
         "repeated-product-added-to-the-wrong-row",
         "csrc/concat_linear/concat_linear_cpu.cpp",
         "sum += load_part(r.product + r.index[m] * args.K + n, n1 - n);",
         "sum += load_part(r.product + r.index[0] * args.K + n, n1 - n);",
-        "tests/test_drawn.py -k concat_linear",
+        "tests/ops/test_drawn.py -k concat_linear",
     ),
     Mutant(
         "bias-gradient-misses-a-part",
         "csrc/conv_bias_act/conv_backward_cpu.cpp",
         "for (int64_t i = 0; i < count; ++i) total += parts[i * padded + k];",
         "for (int64_t i = 1; i < count; ++i) total += parts[i * padded + k];",
-        "tests/test_drawn.py -k conv_bias_act",
+        "tests/ops/test_drawn.py -k conv_bias_act",
     ),
     Mutant(
         "dilation-dropped-from-grad-x",
         "csrc/conv_bias_act/conv_backward_cpu.cpp",
         "(s.S - 1) * s.dilation_x - s.left + columns.first,",
         "(s.S - 1) - s.left + columns.first,",
-        "tests/test_drawn.py -k conv_bias_act",
+        "tests/ops/test_drawn.py -k conv_bias_act",
     ),
     Mutant(
         "gradient-past-the-length-left-uninitialised",
         "csrc/cross_attention/cross_attention_backward_cpu.cpp",
         "clear(args_.grad_key, b, n, count, in_.D);",
         "",
-        "tests/test_drawn.py -k cross_attention",
+        "tests/ops/test_drawn.py -k cross_attention",
     ),
     Mutant(
         "hidden-value-read",
         "csrc/cross_attention/head_weights.h",
         "if (masked() && any_special(rows, width, out, out_stride))",
         "if (false)",
-        "tests/test_cross_attention.py -k partly_hidden",
+        "tests/ops/test_cross_attention.py -k partly_hidden",
     ),
     Mutant(
         "mean-over-one-head-too-few",
         "csrc/cross_attention/cross_attention_cpu.cpp",
         "const vf share = set1(1.0f / static_cast<float>(N));",
         "const vf share = set1(1.0f / static_cast<float>(N > 1 ? N - 1 : N));",
-        "tests/test_drawn.py -k cross_attention",
+        "tests/ops/test_drawn.py -k cross_attention",
     ),
     Mutant(
         "target-not-subtracted",
         "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
         "if (is_class(v, v0, v0 + classes)) z(v - v0, r) = target_gradients()[r];",
         "",
-        "tests/test_drawn.py -k linear_cross_entropy",
+        "tests/ops/test_drawn.py -k linear_cross_entropy",
     ),
     Mutant(
         "smoothing-over-one-class-too-few",
         "csrc/linear_cross_entropy/linear_cross_entropy_cpu.cpp",
         "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V));",
         "on_all()[r] = static_cast<float>(smoothed / static_cast<double>(a_.V - 1));",
-        "tests/test_drawn.py -k linear_cross_entropy",
+        "tests/ops/test_drawn.py -k linear_cross_entropy",
     ),
     Mutant(
         "slope-of-a-capped-logit",
         "csrc/common/tanh_slope.h",
         "return {copysign(-em / sum, x), slope_of_tail((e + e) / sum)};",
         "return {copysign(-em / sum, x), set1(1.0f) - (em / sum) * (em / sum)};",
-        "tests/test_linear_cross_entropy.py -k softcap",
+        "tests/ops/test_linear_cross_entropy.py -k softcap",
     ),
     Mutant(
         "ids-are-addresses",
         "csrc/linear_distillation_loss/linear_distillation_loss_cpu.cpp",
         "if (!is_class(a_.topk_ids[n * a_.k + j], 0, a_.V)) return false;",
         "",
-        "tests/test_indices.py",
+        "tests/ops/test_indices.py",
     ),
     Mutant(
         "padding-counts-as-images",
         "csrc/contrastive_loss/contrastive_loss_cpu.cpp",
         "const vf e1 = keep_lanes(exp_or_zero((load(at + kLanes) - top) * s), live1);",
         "const vf e1 = exp_or_zero((load(at + kLanes) - top) * s);",
-        "tests/test_drawn.py -k contrastive_loss",
+        "tests/ops/test_drawn.py -k contrastive_loss",
     ),
     Mutant(
         "largest-logit-of-a-later-chunk-forgotten",
         "csrc/contrastive_loss/contrastive_loss_cpu.cpp",
         "sum *= std::exp((top - here) * s_);",
         "",
-        "tests/test_contrastive_loss_native.py",
+        "tests/ops/test_contrastive_loss_native.py",
     ),
 )
 
@@ -264,8 +264,8 @@ MUTANTS = (
 def more_tests(mutant: Mutant) -> str:
     """All tests of the operation in whose folder the bug lies."""
     op = mutant.path.split("/")[1]
-    names = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob(f"test_{op}*.py"))]
-    return " ".join(names) or COMMON_TESTS
+    names = sorted(p.name for p in (ROOT / "tests" / "ops").glob(f"test_{op}*.py"))
+    return " ".join(f"tests/ops/{name}" for name in names) or COMMON_TESTS
 
 
 def run_tests(folder: Path, arguments: str) -> tuple[bool, str]:

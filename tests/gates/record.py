@@ -235,7 +235,7 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
 
 def suites(op: str) -> list[OpSuite]:
     """Those of the operation's tests that ask for its CPU kernels."""
-    module = importlib.import_module(f"tests.test_{op}")
+    module = importlib.import_module(f"tests.ops.test_{op}")
     tests = [v for name, v in vars(module).items() if name.startswith("Test")]
     found = [v for v in tests if isinstance(v, type) and issubclass(v, OpSuite)]
     return [suite() for suite in found if suite.op == op]

@@ -5,8 +5,8 @@ import torch
 
 from mbm_kernels._core import dispatch
 from mbm_kernels.testing import Case
-from tests.test_gru import TestGru as Gru
-from tests.test_gru import sizes
+from tests.ops.test_gru import TestGru as Gru
+from tests.ops.test_gru import sizes
 
 from .test_on_hardware import DEVICE, call, on_device
 

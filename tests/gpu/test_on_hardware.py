@@ -7,7 +7,7 @@ import torch
 
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.bench.gpu import no_synchronisation
+from mbm_kernels.bench.gpu.measure import no_synchronisation
 from mbm_kernels.testing.suite import LENGTHS, OpSuite, flat_tensors, placed, with_leaves
 
 DEVICE = torch.device("cuda")
@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda")
 
 def suite_of(op: str) -> OpSuite:
     """The operation's first that can run; a file may hold variants and a common base."""
-    module = importlib.import_module(f"tests.test_{op}")
+    module = importlib.import_module(f"tests.ops.test_{op}")
     return next(
         value()
         for name, value in vars(module).items()

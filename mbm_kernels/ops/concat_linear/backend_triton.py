@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import matmul, triton_launch
+from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
+from mbm_kernels.ops.linear_head import matmul
 
 MOST = 4  # inputs that the kernel takes
 Pair = tuple[Tensor, Tensor]

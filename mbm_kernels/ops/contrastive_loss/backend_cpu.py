@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native, targets
+from mbm_kernels._core import native
+from mbm_kernels.ops.linear_head import targets
 
 _KINDS = ("infonce", "siglip")
 

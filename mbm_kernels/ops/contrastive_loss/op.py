@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.contrastive_loss import backend_torch, reference
+from mbm_kernels.ops.linear_head import targets
 
 NAME = "contrastive_loss"
 KINDS = ("infonce", "siglip")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
-from mbm_kernels.ops.gru_cell import packed
+from mbm_kernels.ops.gru import packed
+from mbm_kernels.ops.gru_cell import precision
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -30,7 +31,7 @@ def fwd(
     steps, batch, features = x.shape
     hidden, dtype = w_hh.size(1), x.dtype
     weights = packed.forward(w_ih, w_hh, b_ih, b_hh)
-    x, h0, lengths = packed.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    x, h0, lengths = precision.rows(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y = x.new_empty((steps, batch, hidden))
     h_n = x.new_empty((batch, hidden))
     reserve = x.new_empty((steps, batch, 4 * hidden)) if save else None
@@ -56,9 +57,9 @@ def fwd(
         valid = int(lengths.clamp(0, steps).sum())
         reserve.view(-1, 4 * hidden)[valid:].zero_()
     return (
-        packed.rounded(y, dtype),
-        packed.rounded(h_n, dtype),
-        packed.optional_rounded(reserve, dtype),
+        precision.rounded(y, dtype),
+        precision.rounded(h_n, dtype),
+        precision.optional_rounded(reserve, dtype),
     )
 
 
@@ -81,7 +82,7 @@ def bwd(
     given = (x, h0, w_ih, w_hh, b_ih, b_hh)
     grads = packed.backward(
         (steps, batch, features, w_hh.size(1)),
-        packed.rows(x),
+        precision.rows(x),
         native.dense(h0),
         w_ih,
         w_hh,
@@ -89,8 +90,8 @@ def bwd(
         native.dense(y),
         native.dense(reserve),
         reverse,
-        None if grad_y is None else packed.rows(grad_y),
+        None if grad_y is None else precision.rows(grad_y),
         native.dense(grad_h_n),
         tuple(n and t is not None for n, t in zip(needs, given, strict=True)),
     )
-    return tuple(None if g is None else packed.rounded(g, x.dtype) for g in grads)
+    return tuple(None if g is None else precision.rounded(g, x.dtype) for g in grads)

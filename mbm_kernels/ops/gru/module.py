@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from mbm_kernels._core import autocast, dispatch, tracing
+from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
-from mbm_kernels.ops.gru_bidirectional import gru_bidirectional
 
 NAME = "gru"
 

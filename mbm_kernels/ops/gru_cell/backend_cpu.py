@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
-from mbm_kernels.ops.gru_cell import packed
+from mbm_kernels.ops.gru_cell import precision
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -27,7 +27,8 @@ def fwd(
 ) -> tuple[Tensor, Tensor | None]:
     batch, features = x.shape
     hidden, dtype = h.size(1), x.dtype
-    x, h, w_ih, w_hh = packed.rows(x), native.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    x, h = precision.rows(x), native.dense(h)
+    w_ih, w_hh = precision.plain(w_ih), precision.plain(w_hh)
     b_ih, b_hh = native.dense(b_ih), native.dense(b_hh)
     h_new = torch.empty_like(h, memory_format=torch.contiguous_format)
     reserve = x.new_empty((batch, 4 * hidden)) if save else None
@@ -46,7 +47,7 @@ def fwd(
         native.address(reserve),
         torch.get_num_threads(),
     )
-    return packed.rounded(h_new, dtype), packed.optional_rounded(reserve, dtype)
+    return precision.rounded(h_new, dtype), precision.optional_rounded(reserve, dtype)
 
 
 def bwd(
@@ -66,7 +67,8 @@ def bwd(
         grad_h_new = h.new_zeros(h.shape)
     given = (x, h, w_ih, w_hh, b_ih, b_hh)
     wanted = [n and t is not None for n, t in zip(needs, given, strict=True)]
-    x, h, w_ih, w_hh = packed.rows(x), native.dense(h), packed.plain(w_ih), packed.plain(w_hh)
+    x, h = precision.rows(x), native.dense(h)
+    w_ih, w_hh = precision.plain(w_ih), precision.plain(w_hh)
     reserve, grad_h_new = native.dense(reserve), native.dense(grad_h_new)
     gates = 3 * hidden
     shapes = (x.shape, h.shape, (gates, features), (gates, hidden), (gates,), (gates,))
@@ -85,4 +87,4 @@ def bwd(
         *map(native.address, grads),
         torch.get_num_threads(),
     )
-    return tuple(None if g is None else packed.rounded(g, dtype) for g in grads)
+    return tuple(None if g is None else precision.rounded(g, dtype) for g in grads)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native, targets
+from mbm_kernels._core import native
+from mbm_kernels.ops.linear_head import targets
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import targets
+from mbm_kernels.ops.linear_head import targets
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import linear_head, matmul, targets, triton_launch
-from mbm_kernels._core.linear_head import HeadGradients
+from mbm_kernels._core import triton_launch
+from mbm_kernels.ops.linear_head import linear_head, matmul, targets
+from mbm_kernels.ops.linear_head.linear_head import HeadGradients
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:

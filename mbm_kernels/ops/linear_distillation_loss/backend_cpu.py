@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native, targets
+from mbm_kernels._core import native
+from mbm_kernels.ops.linear_head import targets
 
 _DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # in the order of the kernel's enum
 _LOWEST = -1e30  # minus infinity in a bias: 0 * 1e30 is 0, where 0 * inf is NaN

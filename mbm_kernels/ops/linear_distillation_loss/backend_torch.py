@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import targets
+from mbm_kernels.ops.linear_head import targets
 
 # A logit or log-probability below this counts as this: 0 * 1e30 is 0, where 0 * inf is NaN.
 LOWEST = -1e30

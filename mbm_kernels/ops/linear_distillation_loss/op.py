@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, targets
+from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels.ops.linear_distillation_loss import backend_torch, reference
+from mbm_kernels.ops.linear_head import targets
 
 NAME = "linear_distillation_loss"
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")

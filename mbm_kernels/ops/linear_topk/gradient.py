@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import matmul
+from mbm_kernels.ops.linear_head import matmul
 
 
 def bwd(

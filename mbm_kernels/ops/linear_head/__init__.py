@@ -1,0 +1,1 @@
+"""What the operations over a linear head share; not an operation itself."""

@@ -1,0 +1,47 @@
+"""`mbm-kernels info` and how the command line ends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mbm_kernels
+
+
+def run(*args, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "mbm_kernels", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_info_json():
+    done = run("info", "--json", MBM_ISA="baseline", MBM_TYPO="1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report["ops"]) == set(mbm_kernels.ops.PUBLIC)
+    assert report["ops"]["additive_attention"]["cpu"] is None
+    assert report["cpu"]["isa"] == "baseline"
+    assert len(report["cpu"]["openmp_runtimes"]) == 1
+    assert report["environment"]["MBM_ISA"] == "baseline"
+    assert report["unknown_environment"] == ["MBM_TYPO"]
+    assert report["gpu"]["name"] or report["gpu"]["why_not"]
+
+
+def test_info_table():
+    done = run("info", COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    for word in ("OpenMP runtimes", "CPU kernels", "GPU", "additive_attention", "MBM_* in force"):
+        assert word in done.stdout
+
+
+def test_bad_input_ends_without_a_traceback():
+    done = run("info", MBM_ISA="sse9")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: MBM_ISA: got 'sse9'; expected one of baseline")
+    assert "Traceback" not in done.stderr
+    done = run("no-such-command")
+    assert done.returncode == 2
+    assert "No such command" in done.stderr

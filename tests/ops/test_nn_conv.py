@@ -1,0 +1,191 @@
+"""nn.Conv2d and nn.ConvBiasAct against torch.nn.Conv2d."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mbm_kernels import conv_bias_act, nn
+from mbm_kernels._core import dispatch
+from mbm_kernels.ops.conv_bias_act import module as conv_module
+from tests.conftest import raises
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+CONFIGURATIONS = {
+    "plain": ((3, 4, 3), {}),
+    "positional": ((3, 4, 3, 2, 1, 1, 1, False), {}),
+    "oblong": ((3, 4, (3, 2)), {"stride": (1, 2), "padding": (2, 0), "dilation": (2, 1)}),
+    "grouped": ((4, 6, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((4, 4, 3), {"groups": 4, "padding": "same"}),
+    "same, even kernel": ((3, 4, 4), {"padding": "same"}),
+    "valid": ((3, 4, 3), {"padding": "valid", "bias": False}),
+    "double": ((3, 4, 3), {"dtype": torch.float64}),
+    "reflect": ((3, 4, 3), {"padding": (1, 2), "padding_mode": "reflect"}),
+    "replicate": ((3, 4, 3), {"padding": 2, "stride": 2, "padding_mode": "replicate"}),
+    "circular, same": ((3, 4, 4), {"padding": "same", "padding_mode": "circular"}),
+}
+
+
+def twins(args, options, **epilogue):
+    stock = torch.nn.Conv2d(*args, **options)
+    kind = nn.ConvBiasAct if epilogue else nn.Conv2d
+    ours = kind(*args, **options, **epilogue)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def image(stock, *leading):
+    channels, dtype = stock.in_channels, stock.weight.dtype
+    return torch.randn(*leading, channels, 9, 8, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("leading", [(2,), ()], ids=["batched", "unbatched"])
+def test_conv2d_is_torchs(name, leading):
+    stock, ours = twins(*CONFIGURATIONS[name])
+    assert isinstance(ours, torch.nn.Conv2d)
+    x = image(stock, *leading)
+    expected, actual = stock(x), ours(x)
+    assert actual.stride() == expected.stride()
+    grad = torch.randn_like(expected)
+    names = [n for n, _ in stock.named_parameters()]
+    wanted = torch.autograd.grad(expected, (x, *stock.parameters()), grad)
+    found = torch.autograd.grad(actual, (x, *ours.parameters()), grad)
+    torch.testing.assert_close(actual, expected)
+    for parameter, a, e in zip(["x", *names], found, wanted, strict=True):
+        torch.testing.assert_close(a, e, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_conv_bias_act_adds_its_epilogue(name):
+    pool = (3, 2, 1)
+    stock, ours = twins(*CONFIGURATIONS[name], activation="silu", max_pool=pool)
+    x = image(stock, 2).detach()
+    z = stock(x)
+    residual = torch.randn_like(z)
+    torch.testing.assert_close(ours(x, residual), F.max_pool2d(F.silu(z + residual), *pool))
+    torch.testing.assert_close(ours(x), F.max_pool2d(F.silu(z), *pool))
+    stock.load_state_dict(ours.state_dict())
+
+
+def test_same_seed_same_parameters():
+    torch.manual_seed(3)
+    stock = torch.nn.Conv2d(3, 4, 3)
+    for kind in (nn.Conv2d, nn.ConvBiasAct):
+        torch.manual_seed(3)
+        ours = kind(3, 4, 3)
+        assert ours.state_dict().keys() == stock.state_dict().keys()
+        assert all(torch.equal(v, stock.state_dict()[n]) for n, v in ours.state_dict().items())
+
+
+def test_channels_last_module():
+    stock, ours = twins((3, 4, 3), {"padding": 1})
+    x = torch.randn(2, 3, 6, 6)
+    for module in (stock, ours):
+        module.to(memory_format=torch.channels_last)
+    assert ours(x).stride() == stock(x).stride()
+    assert ours(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_copies_keep_everything():
+    module = nn.ConvBiasAct(3, 4, 3, activation="relu", max_pool=2, backend="torch")
+    x = torch.randn(1, 3, 8, 8)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+        assert twin.backend == "torch"
+    text = repr(module)
+    for part in ("3, 4, kernel_size=(3, 3)", "activation='relu'", "max_pool=2", "backend='torch'"):
+        assert part in text
+
+
+def test_autocast_and_compile():
+    module = nn.ConvBiasAct(3, 4, 3, padding_mode="reflect", padding=1, activation="gelu")
+    x = torch.randn(2, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+    torch.testing.assert_close(compiled(x[:, :, :5]), module(x[:, :, :5]))
+
+
+def test_bad_input():
+    with raises(ValueError, "activation", "'swish'", "one of None, 'relu'"):
+        nn.ConvBiasAct(3, 4, 3, activation="swish")
+    with raises(TypeError, "max_pool", r"\(kernel, stride, padding\)"):
+        nn.ConvBiasAct(3, 4, 3, max_pool="2")
+    with raises(ValueError, "padding='same' is not supported for strided"):
+        nn.Conv2d(3, 4, 3, padding="same", stride=2)
+    with raises(ValueError, "x", "got 5 channels", "3 channels, as weight has"):
+        nn.Conv2d(3, 4, 3)(torch.randn(1, 5, 8, 8))
+    with raises(ValueError, "backend: got 'fast'"):
+        nn.Conv2d(3, 4, 3, backend="fast")(torch.randn(1, 3, 8, 8))
+
+
+class TestStockCalls:
+    """A kind of call that runs the torch backend is torch.nn.Conv2d's own from its second on."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch):
+        monkeypatch.setattr(conv_module, "_stock", set())
+
+    def calls(self, conv, x, monkeypatch) -> int:
+        """How often `conv_bias_act` runs in two calls."""
+        seen = []
+
+        def counted(*args, **kwargs):
+            seen.append(args)
+            return conv_bias_act(*args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(conv_module, "conv_bias_act", counted)
+            first, second = conv(x), conv(x)
+        assert torch.equal(first, second)
+        return len(seen)
+
+    @pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+    @pytest.mark.parametrize("mode", ["zeros", "reflect"])
+    def test_the_second_call_is_stock(self, backend, mode, monkeypatch):
+        options = {"padding": 1, "padding_mode": mode}
+        conv = nn.Conv2d(3, 4, 3, backend=backend, **options)
+        stock = torch.nn.Conv2d(3, 4, 3, **options)
+        stock.load_state_dict(conv.state_dict())
+        x = torch.randn(2, 3, 5, 5)
+        assert self.calls(conv, x, monkeypatch) == (2 if backend == "cpu" else 1)
+        torch.testing.assert_close(conv(x), stock(x))
+
+    def test_what_changes_the_choice_is_seen(self, monkeypatch):
+        conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+        assert self.calls(conv, x, monkeypatch) == 1
+        assert self.calls(conv, x.to(memory_format=torch.channels_last), monkeypatch) == 1
+        with torch.no_grad():
+            assert self.calls(conv, x, monkeypatch) == 1
+        with dispatch.preferring("cpu"):
+            assert self.calls(conv, x, monkeypatch) == 2
+        assert self.calls(conv, x, monkeypatch) == 0
+
+    def test_forward_mode_leaves_no_trace(self):
+        conv, x = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 5, 5)
+        with torch.autograd.forward_ad.dual_level():
+            conv(torch.autograd.forward_ad.make_dual(x, x))
+        assert not conv_module._stock
+
+    def test_errors_stay_ours(self):
+        conv = nn.Conv2d(3, 4, 3)
+        conv(torch.randn(2, 3, 5, 5))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="conv_bias_act: x: got 2 channels"):
+                conv(torch.randn(2, 2, 5, 5))
+
+    @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "hardswish", "relu"])
+    def test_activations_in_place_where_none_is_recorded(self, activation):
+        conv = nn.ConvBiasAct(3, 4, 3, activation=activation, backend="torch")
+        x = torch.randn(2, 3, 5, 5)
+        recorded = conv(x)
+        with torch.no_grad():
+            assert torch.equal(conv(x), recorded)
+        recorded.sum().backward()
+        assert conv.weight.grad is not None
