@@ -269,13 +269,17 @@ def disabled() -> Iterator[None]:
             _disabled_depth -= 1
 
 
-_watchers = threading.local()
+class _Watchers(threading.local):
+    seen: list[str] | None = None  # of the class: an attribute that is missing takes 0.5 us
+
+
+_watchers = _Watchers()
 
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
     """The backends that operations take within this context, in this thread."""
-    before = getattr(_watchers, "seen", None)
+    before = _watchers.seen
     seen: list[str] = []
     _watchers.seen = seen
     try:
@@ -286,7 +290,7 @@ def watched() -> Iterator[list[str]]:
 
 def note(backend: str) -> None:
     """Tells `watched` what a call takes."""
-    seen = getattr(_watchers, "seen", None)
+    seen = _watchers.seen
     if seen is not None:
         seen.append(backend)
 

@@ -18,6 +18,27 @@ def in_functorch() -> bool:
     )
 
 
+_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_state = torch._C._get_tracing_state
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def is_eager() -> bool:
+    """Whether nothing is at work around a call that its tensors and options do not tell of.
+
+    No compiler, tracer, dispatch mode, functorch, autocast or forward-mode derivative.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _modes() > 0
+        or _functorch_level() is not None
+        or _jit_state() is not None
+        or _autocast()
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel may take the data pointers of these tensors.
 
@@ -54,8 +75,8 @@ def leaf(forward: F) -> F:
 
     @functools.wraps(forward)
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, torch.fx.Proxy):
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            if type(arg) is not Tensor and isinstance(arg, torch.fx.Proxy):
                 tracer: Any = arg.tracer
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)
@@ -64,7 +85,7 @@ def leaf(forward: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def may_need_grad(tensors: Sequence[Tensor]) -> bool:
+def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a backward may come.
 
     What torch.jit.trace records is constant: the graph trains and infers alike, and torch compares
@@ -74,7 +95,7 @@ def may_need_grad(tensors: Sequence[Tensor]) -> bool:
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor.requires_grad:
+            if tensor is not None and tensor.requires_grad:
                 return True
     return False
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, dispatch
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import is_plain, wants_gradient
 from mbm_kernels.ops.additive_attention import backend_torch, reference
 from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys
@@ -40,12 +41,14 @@ def _products(query: Tensor, value: Tensor, **_: Any) -> list[Product]:
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor query, Tensor key, Tensor value, Tensor v, Tensor? key_lengths, Tensor? mask)"
-    " -> (Tensor context, Tensor weights)",
-    bwd="(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value,"
-    " Tensor v, Tensor? key_lengths, Tensor? mask, Tensor weights, bool[] needs)",
-    diff=("query", "key", "value", "v"),
+    Spec(
+        NAME,
+        inputs="Tensor query, Tensor key, Tensor value, Tensor v, Tensor?"
+        " key_lengths, Tensor? mask",
+        outputs=("context", "weights"),
+        saved=("weights",),
+        differentiable=("query", "key", "value", "v"),
+    ),
     fake=_fake,
     reference=reference.additive_attention,
     torch_fwd=backend_torch.fwd,

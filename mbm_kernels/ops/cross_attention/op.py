@@ -7,6 +7,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.cross_attention import backend_torch, reference
 from mbm_kernels.ops.cross_attention.saved import empty_saved
 
@@ -53,13 +54,16 @@ def _products(
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? mask, float scale,"
-    " str? need_weights, bool save) -> (Tensor context, Tensor weights, Tensor saved)",
-    bwd="(Tensor? grad_context, Tensor? grad_weights, Tensor query, Tensor key, Tensor value,"
-    " Tensor? key_lengths, Tensor? mask, float scale, str? need_weights, Tensor weights,"
-    " Tensor saved, bool[] needs)",
-    diff=("query", "key", "value", "mask"),
+    Spec(
+        NAME,
+        inputs="Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? mask",
+        options="float scale, str? need_weights",
+        outputs=("context", "weights"),
+        state=("saved",),
+        saved=("weights", "saved"),
+        differentiable=("query", "key", "value", "mask"),
+        save="any",
+    ),
     fake=_fake,
     reference=reference.cross_attention,
     torch_fwd=backend_torch.fwd,

@@ -7,6 +7,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru import backend_torch, reference
 from mbm_kernels.ops.gru_cell.op import check_weights
 
@@ -45,13 +46,17 @@ def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
-    " Tensor? lengths, bool reverse, bool save) -> (Tensor y, Tensor h_n, Tensor reserve)",
-    bwd="(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh,"
-    " Tensor? b_ih, Tensor? b_hh, Tensor? lengths, Tensor y, Tensor reserve, bool reverse,"
-    " bool[] needs)",
-    diff=("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
+    Spec(
+        NAME,
+        inputs="Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih,"
+        " Tensor? b_hh, Tensor? lengths",
+        options="bool reverse",
+        outputs=("y", "h_n"),
+        state=("reserve",),
+        saved=("y", "reserve"),
+        differentiable=("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
+        save="any",
+    ),
     fake=_fake,
     reference=reference.gru,
     torch_fwd=backend_torch.fwd,

@@ -7,6 +7,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru_cell import backend_torch, reference
 
 NAME = "gru_cell"
@@ -33,12 +34,15 @@ def _products(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> lis
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save)"
-    " -> (Tensor h_new, Tensor reserve)",
-    bwd="(Tensor? grad_h_new, Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih,"
-    " Tensor? b_hh, Tensor reserve, bool[] needs)",
-    diff=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
+    Spec(
+        NAME,
+        inputs="Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh",
+        outputs=("h_new",),
+        state=("reserve",),
+        saved=("reserve",),
+        differentiable=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
+        save="any",
+    ),
     fake=_fake,
     reference=reference.gru_cell,
     torch_fwd=backend_torch.fwd,
