@@ -37,17 +37,17 @@ class Case:
     leaves: tuple[Tensor, ...]
 
     def trained(self, form: Form) -> Form:
-        """`form` and the gradients of the sum of its first result."""
+        """`form` and the gradients by its leaves, from a dense gradient of its first result."""
+        grad = torch.ones_like(self._first(form()))
 
         def run() -> None:
-            found = form()
-            first = found[0] if isinstance(found, tuple) else found
-            torch.autograd.grad(first, self.leaves, self._ones(first), allow_unused=True)
+            torch.autograd.grad(self._first(form()), self.leaves, grad, allow_unused=True)
 
         return run
 
-    def _ones(self, like: Tensor) -> Tensor:
-        return torch.ones((), dtype=like.dtype).expand(like.shape)
+    @staticmethod
+    def _first(found: Any) -> Any:
+        return found[0] if isinstance(found, tuple) else found
 
 
 def leaf(*shape: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def in_functorch() -> bool:
@@ -48,17 +49,14 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or _modes() > 0
+        or _functorch_level() is not None
+        or _jit_state() is not None
     ):
         return False
     for tensor in tensors:
-        if (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or tensor.is_meta
-            or tensor.is_neg()
-        ):
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not Parameter) or tensor.is_meta or tensor.is_neg():
             return False
     return True
 

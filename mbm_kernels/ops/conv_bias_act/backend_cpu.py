@@ -57,7 +57,10 @@ def _taps(weight: Tensor) -> tuple[int, int, int, int]:
 
 def _strided(grad: Tensor) -> Tensor:
     """float32 [B, C, Y, X] with contiguous channels or contiguous rows."""
-    grad = (grad[None] if grad.dim() == 3 else grad).float()
+    if grad.dim() == 3:
+        grad = grad[None]
+    if grad.dtype is not torch.float32:
+        grad = grad.float()
     if grad.stride(1) == 1 or grad.stride(3) == 1:
         return grad
     return grad.contiguous(memory_format=torch.channels_last)
@@ -136,6 +139,7 @@ class _Native:
         if p.residual_strides is not None:
             self.residual = _Map.of(self.conv_shape, p.residual_strides, p.dtype)
         self.grad_residual = _Map(self.conv_shape, p.residual_channels_last)
+        self.grad_weight = _Map(p.weight_shape, False)
         self.bias_as_is = p.dtype is torch.float32 and p.bias_strides in (None, (1,))
         self.plain = p.dtype is torch.float32 and not p.unbatched  # results are as written
         self.winograd_backward = (
@@ -256,32 +260,33 @@ def bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     plan = _native(p)
-    x, weight = tensors[0], tensors[1]
+    x, weight, bias, residual = tensors
+    places, z = saved
     assert grads[0] is not None
     assert x is not None
     assert weight is not None
     grad_y = _strided(grads[0])
-    need_x, need_weight, need_bias, need_residual = (
-        n and t is not None for n, t in zip(needs, tensors, strict=True)
-    )
-    x = plan.x(x)
-    grad_x = _empty(p.x_shape, plan.grad_x) if need_x else None
-    grad_weight = native.empty(p.weight_shape) if need_weight else None
-    grad_bias = native.empty((p.weight_shape[0],)) if need_bias else None
-    grad_residual = None
-    if need_residual:
+    if not plan.x.as_is:
+        x = plan.x(x)
+    grad_x = grad_weight = grad_bias = grad_residual = packed = fresh = None
+    if needs[0]:
+        grad_x = _empty(p.x_shape, plan.grad_x)
+        if plan.fresh_backward:
+            fresh = _dense_weight(weight)
+        else:
+            packed = packing.packed(*plan.packer_backward, weight)
+    if needs[1]:
+        grad_weight = _empty(p.weight_shape, plan.grad_weight)
+    if needs[2] and bias is not None:
+        grad_bias = native.empty(p.weight_shape[:1])
+    if needs[3] and residual is not None:
         grad_residual = _empty(plan.conv_shape, plan.grad_residual)
-    packed = fresh = None
-    if need_x and plan.fresh_backward:
-        fresh = _dense_weight(weight)
-    elif need_x:
-        packed = packing.packed(*plan.packer_backward, weight)
     address = native.address
     found = (grad_x, grad_weight, grad_bias, grad_residual)
     native.cpu().conv_backward(
         plan.block,
         (grad_y.data_ptr(), *grad_y.stride()),
-        (x.data_ptr(), address(packed), address(fresh), *map(address, saved)),
+        (x.data_ptr(), address(packed), address(fresh), address(places), address(z)),
         tuple(map(address, found)),
         torch.get_num_threads(),
     )
