@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
 from mbm_kernels._core import dispatch, native, problem
@@ -263,3 +265,38 @@ class TestCache:
         seen = []
         torch.func.vmap(lambda x: seen.append(key_of((x,), (1,))) or x)(image)
         assert seen == [None]
+
+
+class TestBackward:
+    """What is at work around a backward need not have been around its forward."""
+
+    @pytest.fixture(params=[None, "relu", "silu"])
+    def graph(self, image, weight, request):
+        leaves = (image.requires_grad_(), weight.requires_grad_(), torch.randn(4).requires_grad_())
+        y = conv(*leaves, activation=request.param, backend="cpu")
+        expected = conv(*leaves, activation=request.param, backend="torch")
+        grad = torch.randn_like(y)
+        return leaves, y, grad, torch.autograd.grad(expected, leaves, grad, retain_graph=True)
+
+    def assert_close(self, actual, expected) -> None:
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+    def test_twice_and_within_a_mode(self, graph):
+        leaves, y, grad, expected = graph
+        self.assert_close(torch.autograd.grad(y, leaves, grad, retain_graph=True), expected)
+        with FlopCounterMode(display=False) as counter:
+            self.assert_close(torch.autograd.grad(y, leaves, grad), expected)
+        assert counter.get_total_flops() == 2 * 2 * 4 * 4 * leaves[1].numel()
+
+    def test_saved_tensors_that_return_as_others(self, image, weight):
+        weight.requires_grad_()
+
+        def unpack(tensor):
+            return TwoTensor(tensor, tensor) if tensor.dim() == 4 else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = conv(image, weight, backend="cpu")
+        (found,) = torch.autograd.grad(y.sum(), weight)
+        (expected,) = torch.autograd.grad(conv(image, weight).sum(), weight)
+        torch.testing.assert_close(getattr(found, "a", found), expected, rtol=1e-4, atol=1e-4)

@@ -111,12 +111,11 @@ class Op:
             return autograd.apply(function, (call.problem, chosen, *tensors))
         if profiling.active():
             with profiling.event(self.label, tensors):
-                outputs = self.problem_fwd(chosen, call.problem, tensors, False)
+                outputs = self.problem_fwd(chosen, call.problem, tensors, training)
         elif chosen == "torch":
-            outputs = self.torch_fwd(call.problem, *tensors, False)
+            outputs = self.torch_fwd(call.problem, *tensors, training)
         else:
-            fwd = dispatch.load_backend(self.name, chosen).fwd
-            outputs = fwd(call.problem, *tensors, False)
+            outputs = dispatch.load_backend(self.name, chosen).fwd(call.problem, *tensors, False)
         return outputs[0] if self.returns_one else outputs[: len(self.public)]
 
     def problem_fwd(
