@@ -106,6 +106,9 @@ class Op:
         training = call.differentiable and torch.is_grad_enabled()
         chosen = call.choose(self.name, training)
         dispatch.note(chosen)
+        if self.problem is None:
+            outputs = self._run_explicit(chosen, (*tensors, *call.problem.options), training)
+            return outputs[0] if self.returns_one else outputs[: len(self.public)]
         if training and chosen != "torch":
             function = self.autograd.problem_function
             return autograd.apply(function, (call.problem, chosen, *tensors))
@@ -117,6 +120,20 @@ class Op:
         else:
             outputs = dispatch.load_backend(self.name, chosen).fwd(call.problem, *tensors, False)
         return outputs[0] if self.returns_one else outputs[: len(self.public)]
+
+    def _run_explicit(self, backend: str, args: Sequence[Any], training: bool) -> tuple[Any, ...]:
+        """As `_call`, for plain tensors."""
+        if self.saves_each:
+            wanted = (args[i] for i in self.autograd.diff_positions)
+            args = (*args, [training and w is not None and w.requires_grad for w in wanted])
+        elif self.spec.save is not None:
+            args = (*args, training)
+        if not training or backend == "torch":
+            return self._alone(backend, args)
+        function = self.autograd.function
+        if self.spec.has_lists:
+            function, args = self.autograd.for_lists(args), arguments.flat(args)
+        return as_tuple(autograd.apply(function, (*args, backend)))
 
     def problem_fwd(
         self, backend: str, problem: Problem, tensors: Sequence[Any], save: bool

@@ -14,6 +14,7 @@ What is not plain eager code neither looks a problem up nor keeps one.
 import functools
 import marshal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -48,6 +49,16 @@ class Problem(Protocol):
 
 
 P = TypeVar("P", bound=Problem)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """What an operation without a descriptor of its own keeps of a call that passed its checks."""
+
+    options: tuple[Any, ...]
+    device: torch.device
+    dtype: torch.dtype
+    sizes: dict[str, int]
 
 
 class Problems(Generic[P]):
@@ -152,9 +163,19 @@ class Calls(Generic[P]):
             return
         if len(self._found) >= self.MOST:
             self._found.clear()
-        key = (marshal.dumps(options, 2), tensors[0].shape)
+        try:
+            key = (marshal.dumps(options, 2), tensors[0].shape)
+        except ValueError:  # a subclass of a number, say
+            return
         alike = self._found.get(key, ())
         self._found[key] = (call, *alike[: self.MOST_ALIKE - 1])
+
+    def remember(
+        self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
+    ) -> None:
+        """Keeps a call whose arguments were checked, if nothing but plain eager code made it."""
+        if tracing.is_eager() and tracing.is_plain(tensors):
+            self.put(Call(problem, backend, tensors), tensors, options)
 
     def clear(self) -> None:
         self._found.clear()
