@@ -182,6 +182,93 @@ class TestNothingSlipsBy:
             torch.testing.assert_close(y, stock)
 
 
+def gru_inputs(cell: bool = False):
+    x = torch.randn(2, 8) if cell else torch.randn(3, 2, 8)
+    weights = [torch.randn(s) for s in ((12, 8), (12, 4), (12,), (12,))]
+    return dict(
+        zip(
+            ("x", "h" if cell else "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
+            (x, torch.randn(2, 4), *weights),
+            strict=True,
+        )
+    )
+
+
+def attention_inputs(heads: tuple[int, ...] = ()):
+    query, key, value = (torch.randn(2, *heads, n, 8) for n in (3, 5, 5))
+    return {"query": query, "key": key, "value": value}
+
+
+LEGAL = {
+    "gru": gru_inputs,
+    "gru_cell": lambda: gru_inputs(cell=True),
+    "additive_attention": lambda: attention_inputs() | {"v": torch.randn(8)},
+    "cross_attention": lambda: attention_inputs((2,)),
+}
+WRONG = [
+    ("gru", {"reverse": 0}, TypeError, "reverse"),
+    ("gru", {"reverse": None}, TypeError, "reverse"),
+    ("gru", {"lengths": torch.tensor([1, 4])}, ValueError, "lengths"),
+    ("gru", {"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths"),
+    ("gru", {"b_ih": None}, ValueError, "b_"),
+    ("gru", {"b_hh": None}, ValueError, "b_"),
+    ("gru", {"h0": torch.randn(4)}, ValueError, "h0"),
+    ("gru", {"x": torch.randn(3, 2, 7)}, ValueError, "w_ih"),
+    ("gru", {"x": torch.randn(3, 2, 8).double()}, TypeError, "h0"),
+    ("gru", {"w_ih": torch.randn(12, 8).half()}, TypeError, "w_ih"),
+    ("gru_cell", {"h": torch.randn(1, 4)}, ValueError, "h"),
+    ("gru_cell", {"b_ih": None}, ValueError, "b_"),
+    ("gru_cell", {"x": torch.randn(2, 8).double()}, TypeError, "h"),
+    ("gru_cell", {"w_hh": [0.0]}, TypeError, "w_hh"),
+    ("additive_attention", {"v": torch.randn(7)}, ValueError, "v"),
+    ("additive_attention", {"mask": torch.ones(2, 3, 5)}, TypeError, "mask"),
+    ("additive_attention", {"mask": torch.ones(2, 4, 5).bool()}, ValueError, "mask"),
+    ("additive_attention", {"key_lengths": torch.tensor([1, 6])}, ValueError, "key_lengths"),
+    ("additive_attention", {"key": torch.randn(2, 5, 8).half()}, TypeError, "key"),
+    ("cross_attention", {"scale": True}, TypeError, "scale"),
+    ("cross_attention", {"scale": "1"}, TypeError, "scale"),
+    ("cross_attention", {"need_weights": "all"}, ValueError, "need_weights"),
+    ("cross_attention", {"mask": torch.ones(2, 2, 3, 5).int()}, TypeError, "mask"),
+    ("cross_attention", {"mask": torch.ones(2, 2, 3, 4).bool()}, ValueError, "mask"),
+    ("cross_attention", {"key_lengths": torch.tensor([1, 6])}, ValueError, "key_lengths"),
+    ("cross_attention", {"value": torch.randn(2, 2, 4, 8)}, ValueError, "value"),
+]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
+@pytest.mark.parametrize(("op", "wrong", "error", "name"), WRONG)
+def test_nothing_slips_by_a_call_that_is_remembered(op, wrong, error, name, backend):
+    function, legal = getattr(mbm_kernels, op), LEGAL[op]()
+    for _ in range(2):
+        function(**legal, backend=backend)
+        if op == "cross_attention":
+            function(**legal, scale=1, backend=backend)
+        with pytest.raises(error, match=f"{op}: {name}"):
+            function(**{**legal, **wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("op", LEGAL)
+def test_a_call_that_is_remembered_has_the_same_result(op):
+    function = getattr(mbm_kernels, op)
+    for backend in ("torch", "cpu"):
+        for training in (False, True):
+            legal = {n: t.clone().requires_grad_(training) for n, t in LEGAL[op]().items()}
+            outputs = []
+            for _ in range(3):
+                found = function(**legal, backend=backend)
+                first = found[0] if isinstance(found, tuple) else found
+                grads = torch.autograd.grad(first.sum(), list(legal.values())) if training else ()
+                outputs.append((first, *grads))
+            for again in outputs[1:]:
+                for a, e in zip(again, outputs[0], strict=True):
+                    assert torch.equal(a, e)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = function(**LEGAL[op](), backend=backend)
+        assert (found[0] if isinstance(found, tuple) else found).dtype == torch.bfloat16
+        found = function(**LEGAL[op](), backend=backend)
+        assert (found[0] if isinstance(found, tuple) else found).dtype == torch.float32
+
+
 class TestChoice:
     """A cached choice ends with what it was made of."""
 

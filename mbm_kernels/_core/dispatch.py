@@ -274,30 +274,35 @@ class _Watchers(threading.local):
 
 
 _watchers = _Watchers()
+_watching = 0  # in all threads, so that `note` need not ask for this thread's
 
 
 @contextmanager
 def watched() -> Iterator[list[str]]:
     """The backends that operations take within this context, in this thread."""
+    global _watching
     before = _watchers.seen
     seen: list[str] = []
+    with _disabled_lock:
+        _watching += 1
     _watchers.seen = seen
     try:
         yield seen
     finally:
         _watchers.seen = before
+        with _disabled_lock:
+            _watching -= 1
 
 
 def note(backend: str) -> None:
     """Tells `watched` what a call takes."""
-    seen = _watchers.seen
-    if seen is not None:
-        seen.append(backend)
+    if _watching > 0 and _watchers.seen is not None:
+        _watchers.seen.append(backend)
 
 
 def state(op: str | None = None) -> tuple[Any, ...]:
     """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
-    with `op`, its table too."""
+    with `op`, its table too. What is chosen is kept while it is the same."""
     return (_disabled_depth > 0, *_defaults.items(), env.backend(), _tables.get(op or ""))
 
 

@@ -95,7 +95,7 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
     if not tracing.is_eager():
         return None
     try:
-        key: list[Any] = [marshal.dumps(options, 2)]  # version 2: equal values have equal bytes
+        key: list[Any] = [_written(options)]
     except ValueError:
         return None
     for tensor in tensors:
@@ -116,25 +116,28 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
 class Call(Generic[P]):
     """A problem as one kind of call has it, which names a backend and has gradients or none."""
 
-    __slots__ = ("_chosen", "backend", "check", "differentiable", "problem")
+    __slots__ = ("_chosen", "_state", "backend", "check", "differentiable", "options", "problem")
 
-    def __init__(self, problem: P, backend: str, tensors: Sequence[Tensor]):
-        self.problem, self.backend = problem, backend
+    def __init__(
+        self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
+    ):
+        self.problem, self.backend, self.options = problem, backend, options
         self.differentiable = any(t.requires_grad for t in tensors)
         self.check = guard(tensors)
-        self._chosen: tuple[Any, ...] | None = None
+        self._state: tuple[Any, ...] | None = None
+        self._chosen = ""
 
     def choose(self, op: str, training: bool) -> str:
         """As `dispatch.select`, whose last answer holds while its state is the same."""
-        state = (training, torch.get_num_threads(), dispatch.state(op))
-        chosen = self._chosen
-        if chosen is not None and chosen[0] == state:
-            return chosen[1]  # type: ignore[no-any-return]
+        state = (training, dispatch.state(op))
+        if state == self._state:
+            return self._chosen
         p = self.problem
         sizes = {**p.sizes, "training": int(training)}
-        name = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
-        self._chosen = (state, name)
-        return name
+        self._state = None  # another thread may choose at the same time
+        self._chosen = chosen = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
+        self._state = state
+        return chosen
 
 
 class Calls(Generic[P]):
@@ -151,34 +154,50 @@ class Calls(Generic[P]):
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return None
         try:
-            for call in self._found[marshal.dumps(options, 2), tensors[0].shape]:
-                if call.check(*tensors):
+            for call in self._found[options, tensors[0].shape]:
+                if call.check(*tensors) and _are_same(options, call.options):
                     return call
         except (AttributeError, KeyError, TypeError, ValueError):
-            return None  # no tensor, no such call, symbolic sizes, no plain option
+            return None  # no tensor, no such call, no plain options or sizes
         return None
 
-    def put(self, call: Call[P], tensors: Sequence[Tensor], options: tuple[Any, ...]) -> None:
+    def put(self, call: Call[P], tensors: Sequence[Tensor]) -> None:
         if call.check is None:
             return
         if len(self._found) >= self.MOST:
             self._found.clear()
         try:
-            key = (marshal.dumps(options, 2), tensors[0].shape)
-        except ValueError:  # a subclass of a number, say
+            key = (call.options, tensors[0].shape)
+            self._found[key] = (call, *self._found.get(key, ())[: self.MOST_ALIKE - 1])
+        except TypeError:  # a list among the options has no hash
             return
-        alike = self._found.get(key, ())
-        self._found[key] = (call, *alike[: self.MOST_ALIKE - 1])
 
     def remember(
         self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
     ) -> None:
         """Keeps a call whose arguments were checked, if nothing but plain eager code made it."""
         if tracing.is_eager() and tracing.is_plain(tensors):
-            self.put(Call(problem, backend, tensors), tensors, options)
+            self.put(Call(problem, backend, tensors, options), tensors)
 
     def clear(self) -> None:
         self._found.clear()
+
+
+def _are_same(options: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    """Whether options that are equal have the same types too: True, 1 and 1.0 are equal."""
+    for option, other in zip(options, known, strict=True):
+        if option is not other and not (type(option) is int and type(other) is int):
+            return _written(options) == _written(known)
+    return True
+
+
+def _written(options: tuple[Any, ...]) -> bytes:
+    """Bytes that are equal for options of the same types and values.
+
+    Raises:
+        ValueError: one is no plain number, string, tuple or list.
+    """
+    return marshal.dumps(options, 2)  # a later version depends on who else holds a string
 
 
 def guard(tensors: Sequence[Tensor]) -> Any:

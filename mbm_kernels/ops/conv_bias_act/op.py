@@ -112,10 +112,10 @@ def conv_bias_act(
     options = (stride, padding, dilation, groups, activation, max_pool)
     if residual is None:
         given: Any = (x, weight) if bias is None else (x, weight, bias)
-        kind = (options, backend, len(given))
+        kind = (*options, backend, len(given))
     else:
         given = tuple(t for t in tensors if t is not None)
-        kind = (options, backend, -len(given))
+        kind = (*options, backend, -len(given))
     call = CALLS.get(given, kind)
     if call is not None:
         return OP.run(call, tensors)  # type: ignore[no-any-return]
@@ -126,8 +126,8 @@ def conv_bias_act(
         PROBLEMS.put(key, found)
     if key is None or any(t.is_neg() for t in given):
         return OP(backend, *tensors, *found.options, sizes=dict(found.sizes))  # type: ignore[no-any-return]
-    call = Call(found, backend, given)
-    CALLS.put(call, given, kind)
+    call = Call(found, backend, given, kind)
+    CALLS.put(call, given)
     return OP.run(call, tensors)  # type: ignore[no-any-return]
 
 
