@@ -116,7 +116,7 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
 class Call(Generic[P]):
     """A problem as one kind of call has it, which names a backend and has gradients or none."""
 
-    __slots__ = ("_chosen", "_state", "backend", "check", "differentiable", "options", "problem")
+    __slots__ = ("_last", "backend", "check", "differentiable", "options", "problem")
 
     def __init__(
         self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
@@ -124,19 +124,17 @@ class Call(Generic[P]):
         self.problem, self.backend, self.options = problem, backend, options
         self.differentiable = any(t.requires_grad for t in tensors)
         self.check = guard(tensors)
-        self._state: tuple[Any, ...] | None = None
-        self._chosen = ""
+        self._last: tuple[Any, str] = (None, "")
 
     def choose(self, op: str, training: bool) -> str:
         """As `dispatch.select`, whose last answer holds while its state is the same."""
         state = (training, dispatch.state(op))
-        if state == self._state:
-            return self._chosen
-        p = self.problem
-        sizes = {**p.sizes, "training": int(training)}
-        self._state = None  # another thread may choose at the same time
-        self._chosen = chosen = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
-        self._state = state
+        known, chosen = self._last  # in one step: threads share the call
+        if known != state:
+            p = self.problem
+            sizes = {**p.sizes, "training": int(training)}
+            chosen = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
+            self._last = (state, chosen)
         return chosen
 
 
