@@ -187,7 +187,7 @@ def select(
     """The name of the backend that runs this call; raises rather than swap a named one."""
     chosen = _choose(op, backend, device, dtype, sizes)
     if not torch.compiler.is_compiling():
-        seen = getattr(_watchers, "observed", None)
+        seen = _watchers.observed
         if seen is not None:
             seen.append(Observed(op, backend, chosen, device, dtype, dict(sizes)))
     return chosen
@@ -319,14 +319,24 @@ class Observed:
     sizes: dict[str, int]
 
 
-_watchers = threading.local()
+class _Watchers(threading.local):
+    observed: "list[Observed] | None" = None
+    seen: list[str] | None = None  # of the class: an attribute that is missing takes 0.5 us
+
+
+_watchers = _Watchers()
+_watching = 0  # in all threads, so that `note` need not ask for this thread's
+_observing = 0  # changes with each `observed`, so that what calls keep of a choice is asked anew
 
 
 @contextmanager
 def observed() -> Iterator[list[Observed]]:
     """The choices made within this context by this thread, outside compiled graphs."""
-    before = getattr(_watchers, "observed", None)
+    global _observing
+    before = _watchers.observed
     seen: list[Observed] = []
+    with _disabled_lock:
+        _observing += 1
     _watchers.observed = seen
     try:
         yield seen
@@ -337,27 +347,32 @@ def observed() -> Iterator[list[Observed]]:
 @contextmanager
 def watched() -> Iterator[list[str]]:
     """The backends that operations take within this context, in this thread."""
-    before = getattr(_watchers, "seen", None)
+    global _watching
+    before = _watchers.seen
     seen: list[str] = []
+    with _disabled_lock:
+        _watching += 1
     _watchers.seen = seen
     try:
         yield seen
     finally:
         _watchers.seen = before
+        with _disabled_lock:
+            _watching -= 1
 
 
 def note(backend: str) -> None:
     """Tells `watched` what a call takes."""
-    seen = getattr(_watchers, "seen", None)
-    if seen is not None:
-        seen.append(backend)
+    if _watching > 0 and _watchers.seen is not None:
+        _watchers.seen.append(backend)
 
 
 def state(op: str | None = None) -> tuple[Any, ...]:
     """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
-    with `op`, its table and the number of threads too."""
+    with `op`, its table, the constants and the number of threads too. What is chosen is kept while
+    it is the same."""
     known = () if op is None else (_tables.get(op), cost.table(), torch.get_num_threads())
-    return (_disabled_depth > 0, *_defaults.items(), env.backend(), *known)
+    return (_disabled_depth > 0, _observing, *_defaults.items(), env.backend(), *known)
 
 
 def backends(op: str) -> dict[str, str | None]:

@@ -61,6 +61,7 @@ def _choice(name: str, default: str, choices: tuple[str, ...]) -> str:
 # Every call asks: os.environ takes 0.6 us to say that a name is not set, its own dictionary 0.05.
 _raw: Any = getattr(os.environ, "_data", os.environ)
 _BACKEND: Any = "MBM_BACKEND" if _raw is os.environ else os.environ.encodekey("MBM_BACKEND")
+_WINOGRAD: Any = "MBM_WINOGRAD" if _raw is os.environ else os.environ.encodekey("MBM_WINOGRAD")
 
 
 def backend() -> str:
@@ -75,7 +76,7 @@ def isa() -> str | None:
 
 
 def winograd() -> bool:
-    return os.environ.get("MBM_WINOGRAD") != "0"
+    return _WINOGRAD not in _raw or os.environ.get("MBM_WINOGRAD") != "0"
 
 
 def autotune() -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def in_functorch() -> bool:
@@ -15,6 +16,27 @@ def in_functorch() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_jit_state = torch._C._get_tracing_state
+_autocast = torch._C._is_any_autocast_enabled
+
+
+def is_eager() -> bool:
+    """Whether nothing is at work around a call that its tensors and options do not tell of.
+
+    No compiler, tracer, dispatch mode, functorch, autocast or forward-mode derivative.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _modes() > 0
+        or _functorch_level() is not None
+        or _jit_state() is not None
+        or _autocast()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -27,17 +49,14 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        or _modes() > 0
+        or _functorch_level() is not None
+        or _jit_state() is not None
     ):
         return False
     for tensor in tensors:
-        if (
-            (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter)
-            or tensor.is_meta
-            or tensor.is_neg()
-        ):
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not Parameter) or tensor.is_meta or tensor.is_neg():
             return False
     return True
 
@@ -54,8 +73,8 @@ def leaf(forward: F) -> F:
 
     @functools.wraps(forward)
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, torch.fx.Proxy):
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            if type(arg) is not Tensor and isinstance(arg, torch.fx.Proxy):
                 tracer: Any = arg.tracer
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)
@@ -64,7 +83,7 @@ def leaf(forward: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def may_need_grad(tensors: Sequence[Tensor]) -> bool:
+def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a backward may come.
 
     What torch.jit.trace records is constant: the graph trains and infers alike, and torch compares
@@ -74,7 +93,7 @@ def may_need_grad(tensors: Sequence[Tensor]) -> bool:
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor.requires_grad:
+            if tensor is not None and tensor.requires_grad:
                 return True
     return False
 

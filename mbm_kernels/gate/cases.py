@@ -29,12 +29,13 @@ class StaticCase:
             if self.function != "fwd":
                 getattr(backend, self.function)(**inputs)
                 return launches
-            outputs = as_tuple(backend.fwd(*(inputs[name] for name in op.inputs)))
+            args = [inputs[name] for name in op.inputs]
+            outputs = as_tuple(op.backend_fwd("triton", args))
             if self.backward:
                 named = {**inputs, **dict(zip(op.outputs, outputs, strict=True))}
                 named |= {f"grad_{n}": torch.empty_like(named[n]) for n in op.public}
                 named["needs"] = [inputs[name] is not None for name in op.diff]
-                backend.bwd(*(named[name] for name in op.bwd_names))
+                op.backend_bwd("triton", [named[name] for name in op.bwd_names])
         return launches
 
 

@@ -1,5 +1,8 @@
 """conv_bias_act's CPU kernels past every block, in each ISA, for any threads and drawn shapes."""
 
+import re
+import struct
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 
 import mbm_kernels
 from mbm_kernels._core import native
-from mbm_kernels.ops.conv_bias_act import backend_cpu
+from mbm_kernels.ops.conv_bias_act import backend_cpu, problem
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 CHANNELS_LAST = torch.channels_last
@@ -133,8 +136,12 @@ def test_kernels_transformed_as_they_are_used_give_the_same_bits(isa, layout, mo
     assert backend_cpu._fresh(3, (7, 7), 80)
     fresh = run((x, weight, bias), options)
     monkeypatch.setattr(backend_cpu, "_fresh", lambda *sizes: False)
+    problem.CALLS.clear()
+    problem.PROBLEMS.clear()
     for expected, actual in zip(run((x, weight, bias), options), fresh, strict=True):
         assert torch.equal(expected, actual)
+    problem.CALLS.clear()  # their problems have been made without kernels that are transformed
+    problem.PROBLEMS.clear()
 
 
 def test_a_changed_weight_is_packed_again():
@@ -229,3 +236,43 @@ def test_maps_past_the_cache_have_the_bits_of_small_ones(isa):
         whole = mbm_kernels.conv_bias_act(x, weight, bias, **options, backend="cpu")
         one = mbm_kernels.conv_bias_act(x[8:], weight, bias, **options, backend="cpu")
     assert torch.equal(whole[8:], one)
+
+
+class TestProblemBlock:
+    """The native argument block is filled by name and refused where it is not one."""
+
+    def test_native_calls_take_few_arguments(self):
+        module = native.cpu()
+        names = [name for name in dir(module) if name.startswith("conv_")]
+        assert {"conv_forward", "conv_backward", "conv_pack"} <= set(names)
+        for name in names:
+            assert len(re.findall(r"arg\d+:", getattr(module, name).__doc__)) <= 8, name
+
+    @pytest.mark.parametrize("block", [b"", bytes(8), bytes(8 * 1000)])
+    def test_a_block_of_another_size_is_refused(self, block):
+        with pytest.raises(ValueError, match=f"problem: got {len(block)} bytes; expected"):
+            native.cpu().conv_forward(block, (0,) * 5, (0,) * 3, 1)
+        with pytest.raises(ValueError, match="fill it by conv_problem_fields"):
+            native.cpu().conv_backward(block, (0,) * 5, (0,) * 5, (0,) * 4, 1)
+
+    def test_null_addresses_and_absurd_steps_are_refused(self):
+        fields = native.cpu().conv_problem_fields()
+        good = dict.fromkeys(fields, 1) | {"top": 0, "left": 0, "pool_top": 0, "pool_left": 0}
+
+        def forward(**changed):
+            values = good | changed
+            block = struct.pack(f"{len(fields)}q", *(values[name] for name in fields))
+            native.cpu().conv_forward(block, (0,) * 5, (0,) * 3, 1)
+
+        for name in ("x", "y", "weight"):
+            given = {"x": (0, 0, 64, 0, 0), "y": (64, 0, 64, 0, 0), "weight": (64, 0, 0, 0, 0)}[
+                name
+            ]
+            block = struct.pack(f"{len(fields)}q", *(good[n] for n in fields))
+            with pytest.raises(ValueError, match=f"{name}: got a null address"):
+                native.cpu().conv_forward(block, given, (0 if name == "y" else 64, 0, 0), 1)
+        for changed in ({"stride_y": 0}, {"dilation_x": 2**33}, {"top": -1}, {"pool_left": -1}):
+            with pytest.raises(ValueError, match="got a stride, dilation, padding or window of"):
+                forward(**changed)
+        with pytest.raises(ValueError, match="got activation 10"):
+            forward(activation=10)

@@ -277,7 +277,7 @@ def test_saved_indices_are_bounded_too():
     assert all(grad.isfinite().all() for grad in found)
     hidden, weight = torch.randn(2, 3), torch.randn(5, 3)
     ids = torch.tensor([[1], [2**40]])
-    args = (torch.ones(2, 1), None, hidden, weight, None, 1, ids, [True, True, False])
+    args = (torch.ones(2, 1), None, hidden, weight, None, ids, 1, [True, True, False])
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         OPS["linear_topk"].registered_backward(*args, "cpu")
 

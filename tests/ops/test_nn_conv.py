@@ -128,10 +128,6 @@ def test_bad_input():
 class TestStockCalls:
     """A kind of call that runs the torch backend is torch.nn.Conv2d's own from its second on."""
 
-    @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch):
-        monkeypatch.setattr(conv_module, "_stock", set())
-
     def calls(self, conv, x, monkeypatch) -> int:
         """How often `conv_bias_act` runs in two calls."""
         seen = []
@@ -171,7 +167,15 @@ class TestStockCalls:
         conv, x = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 5, 5)
         with torch.autograd.forward_ad.dual_level():
             conv(torch.autograd.forward_ad.make_dual(x, x))
-        assert not conv_module._stock
+        assert "_stock" not in vars(conv)
+
+    def test_many_kinds_are_remembered_and_no_copy_carries_them(self, monkeypatch):
+        conv = nn.Conv2d(3, 4, 3)
+        images = [torch.randn(2, 3, 5 + i, 5) for i in range(conv_module.MOST_STOCK + 1)]
+        assert [self.calls(conv, x, monkeypatch) for x in images] == [1] * len(images)
+        assert [self.calls(conv, x, monkeypatch) for x in images[1:]] == [0] * len(images[1:])
+        assert self.calls(conv, images[0], monkeypatch) == 1
+        assert self.calls(copy.deepcopy(conv), images[0], monkeypatch) == 1
 
     def test_errors_stay_ours(self):
         conv = nn.Conv2d(3, 4, 3)

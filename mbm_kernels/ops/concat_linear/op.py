@@ -11,6 +11,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, dispatch
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
 from mbm_kernels.ops.concat_linear import backend_torch, reference
 
@@ -28,10 +29,12 @@ def _products(inputs: Sequence[Tensor], weight: Tensor, **_: Any) -> list[Produc
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor[] inputs, Tensor weight, Tensor? bias) -> (Tensor y)",
-    bwd="(Tensor grad_y, Tensor[] inputs, Tensor weight, Tensor? bias, bool[] needs)",
-    diff=("inputs", "weight", "bias"),
+    Spec(
+        NAME,
+        inputs="Tensor[] inputs, Tensor weight, Tensor? bias",
+        outputs=("y",),
+        differentiable=("inputs", "weight", "bias"),
+    ),
     fake=_fake,
     reference=reference.concat_linear,
     torch_fwd=backend_torch.fwd,

@@ -10,6 +10,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.contrastive_loss import backend_torch, reference
 from mbm_kernels.ops.linear_head import targets
 
@@ -32,12 +33,15 @@ def _products(image: Tensor, text: Tensor, scale: Tensor, **_: Any) -> list[Prod
 
 # scale and bias: 0-dimensional, float64 with float64 embeddings, else float32.
 OP = Op(
-    NAME,
-    fwd="(Tensor image, Tensor text, Tensor scale, Tensor? bias, str kind, bool[] save) -> (Tensor"
-    " loss, Tensor made_image, Tensor made_text, Tensor made_scale, Tensor made_bias)",
-    bwd="(Tensor? grad_loss, Tensor image, Tensor text, Tensor scale, Tensor? bias, str kind,"
-    " bool[] needs)",
-    diff=("image", "text", "scale", "bias"),
+    Spec(
+        NAME,
+        inputs="Tensor image, Tensor text, Tensor scale, Tensor? bias",
+        options="str kind",
+        outputs=("loss",),
+        differentiable=("image", "text", "scale", "bias"),
+        precomputed=("image", "text", "scale", "bias"),
+        save="each",
+    ),
     fake=_fake,
     reference=reference.contrastive_loss,
     torch_fwd=backend_torch.fwd,

@@ -5,6 +5,7 @@ MBM_WINOGRAD=0; every other one is direct.
 """
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,58 +14,19 @@ from torch import Tensor
 
 from mbm_kernels._core import env, native, packing
 from mbm_kernels.ops.conv_bias_act import geometry
+from mbm_kernels.ops.conv_bias_act.problem import NO_POOL, Problem
 
 # Largest error beside the direct sum's, times max|result|; measured 4e-7 to 1.9e-6 (README).
 WINOGRAD_ERROR = 5e-6
 WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
+_CPU = torch.device("cpu")
 LARGEST_POOL = 128  # places of a window that fit into seven bits
-
-_NO_MAP = (0, 0, 0, 0, 0)
-_NO_TAPS = (0, 0, 0, 0)
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     if sizes.get("pool_area", 0) > LARGEST_POOL:
         return f"it pools windows of up to {LARGEST_POOL} pixels, not {sizes['pool_area']}"
     return native.why_not(device, dtype)
-
-
-class _Plan:
-    """The numbers of csrc's ConvSizes, and which algorithm runs."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        activation: str | None,
-        max_pool: Sequence[int] | None,
-    ):
-        batch, channels, height, width = x.shape
-        out_channels, group_channels, *kernel = weight.shape
-        self.conv = geometry.convolved((height, width), kernel, stride, padding, dilation)
-        self.out = self.conv if max_pool is None else geometry.pooled(self.conv, max_pool)
-        self.batch, self.channels, self.out_channels = batch, channels, out_channels
-        pool = (1, 1, 1, 1, 0, 0) if max_pool is None else tuple(max_pool)
-        self.sizes = (
-            *(batch, channels, out_channels, height, width, *kernel),
-            *(*stride, padding[0], padding[2], *dilation, groups),
-            *(*self.conv, *self.out, *pool, geometry.ACTIVATIONS.index(activation)),
-        )
-        self.weight_sizes = (out_channels, group_channels, *kernel, groups)
-        self.winograd_backward = (
-            tuple(kernel) == (3, 3)
-            and tuple(stride) == tuple(dilation) == (1, 1)
-            and groups == 1
-            and min(channels, out_channels) >= WINOGRAD_CHANNELS
-            and env.winograd()
-        )
-        self.winograd = self.winograd_backward and pool in ((1, 1, 1, 1, 0, 0), (2, 2, 2, 2, 0, 0))
-        self.fresh = self.winograd and _fresh(batch, self.conv, out_channels)
-        self.fresh_backward = self.winograd_backward and _fresh(batch, (height, width), channels)
 
 
 def _fresh(batch: int, size: Sequence[int], channels: int) -> bool:
@@ -85,14 +47,23 @@ def _dense_weight(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
-def _taps(weight: Tensor | None) -> tuple[int, int, int, int]:
+def _taps(weight: Tensor) -> tuple[int, int, int, int]:
     """Address, and the steps of outputs, inputs and taps, of a dense weight."""
-    if weight is None:
-        return _NO_TAPS
     _, channels, height, width = weight.shape
     taps = height * width
     steps = (taps, 1) if weight.is_contiguous() else (1, channels)
     return weight.data_ptr(), channels * taps, *steps
+
+
+def _strided(grad: Tensor) -> Tensor:
+    """float32 [B, C, Y, X] with contiguous channels or contiguous rows."""
+    if grad.dim() == 3:
+        grad = grad[None]
+    if grad.dtype is not torch.float32:
+        grad = grad.float()
+    if grad.stride(1) == 1 or grad.stride(3) == 1:
+        return grad
+    return grad.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache
@@ -117,132 +88,212 @@ def _packer(
     return size, pack
 
 
-def _packed(
-    weight: Tensor,
-    groups: int,
-    transposed: bool,
-    winograd: bool,
-    apart: tuple[int, ...] = (1, 1, 1, 1),
-) -> Tensor:
-    """apart: stride and dilation, which a transposed weight is packed for."""
-    return packing.packed(*_packer(groups, transposed, winograd, apart), weight)
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    return tuple(native.cpu().conv_problem_fields())
 
 
-def _dense(x: Tensor) -> Tensor:
-    """float32 [B, C, Y, X] with contiguous channels or contiguous rows."""
-    if x.dim() == 3:
-        x = x[None]
-    x = x.float()
-    if x.stride(1) == 1 or x.stride(3) == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+class _Map:
+    """How the kernels read or write a map [B, C, Y, X]: its strides, or those of a float32 copy."""
+
+    __slots__ = ("as_is", "layout", "strides")
+
+    def __init__(self, shape: Sequence[int], channels_last: bool):
+        self.as_is = False
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        _, channels, height, width = shape
+        if channels_last:
+            row = width * channels
+            self.strides = (height * row, 1, row, channels)
+        else:
+            self.strides = (channels * height * width, height * width, width, 1)
+
+    @classmethod
+    def of(cls, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> "_Map":
+        """Of a tensor that has these strides; one without contiguous channels or rows is copied."""
+        strides = strides if len(strides) == 4 else (strides[0] * shape[1], *strides)
+        made = cls(shape, channels_last=strides[1] == 1 or strides[3] != 1)
+        if dtype is torch.float32 and 1 in (strides[1], strides[3]):
+            made.as_is, made.strides = True, tuple(strides)
+        return made
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self.as_is:
+            return tensor
+        tensor = tensor[None] if tensor.dim() == 3 else tensor
+        return tensor.to(torch.float32).contiguous(memory_format=self.layout)
 
 
-def _map(x: Tensor | None) -> tuple[int, ...]:
-    return _NO_MAP if x is None else (x.data_ptr(), *x.stride())
+class _Native:
+    """What the kernels are told about a problem, and which algorithm runs."""
+
+    def __init__(self, p: Problem, winograd: bool):
+        out_channels, _, *kernel = p.weight_shape
+        batch, channels, height, width = p.x_shape
+        self.y_shape = (batch, out_channels, *p.out)
+        self.x = _Map.of(p.x_shape, p.x_strides, p.dtype)
+        self.y = _Map(self.y_shape, p.channels_last)
+        self.grad_x = _Map(p.x_shape, p.x_channels_last)
+        self.conv_shape = (batch, out_channels, *p.conv)
+        self.residual = self.y
+        if p.residual_strides is not None:
+            self.residual = _Map.of(self.conv_shape, p.residual_strides, p.dtype)
+        self.grad_residual = _Map(self.conv_shape, p.residual_channels_last)
+        self.grad_weight = _Map(p.weight_shape, False)
+        self.bias_as_is = p.dtype is torch.float32 and p.bias_strides in (None, (1,))
+        self.plain = p.dtype is torch.float32 and not p.unbatched  # results are as written
+        self.winograd_backward = (
+            winograd
+            and (*kernel, *p.stride, *p.dilation, p.groups) == (3, 3, 1, 1, 1, 1, 1)
+            and min(channels, out_channels) >= WINOGRAD_CHANNELS
+        )
+        self.winograd = self.winograd_backward and p.pool in (NO_POOL, (2, 2, 2, 2, 0, 0))
+        self.fresh = self.winograd and _fresh(batch, p.conv, out_channels)
+        self.fresh_backward = self.winograd_backward and _fresh(batch, (height, width), channels)
+        self.packer = _packer(p.groups, False, self.winograd, (1, 1, 1, 1))
+        steps = (*p.stride, *p.dilation)
+        self.packer_backward = _packer(p.groups, True, self.winograd_backward, steps)
+        self.block = self._block(p)
+
+    def _block(self, p: Problem) -> bytes:
+        """csrc's ConvProblem."""
+        values = dict(zip("BCYX", p.x_shape, strict=True))
+        values |= dict(zip("KRS", (p.weight_shape[0], *p.weight_shape[2:]), strict=True))
+        for name, pair in (("stride", p.stride), ("dilation", p.dilation)):
+            values |= {f"{name}_y": pair[0], f"{name}_x": pair[1]}
+        for name, pair in (("conv", p.conv), ("out", p.out)):
+            values |= {f"{name}_y": pair[0], f"{name}_x": pair[1]}
+        values |= {"top": p.padding[0], "left": p.padding[2], "groups": p.groups}
+        names = ("pool_y", "pool_x", "pool_stride_y", "pool_stride_x", "pool_top", "pool_left")
+        values |= dict(zip(names, p.pool, strict=True))
+        values["activation"] = geometry.ACTIVATIONS.index(p.activation)
+        for name in ("x", "residual", "y", "grad_x", "grad_residual"):
+            strides = getattr(self, name).strides
+            values |= {f"{name}_{axis}": s for axis, s in zip("bcyx", strides, strict=True)}
+        values |= dict(zip(("weight_k", "weight_c", "weight_tap"), _steps(p), strict=True))
+        values |= {
+            "winograd_forward": int(self.winograd),
+            "winograd_backward": int(self.winograd_backward),
+        }
+        return struct.pack(f"{len(values)}q", *(values[name] for name in _fields()))
 
 
-def _empty(shape: Sequence[int], channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu", memory_format=layout)
+def _steps(p: Problem) -> tuple[int, int, int]:
+    """From output to output, input to input and tap to tap of a dense weight."""
+    _, channels, height, width = p.weight_shape
+    taps = height * width
+    return (channels * taps, 1, channels) if _in_channels_last(p) else (channels * taps, taps, 1)
+
+
+def _in_channels_last(p: Problem) -> bool:
+    """Whether the dense weight has its channels side by side: as `_dense_weight` leaves it."""
+    example = torch.empty_strided(p.weight_shape, p.weight_strides, dtype=p.dtype, device="meta")
+    return not _dense_weight(example).is_contiguous()
+
+
+def _native(p: Problem) -> _Native:
+    key = "winograd" if env.winograd() else "direct"
+    found = p.derived.get(key)
+    if found is None:
+        found = p.derived[key] = _Native(p, key == "winograd")
+    return found  # type: ignore[no-any-return]
+
+
+def _empty(shape: Sequence[int], like: _Map) -> Tensor:
+    # 1.8 us; torch.empty with a memory format takes 2.9
+    return torch.empty_strided(shape, like.strides, dtype=torch.float32, device=_CPU)
 
 
 def fwd(
+    p: Problem,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, unbatched = x.dtype, x.dim() == 3
-    channels_last = geometry.is_channels_last(x) or (
-        not unbatched and geometry.is_channels_last(weight)
-    )
-    x = _dense(x)
-    residual = None if residual is None else _dense(residual)
-    bias = native.dense(bias)
-    plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
-    packed, fresh = None, None
-    if save and plan.fresh:
-        fresh = _dense_weight(weight)
-    else:
-        packed = _packed(weight, groups, False, plan.winograd)
-    y = _empty((plan.batch, plan.out_channels, *plan.out), channels_last)
-    places, z = geometry.saved(y, activation, max_pool, save)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    plan = _native(p)
+    if not plan.x.as_is:
+        x = plan.x(x)
+    if residual is not None:
+        residual = plan.residual(residual)
+    if not plan.bias_as_is:
+        bias = native.dense(bias)
+    packed = fresh = places = z = None
+    if save:
+        if plan.fresh:
+            fresh = _dense_weight(weight)
+        if p.saves_places:
+            places = torch.empty(p.saved_shape, dtype=torch.uint8, device=_CPU)
+        if p.saves_z:
+            z = native.empty(p.saved_shape)
+    if fresh is None:
+        packed = packing.packed(*plan.packer, weight)
+    y = _empty(plan.y_shape, plan.y)
     native.cpu().conv_forward(
-        plan.sizes,
-        _map(x),
-        native.address(packed),
-        _taps(fresh),
-        native.address(bias),
-        _map(residual),
-        _map(y),
-        places.data_ptr(),
-        z.data_ptr(),
-        plan.winograd,
+        plan.block,
+        (
+            x.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
+            0 if fresh is None else fresh.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+        ),
+        (
+            y.data_ptr(),
+            0 if places is None else places.data_ptr(),
+            0 if z is None else z.data_ptr(),
+        ),
         torch.get_num_threads(),
     )
-    y = y.to(dtype)
-    return y[0] if unbatched else y, places, z
+    if plan.plain:
+        return y, places, z
+    y = y.to(p.dtype)
+    return y[0] if p.unbatched else y, places, z
 
 
 def bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    places: Tensor,
-    z: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    dtype, unbatched = x.dtype, x.dim() == 3
-    channels_last = geometry.is_channels_last(x)
-    x, grad_y = _dense(x), _dense(grad_y)
-    plan = _Plan(x, weight, stride, padding, dilation, groups, activation, max_pool)
-    wanted = [n and g is not None for n, g in zip(needs, (x, weight, bias, residual), strict=True)]
-    grad_x = _empty(x.shape, channels_last) if wanted[0] else None
-    grad_weight = native.empty(weight.shape) if wanted[1] else None
-    grad_bias = native.empty((plan.out_channels,)) if wanted[2] else None
-    shape = (plan.batch, plan.out_channels, *plan.conv)
-    grad_residual = None
-    if wanted[3] and residual is not None:
-        grad_residual = _empty(shape, geometry.is_channels_last(residual))
-    packed, fresh = None, None
-    if wanted[0] and plan.fresh_backward:
-        fresh = _dense_weight(weight)
-    elif wanted[0]:
-        packed = _packed(weight, groups, True, plan.winograd_backward, (*stride, *dilation))
+    plan = _native(p)
+    x, weight, bias, residual = tensors
+    places, z = saved
+    assert grads[0] is not None
+    assert x is not None
+    assert weight is not None
+    grad_y = _strided(grads[0])
+    if not plan.x.as_is:
+        x = plan.x(x)
+    grad_x = grad_weight = grad_bias = grad_residual = packed = fresh = None
+    if needs[0]:
+        grad_x = _empty(p.x_shape, plan.grad_x)
+        if plan.fresh_backward:
+            fresh = _dense_weight(weight)
+        else:
+            packed = packing.packed(*plan.packer_backward, weight)
+    if needs[1]:
+        grad_weight = _empty(p.weight_shape, plan.grad_weight)
+    if needs[2] and bias is not None:
+        grad_bias = native.empty(p.weight_shape[:1])
+    if needs[3] and residual is not None:
+        grad_residual = _empty(plan.conv_shape, plan.grad_residual)
+    address = native.address
+    found = (grad_x, grad_weight, grad_bias, grad_residual)
     native.cpu().conv_backward(
-        plan.sizes,
-        _map(grad_y),
-        _map(x),
-        native.address(packed),
-        _taps(fresh),
-        places.data_ptr(),
-        z.data_ptr(),
-        _map(grad_x),
-        _map(grad_residual),
-        native.address(grad_weight),
-        native.address(grad_bias),
-        plan.winograd_backward,
-        plan.winograd_backward,
+        plan.block,
+        (grad_y.data_ptr(), *grad_y.stride()),
+        (x.data_ptr(), address(packed), address(fresh), address(places), address(z)),
+        tuple(map(address, found)),
         torch.get_num_threads(),
     )
-    if unbatched:
+    if plan.plain:
+        return found
+    if p.unbatched:
         grad_x = None if grad_x is None else grad_x[0]
         grad_residual = None if grad_residual is None else grad_residual[0]
-    grads = (grad_x, grad_weight, grad_bias, grad_residual)
-    return tuple(None if grad is None else grad.to(dtype) for grad in grads)
+        found = (grad_x, grad_weight, grad_bias, grad_residual)
+    return tuple(None if grad is None else grad.to(p.dtype) for grad in found)

@@ -1,6 +1,6 @@
 """The best stock form: channels_last inside where it pools, in-place epilogue, pool before relu."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core.tracing import in_functorch
-from mbm_kernels.ops.conv_bias_act import geometry
+from mbm_kernels.ops.conv_bias_act.problem import Problem
 
 # In place only where autograd keeps the result rather than the input: the others would be copied.
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,67 +39,70 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
+class _Stock:
+    """The functions of torch and their arguments, in a form that they take without a copy."""
+
+    __slots__ = (
+        *("activate", "activate_recorded", "contiguous", "convert", "convolution", "functorch"),
+        *("pad", "pool", "pool_first"),
+    )
+
+    def __init__(self, p: Problem):
+        top, bottom, left, right = p.padding
+        self.functorch = in_functorch()
+        # On CPUs NCHW pooling is scalar code: converting pays for itself with a pool (README).
+        self.convert = (
+            p.max_pool is not None
+            and not (p.x_channels_last or p.weight_channels_last)
+            and not p.unbatched
+            and p.device.type == "cpu"
+            and not self.functorch  # vmap knows no memory formats
+        )
+        # An unbatched result is dense in [K, Y, X] whatever the weight's layout.
+        self.contiguous = self.convert or p.unbatched
+        # "same" with an even kernel: one more below and right
+        self.pad = (0, right - left, 0, bottom - top) if (top, left) != (bottom, right) else None
+        self.convolution = (p.stride, (top, left), p.dilation, p.groups)
+        self.pool_first = p.activation in POOL_FIRST
+        self.pool = (
+            None if p.max_pool is None else (p.max_pool[:2], p.max_pool[2:4], p.max_pool[4:])
+        )
+        self.activate = self.activate_recorded = None
+        if p.activation in IN_PLACE:
+            self.activate = self.activate_recorded = IN_PLACE[p.activation]
+        elif p.activation is not None:
+            self.activate_recorded = FRESH[p.activation]
+            self.activate = (FRESH if self.functorch else IN_PLACE_UNRECORDED)[p.activation]
+
+    def activation(self, z: Tensor) -> Tensor:
+        if self.activate is None:
+            return z
+        return (self.activate_recorded if z.requires_grad else self.activate)(z)
+
+
 def fwd(
+    p: Problem,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
     save: bool,
 ) -> tuple[Tensor, None, None]:
-    channels_last = geometry.is_channels_last(x) or geometry.is_channels_last(weight)
-    # On CPUs NCHW pooling is scalar code: converting pays for itself once there is a pool (README).
-    convert = (
-        max_pool is not None
-        and not channels_last
-        and x.dim() == 4
-        and x.device.type == "cpu"
-        and not in_functorch()  # vmap knows no memory formats
-    )
-    if convert:
+    stock = p.derived.get("torch")
+    if stock is None:
+        stock = p.derived["torch"] = _Stock(p)
+    if stock.convert:
         x = x.contiguous(memory_format=torch.channels_last)
-    z = _convolution(x, weight, bias, stride, padding, dilation, groups)
+    if stock.pad is not None:
+        x = F.pad(x, stock.pad)
+    z = torch.conv2d(x, weight, bias, *stock.convolution)
     if residual is not None:
         # vmap cannot write a batched residual into an unbatched result.
-        z = z + residual if in_functorch() else z.add_(residual)
-    if max_pool is not None and activation in POOL_FIRST:
-        y = _activate(_pool(z, max_pool), activation)
+        z = z + residual if stock.functorch else z.add_(residual)
+    if stock.pool is None:
+        y = stock.activation(z)
+    elif stock.pool_first:
+        y = stock.activation(F.max_pool2d(z, *stock.pool))
     else:
-        y = _activate(z, activation)
-        y = y if max_pool is None else _pool(y, max_pool)
-    # An unbatched result is dense in [K, Y, X] whatever the weight's layout.
-    y = y.contiguous() if convert or x.dim() == 3 else y
-    return y, None, None
-
-
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    top, bottom, left, right = padding
-    if top != bottom or left != right:  # "same" with an even kernel: one more below and right
-        x = F.pad(x, (0, right - left, 0, bottom - top))
-    return F.conv2d(x, weight, bias, list(stride), [top, left], list(dilation), groups)
-
-
-def _activate(z: Tensor, activation: str | None) -> Tensor:
-    if activation is None:
-        return z
-    if activation in IN_PLACE:
-        return IN_PLACE[activation](z)
-    return (FRESH if z.requires_grad or in_functorch() else IN_PLACE_UNRECORDED)[activation](z)
-
-
-def _pool(y: Tensor, max_pool: Sequence[int]) -> Tensor:
-    kernel, stride, padding = (list(max_pool[i : i + 2]) for i in (0, 2, 4))
-    return F.max_pool2d(y, kernel, stride, padding)
+        y = F.max_pool2d(stock.activation(z), *stock.pool)
+    return y.contiguous() if stock.contiguous else y, None, None

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
-from mbm_kernels.ops.conv_bias_act import geometry
-from mbm_kernels.ops.conv_bias_act.plan import NO_POOL, Plan
+from mbm_kernels.ops.conv_bias_act.plan import Plan
+from mbm_kernels.ops.conv_bias_act.problem import NO_POOL, Problem
 
 LARGEST_POOL = 128  # places of a window that fit into seven bits
 # Of one share of a gradient, by size alone, so that results depend on nothing else. Estimated.
@@ -40,41 +40,40 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if x is None else x.stride()
 
 
-def _present(x: Tensor, use: bool = True) -> Tensor | None:
+def _present(x: Tensor | None, use: bool = True) -> Tensor | None:
     """What was saved, None where there is nothing in it."""
-    return x if use and x.dim() == 4 else None
+    return x if use and x is not None and x.dim() == 4 else None
+
+
+def _by_place(p: Problem) -> bool:
+    """Whether the kernels read or write a byte for each y: else z alone tells f'."""
+    return p.max_pool is not None or not p.saves_z
 
 
 def fwd(
+    p: Problem,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    unbatched = x.dim() == 3
-    options = (stride, padding, dilation, groups, activation, max_pool)
-    plan = Plan(_batched(x), weight, *options)
-    if unbatched:
-        plan.channels_last = False
-        residual = None if residual is None else residual[None]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    plan = Plan(p, _batched(x), weight)
+    residual = None if residual is None else _batched(residual)
     y = plan.empty(plan.K, plan.out)
-    places, z = geometry.saved(y, activation, max_pool, save)
-    by_place = max_pool is not None or activation in geometry.BY_PLACE
-    kept = (_present(places, by_place), _present(z))
+    places = z = None
+    if save and p.saves_places:
+        places = y.new_empty(p.saved_shape, dtype=torch.uint8)
+    if save and p.saves_z:
+        z = y.new_empty(p.saved_shape, dtype=p.z_dtype)
+    kept = (places if _by_place(p) else None, z)
     way = plan.way("forward")
     if way == "aten":
         _epilogue(plan, _aten_convolution(plan), bias, residual, y, *kept)
     else:
         run = _gemm if way == "gemm" else _depthwise
         run(plan, plan.x, y, False, bias, residual, *kept)
-    return y[0] if unbatched else y, places, z
+    return y[0] if p.unbatched else y, places, z
 
 
 def _gemm(
@@ -197,31 +196,24 @@ def _epilogue(
 
 
 def bwd(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    places: Tensor,
-    z: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    unbatched = x.dim() == 3
-    options = (stride, padding, dilation, groups, activation, max_pool)
-    plan = Plan(_batched(x), weight, *options)
+    x, weight = tensors[0], tensors[1]
+    assert grads[0] is not None
+    assert x is not None
+    assert weight is not None
+    plan = Plan(p, _batched(x), weight)
     need_x, need_weight, need_bias, need_residual = (
-        n and g is not None for n, g in zip(needs, (x, weight, bias, residual), strict=True)
+        n and t is not None for n, t in zip(needs, tensors, strict=True)
     )
-    by_place = max_pool is not None or activation in geometry.BY_PLACE
-    kept = (_present(places, by_place), _present(z))
-    plain = activation is None and max_pool is None and not need_residual
-    grad_y = _batched(grad_y)
+    places, z = saved
+    kept = (_present(places, _by_place(p)), _present(z))
+    plain = not p.saves_places and not need_residual
+    grad_y = _batched(grads[0])
     grad_z: Any = grad_y
     grad_bias = None
     if not plain or need_bias:
@@ -230,7 +222,7 @@ def bwd(
         grad_z = grad_z if plain else made
     grad_x, grad_weight = _gradients(plan, grad_z, need_x, need_weight)
     grad_residual = grad_z if need_residual else None
-    if unbatched:
+    if p.unbatched:
         grad_x = None if grad_x is None else grad_x[0]
         grad_residual = None if grad_residual is None else grad_residual[0]
     return grad_x, grad_weight, grad_bias, grad_residual

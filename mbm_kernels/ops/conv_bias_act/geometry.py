@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
@@ -181,48 +180,10 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def convolved(
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Pair:
-    """(Y', X') after a convolution that fits."""
-    y, x = (
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel[i] - 1) - 1)
-        // stride[i]
-        + 1
-        for i in (0, 1)
-    )
-    return y, x
-
-
 def pooled(size: Sequence[int], window: Sequence[int]) -> Pair:
     """(Y'', X'') after a pool that fits."""
     y, x = ((size[i] + 2 * window[4 + i] - window[i]) // window[2 + i] + 1 for i in (0, 1))
     return y, x
-
-
-def saved(
-    y: Tensor,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """Room for what kernels save for an output like `y`: places and z, [B, Y'', X'', K].
-
-    places, a byte for each y: where in its window it stood, and which of two values f' has. z: what
-    the activation was applied to, where f' does not follow from that byte; float32 on CPUs, whose
-    kernels compute in it, elsewhere rounded as stock's saved tensors are.
-    """
-    channels, height, width = y.shape[-3:]
-    shape = (y.shape[0] if y.dim() == 4 else 1, height, width, channels)
-    has_places = save and (activation is not None or max_pool is not None)
-    has_z = save and activation not in BY_PLACE
-    places = y.new_empty(shape if has_places else (0,), dtype=torch.uint8)
-    dtype = torch.float32 if y.device.type == "cpu" else y.dtype
-    return places, y.new_empty(shape if has_z else (0,), dtype=dtype)
 
 
 def _is_int(value: Any) -> bool:

@@ -5,14 +5,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from mbm_kernels._core import checks, dispatch, tracing
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from mbm_kernels.ops.conv_bias_act.op import NAME, conv_bias_act
 
-# Kinds of calls that run the torch backend: torch.nn.Conv2d's own forward saves their checks.
-_stock: set[tuple[Any, ...]] = set()
+# The kinds of calls that run the torch backend, of the latest, that a module remembers: for them
+# torch.nn.Conv2d's own forward saves the checks.
+MOST_STOCK = 8
 
 
 class Conv2d(nn.Conv2d):
@@ -34,38 +36,53 @@ class Conv2d(nn.Conv2d):
         kind = self._kind(x)
         if kind is None:
             return self._convolve(x)
-        if kind in _stock:
-            return super().forward(x)
+        stock = self.__dict__.get("_stock", [])
+        if kind in stock:
+            parameters = self._parameters
+            return self._conv_forward(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
         with dispatch.watched() as backends:
             y = self._convolve(x)
         if backends == ["torch"]:
-            if len(_stock) >= dispatch.MOST_REMEMBERED:
-                _stock.clear()
-            _stock.add(kind)
+            # The list is replaced, not changed: another thread may be reading it.
+            self.__dict__["_stock"] = [kind, *stock[: MOST_STOCK - 1]]
         return y
 
     def _kind(self, x: Tensor) -> tuple[Any, ...] | None:
         """What a call's checks and choice of a backend follow from; None where not from this."""
-        weight, bias = self.weight, self.bias
-        tensors = (x, weight) if bias is None else (x, weight, bias)
-        if not isinstance(x, Tensor) or not tracing.is_plain(tensors):
+        if not tracing.is_eager() or type(x) is not Tensor:
             return None
-        if torch._C._is_any_autocast_enabled() or tracing.no_kernel(tensors, False):
+        parameters = self._parameters  # self.weight takes 0.4 us
+        weight, bias = parameters.get("weight"), parameters.get("bias", x)
+        if type(weight) is not Parameter or not (bias is None or type(bias) is Parameter):
             return None
+        training = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
         return (
             x.shape,
             x.stride(),
+            x.dtype,
+            x.is_cpu or x.device,
             weight.shape,
+            weight.stride(),
+            weight.dtype,
+            weight.is_cpu or weight.device,
+            None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
             self.padding_mode,
             self.backend,
-            *((t.dtype, t.device) for t in tensors),
-            tracing.may_need_grad(tensors),
+            training,
+            torch.get_num_threads(),
             dispatch.state(NAME),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()  # as copy and pickle take it, without what calls left
+        state.pop("_stock", None)
+        return state
 
     def _convolve(self, x: Tensor, **epilogue: Any) -> Tensor:
         padding: Any = self.padding

@@ -9,80 +9,50 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
-from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, reference
+from mbm_kernels._core.problem import Call, key_of
+from mbm_kernels._core.spec import Spec
+from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
-
-NAME = "conv_bias_act"
+from mbm_kernels.ops.conv_bias_act.problem import CALLS, NAME, PROBLEMS, Problem
 
 
 def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str | None,
-    max_pool: Sequence[int] | None,
-    save: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    top, bottom, left, right = padding
-    size = geometry.convolved_size(
-        NAME,
-        x,
-        (weight.shape[2], weight.shape[3]),
-        (stride[0], stride[1]),
-        (top, bottom, left, right),
-        (dilation[0], dilation[1]),
+    *options, save = rest
+    p = problem.find(x, weight, bias, residual, *options)
+    y = x.new_empty(*x.shape[:-3], weight.shape[0], *p.out).contiguous(
+        memory_format=torch.channels_last if p.channels_last else torch.contiguous_format
     )
-    size = geometry.pooled_size(NAME, size, None if max_pool is None else tuple(max_pool))
-    channels_last = geometry.is_channels_last(x) or (
-        x.dim() == 4 and geometry.is_channels_last(weight)
-    )
-    y = x.new_empty(*x.shape[:-3], weight.shape[0], *size).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
-    return y, *geometry.saved(y, activation, max_pool, save)
+    places = y.new_empty(p.saved_shape if save and p.saves_places else (0,), dtype=torch.uint8)
+    return y, places, y.new_empty(p.saved_shape if save and p.saves_z else (0,), dtype=p.z_dtype)
 
 
-def _products(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    **_: Any,
-) -> list[Product]:
-    top, bottom, left, right = padding
-    height, width = geometry.convolved_size(
-        NAME,
-        x,
-        (weight.shape[2], weight.shape[3]),
-        (stride[0], stride[1]),
-        (top, bottom, left, right),
-        (dilation[0], dilation[1]),
-    )
-    flops = 2 * (x.shape[0] if x.dim() == 4 else 1) * height * width * weight.numel()
+def _products(x: Tensor, weight: Tensor, **rest: Any) -> list[Product]:
+    p = problem.find(x, weight, *(rest[name] for name in OP.reference_inputs[2:]))
+    height, width = p.conv
+    flops = 2 * p.x_shape[0] * height * width * weight.numel()
     # torch counts the weight's gradient as if there were no groups.
-    return [Product(flops, ((flops, ("x",)), (flops * groups, ("weight",))))]
+    return [Product(flops, ((flops, ("x",)), (flops * p.groups, ("weight",))))]
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[] stride,"
-    " SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, SymInt[]? max_pool,"
-    " bool save) -> (Tensor y, Tensor places, Tensor z)",
-    bwd="(Tensor grad_y, Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor places,"
-    " Tensor z, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,"
-    " str? activation, SymInt[]? max_pool, bool[] needs)",
-    diff=("x", "weight", "bias", "residual"),
+    Spec(
+        NAME,
+        inputs="Tensor x, Tensor weight, Tensor? bias, Tensor? residual",
+        options="SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups,"
+        " str? activation, SymInt[]? max_pool",
+        outputs=("y",),
+        state=("places", "z"),
+        saved=("places", "z"),
+        differentiable=("x", "weight", "bias", "residual"),
+        save="any",
+    ),
     fake=_fake,
     reference=reference.conv_bias_act,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
 
 
@@ -138,12 +108,38 @@ def conv_bias_act(
 
     Source: the operations are torch.nn.functional's conv2d and max_pool2d.
     """
+    tensors = (x, weight, bias, residual)
+    options = (stride, padding, dilation, groups, activation, max_pool)
+    if residual is None:
+        given: Any = (x, weight) if bias is None else (x, weight, bias)
+        kind = (*options, backend, len(given))
+    else:
+        given = tuple(t for t in tensors if t is not None)
+        kind = (*options, backend, -len(given))
+    call = CALLS.get(given, kind)
+    if call is not None:
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    key = key_of(tensors, options)
+    found = PROBLEMS.get(key)
+    if found is None:
+        tensors, found = _checked(tensors, options)
+        PROBLEMS.put(key, found)
+    if key is None or any(t.is_neg() for t in given):
+        return OP(backend, *tensors, *found.options, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+    call = Call(found, backend, given, kind)
+    CALLS.put(call, given)
+    return OP.run(call, tensors)  # type: ignore[no-any-return]
+
+
+def _checked(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[tuple[Any, ...], Problem]:
+    """The tensors as autocast wants them and their problem; raises for what does not fit."""
+    x, weight, bias, residual = tensors
+    stride, padding, dilation, groups, activation, max_pool = options
     checks.tensor(NAME, "x", x, (3, 4))
     checks.tensor(NAME, "weight", weight, 4)
     steps = geometry.pair(NAME, "stride", stride, 1)
     spread = geometry.pair(NAME, "dilation", dilation, 1)
-    out_channels, group_channels, *kernel_sizes = weight.shape
-    kernel = (kernel_sizes[0], kernel_sizes[1])
+    kernel = (weight.shape[2], weight.shape[3])
     _check_channels(x, weight, groups)
     edges = geometry.explicit_padding(NAME, padding, kernel, steps, spread)
     window = geometry.pool_window(NAME, max_pool)
@@ -155,55 +151,12 @@ def conv_bias_act(
     padded = (x.shape[-2] + edges[0] + edges[1], x.shape[-1] + edges[2] + edges[3])
     steps = geometry.taken(steps, spans, padded)
     window = geometry.pool_taken(window, size)
-    if bias is not None:
-        checks.tensor(NAME, "bias", bias, 1)
-        checks.shape(NAME, "bias", bias, "K", (out_channels,))
-    if residual is not None:
-        checks.tensor(NAME, "residual", residual, x.dim())
-        letters = "B, K, Y', X'" if x.dim() == 4 else "K, Y', X'"
-        checks.shape(NAME, "residual", residual, letters, (*x.shape[:-3], out_channels, *size))
+    problem.check_operands(x, weight, bias, residual, size)
     x, weight, bias, residual = autocast.cast(x, weight, bias, residual)
     named = (("x", x), ("weight", weight), ("bias", bias), ("residual", residual))
     checks.same_floating(NAME, named)
-    sizes = {
-        "B": x.shape[0] if x.dim() == 4 else 1,
-        "C": group_channels * groups,
-        "K": out_channels,
-        "Y": x.shape[-2],
-        "X": x.shape[-1],
-        "R": kernel[0],
-        "S": kernel[1],
-        "stride": geometry.common(steps),
-        "dilation": geometry.common(spread),
-        "groups": groups,
-        "depthwise": int(groups == group_channels * groups == out_channels),
-        "layout": int(geometry.is_channels_last(x)),
-        "conv_y": size[0],
-        "conv_x": size[1],
-        "unpadded": int(not any(edges)),
-        "residual": int(residual is not None),
-        "activation": ACTIVATIONS.index(activation),
-        "pool": geometry.pool_kind(window),
-        "pool_area": 0 if window is None else window[0] * window[1],
-    }
-    # By which dispatch tables tell work enough for a kernel: 4x4 tiles of the batch, and elements.
-    sizes["tiles"] = sizes["B"] * -(-sizes["Y"] // 4) * -(-sizes["X"] // 4)
-    sizes["elements"] = x.numel()
-    y: Tensor = OP(
-        backend,
-        x,
-        weight,
-        bias,
-        residual,
-        steps,
-        edges,
-        spread,
-        groups,
-        activation,
-        window,
-        sizes=sizes,
-    )
-    return y
+    cast = (x, weight, bias, residual)
+    return cast, problem.find(*cast, steps, edges, spread, groups, activation, window)
 
 
 def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import triton_launch
-from mbm_kernels.ops.conv_bias_act import geometry
+from mbm_kernels.ops.conv_bias_act.problem import NO_POOL, Problem
 
-NO_POOL = (1, 1, 1, 1, 0, 0)
 POOL_2 = (2, 2, 2, 2, 0, 0)
 
 
@@ -21,33 +20,19 @@ def tf32_allowed() -> bool:
 class Plan:
     """Sizes and choices that forward and backward share; x is [B, C, Y, X] here."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        activation: str | None,
-        max_pool: Sequence[int] | None,
-    ):
+    def __init__(self, p: Problem, x: Tensor, weight: Tensor):
         self.x, self.weight = x, weight
-        self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
-        self.groups = groups
-        kernel = (weight.size(2), weight.size(3))
-        self.conv = geometry.convolved((x.size(2), x.size(3)), kernel, stride, padding, dilation)
-        self.out = self.conv if max_pool is None else geometry.pooled(self.conv, max_pool)
-        self.B, self.K = x.size(0), weight.size(0)
-        self.pool = tuple(max_pool or NO_POOL)
-        self.act = activation or "none"
-        self.channels_last = geometry.is_channels_last(x) or geometry.is_channels_last(weight)
+        self.stride, self.padding, self.dilation = list(p.stride), list(p.padding), list(p.dilation)
+        self.groups, self.conv, self.out, self.pool = p.groups, p.conv, p.out, p.pool
+        self.B, self.K = p.x_shape[0], p.weight_shape[0]
+        self.act = p.activation or "none"
+        self.channels_last = p.channels_last
         self.sizes = {
             "B": self.B,
             "C": x.size(1),
             "K": self.K,
-            "R": kernel[0],
-            "S": kernel[1],
+            "R": weight.size(2),
+            "S": weight.size(3),
             "pixels": self.B * self.out[0] * self.out[1],
             "pool_area": self.pool[0] * self.pool[1],
             "channels_last": int(self.channels_last),

@@ -112,10 +112,10 @@ def bwd(
     value: Tensor,
     key_lengths: Tensor | None,
     mask: Tensor | None,
-    scale: float,
-    need_weights: str | None,
     weights: Tensor,
     saved: Tensor,
+    scale: float,
+    need_weights: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     call = _Call(query, key, value, key_lengths, mask, scale)

@@ -9,6 +9,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.linear_cross_entropy import backend_torch, reference
 from mbm_kernels.ops.linear_head import targets
 
@@ -45,14 +46,16 @@ def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, int ignore_index,"
-    " float label_smoothing, float? softcap, float z_loss, str reduction, bool[] save)"
-    " -> (Tensor loss, Tensor made_hidden, Tensor made_weight, Tensor made_bias)",
-    bwd="(Tensor? grad_loss, Tensor hidden, Tensor weight, Tensor target, Tensor? bias,"
-    " int ignore_index, float label_smoothing, float? softcap, float z_loss, str reduction,"
-    " bool[] needs)",
-    diff=("hidden", "weight", "bias"),
+    Spec(
+        NAME,
+        inputs="Tensor hidden, Tensor weight, Tensor target, Tensor? bias",
+        options="int ignore_index, float label_smoothing, float? softcap, float"
+        " z_loss, str reduction",
+        outputs=("loss",),
+        differentiable=("hidden", "weight", "bias"),
+        precomputed=("hidden", "weight", "bias"),
+        save="each",
+    ),
     fake=_fake,
     reference=_reference,
     torch_fwd=backend_torch.fwd,

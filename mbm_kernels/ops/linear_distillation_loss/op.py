@@ -8,6 +8,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.linear_distillation_loss import backend_torch, reference
 from mbm_kernels.ops.linear_head import targets
 
@@ -60,18 +61,20 @@ def _products(
     return heads
 
 
-_INPUTS = (
-    "Tensor student_hidden, Tensor student_weight, Tensor target, Tensor? student_bias,"
-    " Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits,"
-    " Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs, float temperature,"
-    " float hard_weight, str divergence, float beta, int ignore_index, str reduction"
-)
 OP = Op(
-    NAME,
-    fwd=f"({_INPUTS}, bool[] save) -> (Tensor loss, Tensor hard, Tensor soft,"
-    " Tensor made_student_hidden, Tensor made_student_weight, Tensor made_student_bias)",
-    bwd=f"(Tensor? grad_loss, Tensor? grad_hard, Tensor? grad_soft, {_INPUTS}, bool[] needs)",
-    diff=("student_hidden", "student_weight", "student_bias"),
+    Spec(
+        NAME,
+        inputs="Tensor student_hidden, Tensor student_weight, Tensor target,"
+        " Tensor? student_bias, Tensor? teacher_hidden, Tensor?"
+        " teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits,"
+        " Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs",
+        options="float temperature, float hard_weight, str divergence, float beta,"
+        " int ignore_index, str reduction",
+        outputs=("loss", "hard", "soft"),
+        differentiable=("student_hidden", "student_weight", "student_bias"),
+        precomputed=("student_hidden", "student_weight", "student_bias"),
+        save="each",
+    ),
     fake=_fake,
     reference=_reference,
     torch_fwd=backend_torch.fwd,

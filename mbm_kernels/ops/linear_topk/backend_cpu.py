@@ -47,8 +47,8 @@ def bwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    k: int,
     ids: Tensor,
+    k: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     return gradient.bwd(grad_values, hidden, weight, bias, ids, needs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.linear_topk import backend_torch, reference
 
 NAME = "linear_topk"
@@ -27,11 +28,14 @@ def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor hidden, Tensor weight, Tensor? bias, int k) -> (Tensor values, Tensor ids)",
-    bwd="(Tensor? grad_values, Tensor? grad_ids, Tensor hidden, Tensor weight, Tensor? bias,"
-    " int k, Tensor ids, bool[] needs)",
-    diff=("hidden", "weight", "bias"),
+    Spec(
+        NAME,
+        inputs="Tensor hidden, Tensor weight, Tensor? bias",
+        options="int k",
+        outputs=("values", "ids"),
+        saved=("ids",),
+        differentiable=("hidden", "weight", "bias"),
+    ),
     fake=_fake,
     reference=reference.linear_topk,
     torch_fwd=backend_torch.fwd,

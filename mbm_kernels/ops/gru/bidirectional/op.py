@@ -7,6 +7,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Names, Product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru.bidirectional import backend_torch, reference
 from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru.op import products as gru_products
@@ -54,17 +55,27 @@ def _products(
 
 
 OP = Op(
-    NAME,
-    fwd="(Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh,"
-    " Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse,"
-    " Tensor? lengths, bool save) -> (Tensor y, Tensor h_n, Tensor reserve)",
-    bwd="(Tensor? grad_y, Tensor? grad_h_n, Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh,"
-    " Tensor? b_ih, Tensor? b_hh, Tensor w_ih_reverse, Tensor w_hh_reverse,"
-    " Tensor? b_ih_reverse, Tensor? b_hh_reverse, Tensor? lengths, Tensor y, Tensor reserve,"
-    " bool[] needs)",
-    diff=(
-        *("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
-        *("w_ih_reverse", "w_hh_reverse", "b_ih_reverse", "b_hh_reverse"),
+    Spec(
+        NAME,
+        inputs="Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih,"
+        " Tensor? b_hh, Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor?"
+        " b_ih_reverse, Tensor? b_hh_reverse, Tensor? lengths",
+        outputs=("y", "h_n"),
+        state=("reserve",),
+        saved=("y", "reserve"),
+        differentiable=(
+            "x",
+            "h0",
+            "w_ih",
+            "w_hh",
+            "b_ih",
+            "b_hh",
+            "w_ih_reverse",
+            "w_hh_reverse",
+            "b_ih_reverse",
+            "b_hh_reverse",
+        ),
+        save="any",
     ),
     fake=_fake,
     reference=reference.gru_bidirectional,

@@ -1,0 +1,167 @@
+// What is the same in every call of a convolution: one block, filled once (problem.py), from which
+// the arguments of a call are made with the addresses of its tensors. Only the binding reads it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "common/checked_ptr.h"
+#include "conv_bias_act/conv_bias_act.h"
+
+namespace mbm {
+
+// Fields of ConvProblem, each an int64: those of ConvSizes; strides in elements of x, residual, y,
+// grad_x and grad_residual, of which there need not be a residual; the weight's steps of outputs,
+// inputs and taps; whether forward and backward go by Winograd. Python fills them by name.
+// clang-format off
+#define MBM_CONV_PROBLEM(FIELD)                                                             \
+  FIELD(B) FIELD(C) FIELD(K) FIELD(Y) FIELD(X) FIELD(R) FIELD(S)                            \
+  FIELD(stride_y) FIELD(stride_x) FIELD(top) FIELD(left) FIELD(dilation_y)                  \
+  FIELD(dilation_x) FIELD(groups) FIELD(conv_y) FIELD(conv_x) FIELD(out_y) FIELD(out_x)     \
+  FIELD(pool_y) FIELD(pool_x) FIELD(pool_stride_y) FIELD(pool_stride_x) FIELD(pool_top)     \
+  FIELD(pool_left) FIELD(activation)                                                        \
+  FIELD(x_b) FIELD(x_c) FIELD(x_y) FIELD(x_x)                                               \
+  FIELD(residual_b) FIELD(residual_c) FIELD(residual_y) FIELD(residual_x)                   \
+  FIELD(y_b) FIELD(y_c) FIELD(y_y) FIELD(y_x)                                               \
+  FIELD(grad_x_b) FIELD(grad_x_c) FIELD(grad_x_y) FIELD(grad_x_x)                           \
+  FIELD(grad_residual_b) FIELD(grad_residual_c) FIELD(grad_residual_y) FIELD(grad_residual_x) \
+  FIELD(weight_k) FIELD(weight_c) FIELD(weight_tap)                                         \
+  FIELD(winograd_forward) FIELD(winograd_backward)
+// clang-format on
+
+struct ConvProblem {
+#define MBM_FIELD(name) int64_t name;
+  MBM_CONV_PROBLEM(MBM_FIELD)
+#undef MBM_FIELD
+
+  // Throws std::invalid_argument for a block of another size or of steps that kernels, which
+  // multiply them by counts of pixels, do not take.
+  explicit ConvProblem(std::string_view block) {
+    if (block.size() != sizeof(ConvProblem))
+      throw std::invalid_argument("problem: got " + std::to_string(block.size()) +
+                                  " bytes; expected " + std::to_string(sizeof(ConvProblem)) +
+                                  "; fill it by conv_problem_fields");
+    std::memcpy(this, block.data(), sizeof(ConvProblem));
+    for (int64_t step :
+         {stride_y, stride_x, dilation_y, dilation_x, pool_y, pool_x, pool_stride_y, pool_stride_x})
+      check_step(step, 1);
+    for (int64_t edge : {top, left, pool_top, pool_left}) check_step(edge, 0);
+    if (activation < 0 || activation > static_cast<int64_t>(Activation::kTanh))
+      throw std::invalid_argument("problem: got activation " + std::to_string(activation));
+  }
+
+  static void check_step(int64_t step, int64_t least) {
+    if (step < least || step > int64_t{1} << 32)
+      throw std::invalid_argument("sizes: got a stride, dilation, padding or window of " +
+                                  std::to_string(step) + "; expected " + std::to_string(least) +
+                                  " to 2^32; call mbm_kernels.conv_bias_act, which checks it");
+  }
+
+  ConvSizes sizes() const {
+    return {B,
+            C,
+            K,
+            Y,
+            X,
+            R,
+            S,
+            stride_y,
+            stride_x,
+            top,
+            left,
+            dilation_y,
+            dilation_x,
+            groups,
+            conv_y,
+            conv_x,
+            out_y,
+            out_x,
+            pool_y,
+            pool_x,
+            pool_stride_y,
+            pool_stride_x,
+            pool_top,
+            pool_left,
+            static_cast<Activation>(activation)};
+  }
+  int64_t inputs() const { return B * C * Y * X; }
+  int64_t outputs() const { return B * K * out_y * out_x; }
+  int64_t convolved() const { return B * K * conv_y * conv_x; }
+  int64_t weights() const { return K * (C / groups) * R * S; }
+};
+
+constexpr std::array kConvProblemFields{
+#define MBM_FIELD(name) #name,
+    MBM_CONV_PROBLEM(MBM_FIELD)
+#undef MBM_FIELD
+};
+static_assert(sizeof(ConvProblem) == kConvProblemFields.size() * sizeof(int64_t));
+
+// Addresses, 0 for null.
+struct ConvForwardInputs {
+  uintptr_t x, packed, weight, bias, residual;
+};
+struct ConvForwardOutputs {
+  uintptr_t y, places, z;
+};
+struct ConvBackwardInputs {
+  uintptr_t x, packed, weight, places, z;
+};
+struct ConvGradients {
+  uintptr_t x, weight, bias, residual;
+};
+
+template <class T>
+T* nullable(uintptr_t address, int64_t count, const char* name) {
+  return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
+}
+
+// Packed or as it is, whichever is given; `needed`: one must be.
+inline ConvWeight weight_of(const ConvProblem& p, uintptr_t packed, uintptr_t weight, bool needed) {
+  checked_ptr<const float>(packed ? packed : weight, needed ? 1 : 0, "weight");
+  const float* data = nullable<const float>(weight, p.weights(), "weight");
+  return {p.K, p.C, p.R, p.S, p.groups, data, p.weight_k, p.weight_c, p.weight_tap};
+}
+
+inline ConvForward forward_args(const ConvProblem& p, const ConvForwardInputs& in,
+                                const ConvForwardOutputs& out) {
+  ConvForward args{};
+  args.sizes = p.sizes();
+  args.x = {checked_ptr<const float>(in.x, p.inputs(), "x"), p.x_b, p.x_c, p.x_y, p.x_x};
+  args.packed = nullable<const float>(in.packed, 1, "packed");
+  args.weight = weight_of(p, in.packed, in.weight, true);
+  args.bias = nullable<const float>(in.bias, p.K, "bias");
+  args.residual = {nullable<const float>(in.residual, p.convolved(), "residual"), p.residual_b,
+                   p.residual_c, p.residual_y, p.residual_x};
+  args.y = {checked_ptr<float>(out.y, p.outputs(), "y"), p.y_b, p.y_c, p.y_y, p.y_x};
+  args.places = nullable<uint8_t>(out.places, p.outputs(), "places");
+  args.z = nullable<float>(out.z, p.outputs(), "z");
+  return args;
+}
+
+// grad_y of any strides, as it arrives.
+inline ConvBackward backward_args(const ConvProblem& p, const ConvMap<const float>& grad_y,
+                                  const ConvBackwardInputs& in, const ConvGradients& grads) {
+  ConvBackward args{};
+  args.sizes = p.sizes();
+  args.grad_y = grad_y;
+  checked_ptr<const float>(in.x, grads.weight ? p.inputs() : 0, "x");
+  args.x = {nullable<const float>(in.x, p.inputs(), "x"), p.x_b, p.x_c, p.x_y, p.x_x};
+  args.packed = nullable<const float>(in.packed, 1, "packed");
+  args.weight = weight_of(p, in.packed, in.weight, grads.x != 0);
+  args.places = nullable<const uint8_t>(in.places, p.outputs(), "places");
+  args.z = nullable<const float>(in.z, p.outputs(), "z");
+  args.grad_x = {nullable<float>(grads.x, p.inputs(), "grad_x"), p.grad_x_b, p.grad_x_c, p.grad_x_y,
+                 p.grad_x_x};
+  args.grad_residual = {nullable<float>(grads.residual, p.convolved(), "grad_residual"),
+                        p.grad_residual_b, p.grad_residual_c, p.grad_residual_y, p.grad_residual_x};
+  args.grad_weight = nullable<float>(grads.weight, p.weights(), "grad_weight");
+  args.grad_bias = nullable<float>(grads.bias, p.K, "grad_bias");
+  return args;
+}
+
+}  // namespace mbm

@@ -1,0 +1,226 @@
+"""Problem descriptors: all that follows from the shapes, strides, dtypes and options of a call.
+
+An operation's `Problem` is built, and its arguments checked, once per kind of call. Then it is
+found again in one of two ways, neither of which lets a call pass that the checks would refuse:
+
+- `Calls` knows the latest calls by a guard of torch's compiler, which compares in one step each
+  tensor's type, dtype, device, sizes, strides, requires_grad and dispatch keys with those of the
+  call before: no mode, tracer, functorch, autocast or negative view passes it.
+- `key_of` gives a key that holds everything that checks and choices read.
+
+What is not plain eager code neither looks a problem up nor keeps one.
+"""
+
+import functools
+import marshal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from mbm_kernels._core import dispatch, tracing
+
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # another torch: every call is found by its key
+    TensorGuards = None  # type: ignore[assignment,misc]
+
+Key = tuple[Any, ...]
+
+
+class Problem(Protocol):
+    """What every operation's descriptor has."""
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """As the registered operation takes them."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What backends and dispatch judge by."""
+
+
+P = TypeVar("P", bound=Problem)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checked:
+    """What an operation without a descriptor of its own keeps of a call that passed its checks."""
+
+    options: tuple[Any, ...]
+    device: torch.device
+    dtype: torch.dtype
+    sizes: dict[str, int]
+
+
+class Problems(Generic[P]):
+    """A bounded cache of problems; threads may share it, for each step is one of a dictionary."""
+
+    MOST = 1024
+
+    def __init__(self) -> None:
+        self._found: dict[Key, P] = {}
+
+    def get(self, key: Key | None) -> P | None:
+        return None if key is None else self._found.get(key)
+
+    def put(self, key: Key | None, problem: P) -> P:
+        if key is not None:
+            if len(self._found) >= self.MOST:
+                self._found.clear()
+            self._found[key] = problem
+        return problem
+
+    def clear(self) -> None:
+        self._found.clear()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
+    """A key for this kind of call; None where it may not be looked up.
+
+    Options are compared by type as well as by value, True, 1 and 1.0 being equal in Python:
+    marshal writes the type of each, and refuses what is no plain number, string, tuple or list.
+    """
+    if not tracing.is_eager():
+        return None
+    try:
+        key: list[Any] = [_written(options)]
+    except ValueError:
+        return None
+    for tensor in tensors:
+        if tensor is None:
+            key.append(None)
+            continue
+        kind = type(tensor)
+        if kind is not Tensor and kind is not Parameter:
+            return None
+        key += (tensor.shape, tensor.stride(), tensor.dtype)
+        if not tensor.is_cpu:
+            if tensor.is_meta:
+                return None
+            key.append(tensor.device)
+    return tuple(key)
+
+
+class Call(Generic[P]):
+    """A problem as one kind of call has it, which names a backend and has gradients or none."""
+
+    __slots__ = ("_last", "backend", "check", "differentiable", "options", "problem")
+
+    def __init__(
+        self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
+    ):
+        self.problem, self.backend, self.options = problem, backend, options
+        self.differentiable = any(t.requires_grad for t in tensors)
+        self.check = guard(tensors)
+        self._last: tuple[Any, str] = (None, "")
+
+    def choose(self, op: str, training: bool) -> str:
+        """As `dispatch.select`, whose last answer holds while its state is the same."""
+        state = (training, dispatch.state(op))
+        known, chosen = self._last  # in one step: threads share the call
+        if known != state:
+            p = self.problem
+            sizes = {**p.sizes, "training": int(training)}
+            chosen = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
+            self._last = (state, chosen)
+        return chosen
+
+
+class Calls(Generic[P]):
+    """The latest calls, by what is cheap to compare, then by their guards."""
+
+    MOST = 1024
+    MOST_ALIKE = 8  # that differ in what the key leaves to the guard
+
+    def __init__(self) -> None:
+        self._found: dict[Key, tuple[Call[P], ...]] = {}
+
+    def get(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call[P] | None:
+        """The call like this one; `options` say which tensors are left out of `tensors`."""
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return None
+        try:
+            for call in self._found[options, tensors[0].shape]:
+                if call.check(*tensors) and _are_same(options, call.options):
+                    return call
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None  # no tensor, no such call, no plain options or sizes
+        return None
+
+    def put(self, call: Call[P], tensors: Sequence[Tensor]) -> None:
+        if call.check is None:
+            return
+        if len(self._found) >= self.MOST:
+            self._found.clear()
+        try:
+            key = (call.options, tensors[0].shape)
+            self._found[key] = (call, *self._found.get(key, ())[: self.MOST_ALIKE - 1])
+        except TypeError:  # a list among the options has no hash
+            return
+
+    def remember(
+        self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
+    ) -> None:
+        """Keeps a call whose arguments were checked, if nothing but plain eager code made it."""
+        if tracing.is_eager() and tracing.is_plain(tensors):
+            self.put(Call(problem, backend, tensors, options), tensors)
+
+    def clear(self) -> None:
+        self._found.clear()
+
+
+def _are_same(options: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    """Whether options that are equal have the same types too: True, 1 and 1.0 are equal."""
+    for option, other in zip(options, known, strict=True):
+        if option is not other and not (type(option) is int and type(other) is int):
+            return _written(options) == _written(known)
+    return True
+
+
+def _written(options: tuple[Any, ...]) -> bytes:
+    """Bytes that are equal for options of the same types and values.
+
+    Raises:
+        ValueError: one is no plain number, string, tuple or list.
+    """
+    return marshal.dumps(options, 2)  # a later version depends on who else holds a string
+
+
+def guard(tensors: Sequence[Tensor]) -> Any:
+    """A function of tensors: whether they are as these; None where this torch has none."""
+    return _guard(tensors) if _guards_hold() else None
+
+
+def _guard(tensors: Sequence[Tensor]) -> Any:
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return guards.check
+
+
+@functools.cache
+def _guards_hold() -> bool:
+    """Whether this torch's guards compare what is relied upon; they are no public interface."""
+    if TensorGuards is None:
+        return False
+    like, other = torch.zeros(2, 3, device="cpu"), torch.zeros(3, 2, device="cpu")
+    try:
+        check = _guard((like,))
+        with torch.autocast("cpu", torch.bfloat16):
+            refused = [not check(like)]
+        others = (other, other.t(), like.double(), like.to("meta"), torch._neg_view(like))
+        refused += [not check(x) for x in (*others, Parameter(like), like.clone().requires_grad_())]
+        return bool(check(like.clone())) and all(refused)
+    except Exception:
+        return False
