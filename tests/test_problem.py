@@ -269,6 +269,24 @@ def test_a_call_that_is_remembered_has_the_same_result(op):
         assert (found[0] if isinstance(found, tuple) else found).dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_concat_linear_remembers_its_list(backend):
+    parts, weight = [torch.randn(4, 3), torch.randn(4, 5)], torch.randn(6, 8)
+    expected = mbm_kernels.concat_linear(parts, weight, backend=backend)
+    for inputs in (parts, tuple(parts)):
+        assert torch.equal(mbm_kernels.concat_linear(inputs, weight, backend=backend), expected)
+    for wrong, error in (
+        ((parts[::-1], weight[:, :7]), ValueError),
+        (([*parts, parts[0]], weight), ValueError),
+        ((parts[:1], weight), ValueError),
+        ((iter(parts), weight), TypeError),
+        (([parts[0].double(), parts[1]], weight), TypeError),
+        (([], weight), ValueError),
+    ):
+        with pytest.raises(error, match="concat_linear: "):
+            mbm_kernels.concat_linear(*wrong, backend=backend)
+
+
 class TestChoice:
     """A cached choice ends with what it was made of."""
 
