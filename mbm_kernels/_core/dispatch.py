@@ -303,7 +303,8 @@ def note(backend: str) -> None:
 def state(op: str | None = None) -> tuple[Any, ...]:
     """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
     with `op`, its table too. What is chosen is kept while it is the same."""
-    return (_disabled_depth > 0, *_defaults.items(), env.backend(), _tables.get(op or ""))
+    asked = env.backend() if env._BACKEND in env._raw else "auto"
+    return (_disabled_depth > 0, *_defaults.items(), asked, _tables.get(op or ""))
 
 
 def backends(op: str) -> dict[str, str | None]:

@@ -100,8 +100,10 @@ def fwd(
     if residual is not None:
         # vmap cannot write a batched residual into an unbatched result.
         z = z + residual if stock.functorch else z.add_(residual)
-    if stock.pool is None:
-        y = stock.activation(z)
+    if stock.activate is None and stock.pool is None:
+        y = z
+    elif stock.pool is None:
+        y = (stock.activate_recorded if z.requires_grad else stock.activate)(z)
     elif stock.pool_first:
         y = stock.activation(F.max_pool2d(z, *stock.pool))
     else:
