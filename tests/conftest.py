@@ -8,7 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     collect_ignore = ["gpu"]  # what is there needs the hardware
 
-from mbm_kernels._core import native
+from mbm_kernels._core import cost, dispatch, native
 from mbm_kernels.bench import timing
 from mbm_kernels.testing import grid
 
@@ -37,6 +37,29 @@ def isa(request):
     native.cpu().set_isa(request.param)
     yield request.param
     native.cpu().set_isa(before)
+
+
+@pytest.fixture
+def predictions(monkeypatch):
+    """Lets a function of (op, sizes) say what the constants predict: whether the kernel wins."""
+
+    def put(kernel_wins) -> None:
+        class Said(cost.Table):
+            def predict(self, op, sizes, threads):
+                return cost.Predicted(1.0, 2.0 if kernel_wins(op, sizes) else 0.5, 1.1)
+
+        table = Said("test", {}, {}, {})
+        monkeypatch.setattr(cost, "table", lambda: table)
+        dispatch._chosen.clear()
+
+    yield put
+    dispatch._chosen.clear()
+
+
+@pytest.fixture
+def torch_wins(predictions):
+    """ "auto" takes PyTorch everywhere."""
+    predictions(lambda op, sizes: False)
 
 
 def raises(error: type[Exception], *fragments: str):

@@ -372,7 +372,8 @@ def state(op: str | None = None) -> tuple[Any, ...]:
     with `op`, its table, the constants and the number of threads too. What is chosen is kept while
     it is the same."""
     known = () if op is None else (_tables.get(op), cost.table(), torch.get_num_threads())
-    return (_disabled_depth > 0, _observing, *_defaults.items(), env.backend(), *known)
+    asked = env.backend() if env._BACKEND in env._raw else "auto"
+    return (_disabled_depth > 0, _observing, *_defaults.items(), asked, *known)
 
 
 def backends(op: str) -> dict[str, str | None]:

@@ -3,8 +3,9 @@
 An `Op` is a `Spec`, which names the roles of its arguments and results, with a fake kernel, a
 reference and backends. Three ways lead into a backend:
 
-- Eager code with plain tensors, whose operation has a problem descriptor (`_core/problem.py`):
-  `run` calls the backend with it, under a lean autograd.Function where a gradient is wanted.
+- Eager code with plain tensors, like a call before it (`_core/problem.py`): `run` calls the backend
+  with the problem found, under a lean autograd.Function where a gradient is wanted. An operation
+  without a problem descriptor hands over its explicit arguments, whose checks are saved.
 - Eager code with plain tensors otherwise, and functorch: an autograd.Function of the explicit
   arguments, 3 to 5 times less overhead than a registered operation.
 - Everything else (compile, export, jit.trace, fake and meta tensors, dispatch modes):
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from mbm_kernels._core import (
     arguments,
@@ -107,14 +109,15 @@ class Op:
         """
         training = call.differentiable and torch.is_grad_enabled()
         chosen = call.choose(self.name, training)
-        dispatch.note(chosen)
+        if dispatch._watching > 0:
+            dispatch.note(chosen)
         if self.problem is None:
             outputs = self._run_explicit(chosen, (*tensors, *call.problem.options), training)
             return outputs[0] if self.returns_one else outputs[: len(self.public)]
         if training and chosen != "torch":
             function = self.autograd.problem_function
             return autograd.apply(function, (call.problem, chosen, *tensors))
-        if profiling.active():
+        if profiler._is_profiler_enabled:  # as profiling.active(), without a frame
             with profiling.event(self.label, tensors):
                 outputs = self.problem_fwd(chosen, call.problem, tensors, training)
         elif chosen == "torch":

@@ -204,7 +204,8 @@ def guard(tensors: Sequence[Tensor]) -> Any:
 
 
 def _guard(tensors: Sequence[Tensor]) -> Any:
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    sizes: list[Any] = [list(t.shape) for t in tensors]
+    strides: list[Any] = [list(t.stride()) for t in tensors]
     guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     return guards.check
 

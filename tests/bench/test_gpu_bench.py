@@ -121,10 +121,10 @@ def test_rules_are_what_dispatch_reads(tmp_path):
     assert first == old
     rule = dispatch.Rule.parse(second)
     sizes = {"B": 32, "H": 256, "training": 0}
-    assert rule.holds("cuda", "bfloat16", None, sizes)
-    assert not rule.holds("cuda", "bfloat16", None, {**sizes, "B": 4})
-    assert not rule.holds("cuda", "bfloat16", None, {**sizes, "training": 1})
-    assert not rule.holds("cuda", "float32", None, sizes)
+    assert rule.holds("cuda", "bfloat16", sizes)
+    assert not rule.holds("cuda", "bfloat16", {**sizes, "B": 4})
+    assert not rule.holds("cuda", "bfloat16", {**sizes, "training": 1})
+    assert not rule.holds("cuda", "float32", sizes)
 
 
 def write(path, *rows):

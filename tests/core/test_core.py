@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import cost, dispatch
 from mbm_kernels._core.op import OPS
 from tests.conftest import raises
 
@@ -33,43 +33,36 @@ def _restored():
     mbm_kernels.set_backend("auto")
 
 
-@pytest.fixture
-def table(monkeypatch):
-    """Replaces the operation's rules."""
-
-    def replace(*rules):
-        full = [{"device": "cpu", "dtypes": ["float32"], "results": "none", **r} for r in rules]
-        monkeypatch.setitem(
-            dispatch._tables, OP, dispatch.Table(("cpu", "torch"), tuple(map(rule, full)))
-        )
-
-    rule = dispatch.Rule.parse
-    return replace
-
-
 def select(backend="auto", device=CPU, dtype=torch.float32, **sizes):
     return dispatch.select(OP, backend, device, dtype, {**SIZES, **sizes})
 
 
 class TestSelect:
-    def test_table_decides(self, table):
-        table({"backend": "cpu", "where": {"B": [2, 4], "S": [None, 8]}})
+    def test_predictions_decide(self, predictions):
+        predictions(lambda op, sizes: sizes["B"] == 2)
         assert select() == "cpu"
-        assert select(B=4) == "cpu"
         assert select(B=5) == "torch"
-        assert select(B=1) == "torch"
-        assert select(S=9) == "torch"
         assert select(dtype=torch.float64) == "torch"
+        assert select(dtype=torch.bfloat16) == "torch"
         assert select(device=torch.device("meta")) == "torch"
 
-    def test_isa_of_a_rule(self, table):
-        table({"backend": "cpu", "isa": ["no-such-isa"]})
-        assert select() == "torch"
+    def test_rules_of_a_gpu_decide_there(self, monkeypatch):
+        rule = {"backend": "triton", "device": "cuda", "dtypes": ["bfloat16"], "results": "none"}
+        rules = (dispatch.Rule.parse({**rule, "where": {"B": [2, 4], "S": [None, 8]}}),)
+        monkeypatch.setitem(dispatch._tables, OP, dispatch.Table(("triton", "cpu", "torch"), rules))
+        monkeypatch.setattr(dispatch, "why_not", lambda *_, **__: None)
+        cuda = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+        assert select(**cuda) == select(**cuda, B=4) == "triton"
+        for sizes in ({"B": 5}, {"B": 1}, {"S": 9}):
+            assert select(**cuda, **sizes) == "torch"
+        assert select(device=torch.device("cuda")) == "torch"
 
-    def test_no_rule_means_torch(self, table):
-        table()
+    def test_no_constants_mean_torch(self, monkeypatch):
+        monkeypatch.setattr(cost, "table", lambda: None)
+        dispatch._chosen.clear()
         assert select() == "torch"
         assert select("cpu") == "cpu"
+        dispatch._chosen.clear()
 
     def test_named_backend_raises_rather_than_change(self):
         with raises(
@@ -99,8 +92,8 @@ class TestSelect:
         assert make(backend="torch").backend == "torch"
 
     @pytest.mark.usefixtures("_restored")
-    def test_set_backend(self, table):
-        table({"backend": "cpu"})
+    def test_set_backend(self, predictions):
+        predictions(lambda op, sizes: True)
         mbm_kernels.set_backend("torch")
         assert select() == "torch"
         mbm_kernels.set_backend("cpu", OP)
@@ -116,8 +109,7 @@ class TestSelect:
             mbm_kernels.set_backend("cuda", OP)
 
     @pytest.mark.usefixtures("_restored")
-    def test_preferring_takes_what_there_is_and_ends(self, table):
-        table()
+    def test_preferring_takes_what_there_is_and_ends(self, torch_wins):
         mbm_kernels.set_backend("torch", "gru")
 
         def fails():
@@ -133,8 +125,8 @@ class TestSelect:
         assert select() == "torch"
         assert dispatch.default("gru") == "torch"
 
-    def test_disabled_nests_and_ends_with_an_error(self, table):
-        table({"backend": "cpu"})
+    def test_disabled_nests_and_ends_with_an_error(self, predictions):
+        predictions(lambda op, sizes: True)
         with mbm_kernels.disabled():
             with pytest.raises(KeyError), mbm_kernels.disabled():
                 raise KeyError

@@ -15,7 +15,7 @@ from mbm_kernels._core.problem import Problems, key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import problem as conv_problem
 
-from .conftest import raises
+from tests.conftest import raises
 
 BACKENDS = [(op, backend) for op in sorted(OPS) for backend in dispatch._tables[op].backends]
 
@@ -267,6 +267,24 @@ def test_a_call_that_is_remembered_has_the_same_result(op):
         assert (found[0] if isinstance(found, tuple) else found).dtype == torch.bfloat16
         found = function(**LEGAL[op](), backend=backend)
         assert (found[0] if isinstance(found, tuple) else found).dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_concat_linear_remembers_its_list(backend):
+    parts, weight = [torch.randn(4, 3), torch.randn(4, 5)], torch.randn(6, 8)
+    expected = mbm_kernels.concat_linear(parts, weight, backend=backend)
+    for inputs in (parts, tuple(parts)):
+        assert torch.equal(mbm_kernels.concat_linear(inputs, weight, backend=backend), expected)
+    for wrong, error in (
+        ((parts[::-1], weight[:, :7]), ValueError),
+        (([*parts, parts[0]], weight), ValueError),
+        ((parts[:1], weight), ValueError),
+        ((iter(parts), weight), TypeError),
+        (([parts[0].double(), parts[1]], weight), TypeError),
+        (([], weight), ValueError),
+    ):
+        with pytest.raises(error, match="concat_linear: "):
+            mbm_kernels.concat_linear(*wrong, backend=backend)
 
 
 class TestChoice:

@@ -5,6 +5,7 @@ import torch
 
 import mbm_kernels
 from mbm_kernels._core import triton_launch
+from mbm_kernels.ops.conv_bias_act import problem
 from mbm_kernels.ops.conv_bias_act.plan import Plan
 from mbm_kernels.testing import Case
 from mbm_kernels.testing.suite import placed
@@ -179,7 +180,8 @@ def test_pools_of_any_kind_are_torchs(max_pool, layout, activation):
 def test_conditions_of_the_tables_are_sizes():
     x = torch.randn(1, 3, 4, 4)
     weight = torch.randn(2, 3, 1, 1)
-    plan = Plan(x, weight, (1, 1), (0,) * 4, (1, 1), 1, None, None)
+    options = ((1, 1), (0,) * 4, (1, 1), 1, None, None)
+    plan = Plan(problem.find(x, weight, None, None, *options), x, weight)
     tables = (
         triton_launch.read_choices("conv_bias_act"),
         triton_launch.read_configs("conv_bias_act"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mbm_kernels import conv_bias_act, nn
+from mbm_kernels import nn
 from mbm_kernels._core import dispatch
-from mbm_kernels.ops.conv_bias_act import module as conv_module
+from mbm_kernels.ops.conv_bias_act import problem
 from tests.conftest import raises
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
@@ -125,57 +125,64 @@ def test_bad_input():
         nn.Conv2d(3, 4, 3, backend="fast")(torch.randn(1, 3, 8, 8))
 
 
-class TestStockCalls:
-    """A kind of call that runs the torch backend is torch.nn.Conv2d's own from its second on."""
+class TestCalls:
+    """A module's calls are recognised like those of the function: one kind is checked once."""
 
-    def calls(self, conv, x, monkeypatch) -> int:
-        """How often `conv_bias_act` runs in two calls."""
+    def built(self, conv, x, monkeypatch) -> int:
+        """How many problems two calls build."""
         seen = []
-
-        def counted(*args, **kwargs):
-            seen.append(args)
-            return conv_bias_act(*args, **kwargs)
-
+        build = problem.build
         with monkeypatch.context() as patched:
-            patched.setattr(conv_module, "conv_bias_act", counted)
+            patched.setattr(problem, "build", lambda *args: seen.append(args) or build(*args))
             first, second = conv(x), conv(x)
         assert torch.equal(first, second)
         return len(seen)
 
     @pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
     @pytest.mark.parametrize("mode", ["zeros", "reflect"])
-    def test_the_second_call_is_stock(self, backend, mode, monkeypatch):
+    def test_one_kind_is_checked_once(self, backend, mode, monkeypatch):
+        problem.CALLS.clear()
+        problem.PROBLEMS.clear()
         options = {"padding": 1, "padding_mode": mode}
         conv = nn.Conv2d(3, 4, 3, backend=backend, **options)
         stock = torch.nn.Conv2d(3, 4, 3, **options)
         stock.load_state_dict(conv.state_dict())
         x = torch.randn(2, 3, 5, 5)
-        assert self.calls(conv, x, monkeypatch) == (2 if backend == "cpu" else 1)
+        assert self.built(conv, x, monkeypatch) == 1
+        assert self.built(copy.deepcopy(conv), x.clone(), monkeypatch) == 0
         torch.testing.assert_close(conv(x), stock(x))
 
-    def test_what_changes_the_choice_is_seen(self, monkeypatch):
+    def test_what_changes_the_choice_is_seen(self):
         conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-        assert self.calls(conv, x, monkeypatch) == 1
-        assert self.calls(conv, x.to(memory_format=torch.channels_last), monkeypatch) == 1
-        with torch.no_grad():
-            assert self.calls(conv, x, monkeypatch) == 1
-        with dispatch.preferring("cpu"):
-            assert self.calls(conv, x, monkeypatch) == 2
-        assert self.calls(conv, x, monkeypatch) == 0
 
-    def test_forward_mode_leaves_no_trace(self):
+        def taken() -> list[str]:
+            with dispatch.watched() as backends:
+                conv(x)
+            return backends
+
+        assert taken() == ["torch"]
+        with torch.no_grad():
+            assert taken() == ["torch"]
+        with dispatch.preferring("cpu"):
+            assert taken() == ["cpu"]
+        conv.backend = "cpu"
+        assert taken() == ["cpu"]
+        conv.backend = "auto"
+        assert taken() == ["torch"]
+
+    def test_a_weight_that_is_no_parameter(self):
+        conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+        expected = conv(x)
+        torch.nn.utils.parametrize.register_parametrization(conv, "weight", torch.nn.Identity())
+        torch.testing.assert_close(conv(x), expected)
+        conv.parametrizations.weight.original.data.zero_()
+        assert conv(x).std() < expected.std()
+
+    def test_forward_mode_is_not_kept(self):
         conv, x = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 5, 5)
         with torch.autograd.forward_ad.dual_level():
-            conv(torch.autograd.forward_ad.make_dual(x, x))
-        assert "_stock" not in vars(conv)
-
-    def test_many_kinds_are_remembered_and_no_copy_carries_them(self, monkeypatch):
-        conv = nn.Conv2d(3, 4, 3)
-        images = [torch.randn(2, 3, 5 + i, 5) for i in range(conv_module.MOST_STOCK + 1)]
-        assert [self.calls(conv, x, monkeypatch) for x in images] == [1] * len(images)
-        assert [self.calls(conv, x, monkeypatch) for x in images[1:]] == [0] * len(images[1:])
-        assert self.calls(conv, images[0], monkeypatch) == 1
-        assert self.calls(copy.deepcopy(conv), images[0], monkeypatch) == 1
+            y = conv(torch.autograd.forward_ad.make_dual(x, x))
+            assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
 
     def test_errors_stay_ours(self):
         conv = nn.Conv2d(3, 4, 3)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, dispatch
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.problem import Calls, Checked
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
 from mbm_kernels.ops.concat_linear import backend_torch, reference
@@ -40,7 +41,7 @@ OP = Op(
     torch_fwd=backend_torch.fwd,
     products=_products,
 )
-_remembered = checks.Remembered()
+_calls: Calls[Checked] = Calls()
 
 
 def concat_linear(
@@ -82,19 +83,18 @@ def concat_linear(
     if not isinstance(inputs, (list, tuple)):
         expected = "a list or tuple of tensors"
         checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
-    key = _remembered.key(*inputs, weight, bias)
-    y: Tensor
-    if sizes := _remembered.get(key):
-        y = OP(backend, inputs, weight, bias, sizes=sizes)
-        return y
+    tensors = (*inputs, weight) if bias is None else (*inputs, weight, bias)
+    kind = (backend, len(inputs), bias is None)
+    if call := _calls.get(tensors, kind):
+        return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
     rows = _check_shapes(inputs, weight, bias)
     cast = autocast.cast(*inputs, weight, bias)
     parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
     named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
     checks.same_floating(NAME, (*named, ("weight", weight), ("bias", bias)))
     sizes = _sizes(parts, rows, weight.size(1), weight.size(0))
-    _remembered.put(key, sizes)
-    y = OP(backend, parts, weight, bias, sizes=sizes)
+    _calls.remember(Checked((), weight.device, weight.dtype, dict(sizes)), backend, tensors, kind)
+    y: Tensor = OP(backend, parts, weight, bias, sizes=sizes)
     return y
 
 

@@ -102,6 +102,7 @@ class _Map:
         self.as_is = False
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         _, channels, height, width = shape
+        self.strides: tuple[int, ...]
         if channels_last:
             row = width * channels
             self.strides = (height * row, 1, row, channels)

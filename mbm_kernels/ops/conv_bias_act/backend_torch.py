@@ -10,22 +10,23 @@ from torch import Tensor
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.conv_bias_act.problem import Problem
 
+Activation = Callable[[Tensor], Tensor]
 # In place only where autograd keeps the result rather than the input: the others would be copied.
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+IN_PLACE: dict[str, Activation] = {
     "relu": torch.relu_,
     "relu6": lambda z: F.relu6(z, inplace=True),
     "leaky_relu": lambda z: F.leaky_relu(z, 0.01, inplace=True),
     "sigmoid": torch.sigmoid_,
     "tanh": torch.tanh_,
 }
-FRESH: dict[str, Callable[[Tensor], Tensor]] = {
+FRESH: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "hardswish": F.hardswish,
 }
 # Where nothing is differentiated, these too.
-IN_PLACE_UNRECORDED: dict[str, Callable[[Tensor], Tensor]] = {
+IN_PLACE_UNRECORDED: dict[str, Activation] = {
     "silu": lambda z: F.silu(z, inplace=True),
     "gelu": torch.ops.aten.gelu_.default,
     "gelu_tanh": lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
@@ -67,7 +68,8 @@ class _Stock:
         self.pool = (
             None if p.max_pool is None else (p.max_pool[:2], p.max_pool[2:4], p.max_pool[4:])
         )
-        self.activate = self.activate_recorded = None
+        self.activate: Activation | None = None
+        self.activate_recorded: Activation | None = None
         if p.activation in IN_PLACE:
             self.activate = self.activate_recorded = IN_PLACE[p.activation]
         elif p.activation is not None:
@@ -75,9 +77,8 @@ class _Stock:
             self.activate = (FRESH if self.functorch else IN_PLACE_UNRECORDED)[p.activation]
 
     def activation(self, z: Tensor) -> Tensor:
-        if self.activate is None:
-            return z
-        return (self.activate_recorded if z.requires_grad else self.activate)(z)
+        activate = self.activate_recorded if z.requires_grad else self.activate
+        return z if activate is None else activate(z)
 
 
 def fwd(
@@ -99,8 +100,10 @@ def fwd(
     if residual is not None:
         # vmap cannot write a batched residual into an unbatched result.
         z = z + residual if stock.functorch else z.add_(residual)
-    if stock.pool is None:
-        y = stock.activation(z)
+    if stock.activate is None and stock.pool is None:
+        y = z
+    elif stock.pool is None:
+        y = (stock.activate_recorded if z.requires_grad else stock.activate)(z)
     elif stock.pool_first:
         y = stock.activation(F.max_pool2d(z, *stock.pool))
     else:

@@ -15,6 +15,8 @@ from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, refe
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from mbm_kernels.ops.conv_bias_act.problem import CALLS, NAME, PROBLEMS, Problem
 
+Tensors = tuple[Any, Any, Any, Any]  # x, weight, bias, residual
+
 
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
@@ -108,8 +110,14 @@ def conv_bias_act(
 
     Source: the operations are torch.nn.functional's conv2d and max_pool2d.
     """
-    tensors = (x, weight, bias, residual)
     options = (stride, padding, dilation, groups, activation, max_pool)
+    return convolve((x, weight, bias, residual), options, backend)
+
+
+def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
+    """`conv_bias_act` of x, weight, bias and residual; options in the order of their names there:
+    stride, padding, dilation, groups, activation, max_pool."""
+    x, weight, bias, residual = tensors
     if residual is None:
         given: Any = (x, weight) if bias is None else (x, weight, bias)
         kind = (*options, backend, len(given))
@@ -131,7 +139,7 @@ def conv_bias_act(
     return OP.run(call, tensors)  # type: ignore[no-any-return]
 
 
-def _checked(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[tuple[Any, ...], Problem]:
+def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem]:
     """The tensors as autocast wants them and their problem; raises for what does not fit."""
     x, weight, bias, residual = tensors
     stride, padding, dilation, groups, activation, max_pool = options
