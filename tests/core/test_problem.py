@@ -14,7 +14,6 @@ from mbm_kernels._core.op import OPS
 from mbm_kernels._core.problem import Problems, key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import problem as conv_problem
-
 from tests.conftest import raises
 
 BACKENDS = [(op, backend) for op in sorted(OPS) for backend in dispatch._tables[op].backends]

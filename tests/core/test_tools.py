@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels._core import dispatch
 
 
 def flops(call) -> int:
@@ -156,7 +155,7 @@ class TestTracers:
 
 
 class TestSymbolicSizes:
-    """A boundary of what is predicted to win inside a range of sizes neither splits the range nor fails."""
+    """A range of sizes in which the kernel wins from some size on is neither split nor refused."""
 
     @pytest.fixture(autouse=True)
     def _boundary_inside(self, predictions):

@@ -152,7 +152,7 @@ class TestCalls:
         assert self.built(copy.deepcopy(conv), x.clone(), monkeypatch) == 0
         torch.testing.assert_close(conv(x), stock(x))
 
-    def test_what_changes_the_choice_is_seen(self):
+    def test_what_changes_the_choice_is_seen(self, torch_wins):
         conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
 
         def taken() -> list[str]:

@@ -359,10 +359,8 @@ def test_stock_call_where_all_layers_run_torch(monkeypatch):
 
 
 @pytest.mark.skipif(mbm_kernels.backends("gru")["cpu"] is not None, reason="no CPU kernels")
-def test_each_layer_follows_the_table(monkeypatch):
-    inner = {"backend": "cpu", "device": "cpu", "dtypes": ["float32"], "where": {"C": [H, H]}}
-    rule = dispatch.Rule.parse({**inner, "results": "none: a table for this test"})
-    monkeypatch.setitem(dispatch._tables, "gru", dispatch.Table(("cpu", "torch"), (rule,)))
+def test_each_layer_follows_its_own_prediction(monkeypatch, predictions):
+    predictions(lambda op, sizes: sizes["C"] == H)
     kernel = dispatch.load_backend("gru", "cpu")
     seen = []
     original = kernel.fwd
