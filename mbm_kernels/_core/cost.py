@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +152,23 @@ def table() -> Table | None:
         return None
     nearest = min(others, key=lambda c: abs(LANES[c["isa"]] - LANES[isa]))
     return of_content(scaled(nearest, LANES[isa]), f"scaled from {nearest['device']} to {name}")
+
+
+def of_device(device: str) -> Table:
+    """The package's constants of a machine.
+
+    Raises:
+        FileNotFoundError: the package has none of it.
+    """
+    path = FOLDER / f"{device}.json"
+    content = _read(path)
+    if content is None:
+        raise FileNotFoundError(
+            f"constants: got no {path.name}, expected a file that mbm-kernels calibrate wrote; "
+            f"run it on that machine with --out {path.name}"
+        )
+    table = of_content(content, f"measured: {device}, {content['date']}")
+    return replace(table, machine=content["machine"])
 
 
 def reload() -> None:

@@ -58,6 +58,7 @@ def content(rows: Sequence[Timed], kept: dict[str, Any] | None = None) -> dict[s
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": machine.facts()["versions"],
+        "machine": cost.machine_sizes(),
         "rates": asdict(processor.measured_rates()),
         "problems": {**before["problems"], **problems},
         "constants": {**before["constants"], **constants},

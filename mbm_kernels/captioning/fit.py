@@ -135,6 +135,7 @@ class _Trainer:
             ],
             lr=settings.learning_rate,
             betas=(0.9, 0.98),
+            fused=True,
         )
         self.history = History()
         words = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "black"]

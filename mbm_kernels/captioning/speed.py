@@ -56,7 +56,7 @@ def training_step(
     forward = torch.compile(objective) if compiled else objective
     parameters = list(model.parameters())
     # A rate of 0 leaves the weights, hence the work, the same at every repetition.
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
 
     def step() -> float:
         loss = forward(images, tokens).total

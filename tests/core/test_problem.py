@@ -295,7 +295,7 @@ class TestChoice:
         return backends[0]
 
     @pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
-    def test_what_changes_it_acts_at_once(self, image, weight, monkeypatch):
+    def test_what_changes_it_acts_at_once(self, image, weight, monkeypatch, torch_wins):
         assert self.taken(image, weight) == "torch"
         with dispatch.preferring("cpu"):
             assert self.taken(image, weight) == "cpu"
