@@ -109,7 +109,7 @@ def definition(**inputs):
 
 
 def stock(case):
-    # The model converts its pictures itself; only its weights differ between the two layouts.
+    # The model converts its images itself; only its weights differ between the two layouts.
     build = build_from("stock")
     forms = {"eager": Form(build), "eager channels_last": Form(build_from("stock", True))}
     if case.passes == (BOTH,):
@@ -124,7 +124,7 @@ def parameters(inputs):
 
 
 def work(case, which):
-    """Products counted by torch on meta tensors; pictures and weights once, gradients once more."""
+    """Products counted by torch on meta tensors; images and weights once, gradients once more."""
     b, t = case.sizes["B"], case.sizes["T"]
     with torch.device("meta"):
         model = model_of(case, "stock")
@@ -158,7 +158,7 @@ def sizes(b, v=2000):
 def cases(size, quick):
     for attention in ("additive", "dot"):
         options = {"size": size, "attention": attention}
-        # Convolutions take most of the check's time in float64, and each picture the same.
+        # Convolutions take most of the check's time in float64, and each image the same.
         for which, what in ((BOTH, "training"), (FORWARD, "captioning")):
             yield Case(
                 sizes(32),

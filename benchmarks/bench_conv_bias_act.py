@@ -124,7 +124,7 @@ def others():
 
 
 def captioner(size):
-    """The encoder's three pooled layers on 64x64 pictures, then its residual one."""
+    """The encoder's three pooled layers on 64x64 images, then its residual one."""
     widths = (3, *SIZES[size].channels)
     for i, (c, k) in enumerate(itertools.pairwise(widths)):
         quick = size == "student" and i == 0

@@ -1,11 +1,11 @@
-"""T steps of the captioner's beam search, projected keys and values of the pictures made before.
+"""T steps of the captioner's beam search, projected keys and values of the images made before.
 
 The call that is timed prepares the keys for its steps, as `generate` does once for its up to 24; in
 the cases "keys kept" that is done before, and what is timed are steps alone. The stock step has
 nothing of its keys to prepare but their projection, which is made before in every case.
 
 Without the encoder and without a look at the words on the host, so that both sides can be recorded
-as CUDA graphs; the time of a step is a T-th. B pictures, K hypotheses of each, S places, V words.
+as CUDA graphs; the time of a step is a T-th. B images, K hypotheses of each, S places, V words.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Layout = tuple[int | None, ...]  # of a call's arguments: lengths of lists, None for what is none
+Layout = tuple[int | None, ...]  # length of each list argument, None if it is not a list
 
 
 def looped(registered: Callable[..., Any]) -> Callable[..., Any]:

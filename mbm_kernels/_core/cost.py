@@ -56,12 +56,12 @@ def total(units: Mapping[str, float], work: Work) -> float:
 
 
 def family(kernel: str) -> str:
-    """The first word of its name: kernels whose constants are the best guess for one another."""
+    """The first word of a kernel's name: kernels of one family lend constants to one another."""
     return kernel.partition(" ")[0]
 
 
 def units_of(known: Mapping[str, Any], kernel: str) -> Any:
-    """What is known of a kernel, else of its family; None where nothing is."""
+    """The entry of a kernel, else of its family; None where neither is known."""
     return known.get(kernel, known.get(family(kernel)))
 
 
@@ -107,7 +107,7 @@ class Table:
     margins: Mapping[str, Any]
 
     def predict(self, op: str, sizes: Sizes, threads: int) -> Predicted | None:
-        """None for an operation or a kernel that was not measured."""
+        """The predicted times; None for an operation or a kernel that was not measured."""
         which = "training" if sizes["training"] else "inference"
         known = self.constants.get(op, {}).get(which)
         if known is None:

@@ -1,4 +1,4 @@
-"""Which backend runs a call: the caller's choice, or what is known of its speed.
+"""Which backend runs a call: the caller's choice, or the one predicted to be fastest.
 
 On CPUs "auto" compares predicted times (cost.py). On GPUs it goes by rules that results from
 hardware gave, package data in `ops/<op>/dispatch.json`:
@@ -258,7 +258,7 @@ def set_backend(name: str, op: str | None = None) -> None:
     """Use `name` wherever a call says backend="auto", for one operation or for all.
 
     Args:
-        name: "cpu", "triton", "cuda", "torch", or "auto" to follow the measured tables again.
+        name: "cpu", "triton", "cuda", "torch", or "auto" to go by predicted times again.
         op: the operation's name, such as "gru"; None sets all of them, and forgets what was set
             for single ones.
 
@@ -362,7 +362,7 @@ def watched() -> Iterator[list[str]]:
 
 
 def note(backend: str) -> None:
-    """Tells `watched` what a call takes."""
+    """Tells `watched` which backend a call takes."""
     if _watching > 0 and _watchers.seen is not None:
         _watchers.seen.append(backend)
 

@@ -55,7 +55,7 @@ def cpu_reason() -> str | None:
 
 
 def why_not(device: Any, dtype: Any) -> str | None:
-    """What every backend_cpu answers, beside anything of its own."""
+    """The reasons why not that every backend_cpu shares."""
     if device is not None and torch.device(device).type != "cpu":
         return f"it runs on cpu tensors, not {torch.device(device).type}"
     if dtype is not None and dtype not in DTYPES:
@@ -64,7 +64,7 @@ def why_not(device: Any, dtype: Any) -> str | None:
 
 
 def address(tensor: Tensor | None) -> int:
-    """As the bindings take it: 0 for None."""
+    """The tensor's address as the bindings take it, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

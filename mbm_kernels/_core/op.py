@@ -127,7 +127,7 @@ class Op:
         return outputs[0] if self.returns_one else outputs[: len(self.public)]
 
     def _run_explicit(self, backend: str, args: Sequence[Any], training: bool) -> tuple[Any, ...]:
-        """As `_call`, for plain tensors."""
+        """Like `_call`, for plain tensors."""
         if self.saves_each:
             wanted = (args[i] for i in self.autograd.diff_positions)
             args = (*args, [training and w is not None and w.requires_grad for w in wanted])
@@ -143,7 +143,7 @@ class Op:
     def problem_fwd(
         self, backend: str, problem: Problem, tensors: Sequence[Any], save: bool
     ) -> tuple[Any, ...]:
-        """All results; None for state where nothing is to be saved."""
+        """All results of the forward; None for the state where nothing is to be saved."""
         fwd = self.torch_fwd
         if backend != "torch":
             fwd = dispatch.load_backend(self.name, backend).fwd

@@ -37,7 +37,7 @@ class Problem(Protocol):
 
     @property
     def options(self) -> tuple[Any, ...]:
-        """As the registered operation takes them."""
+        """The options as the registered operation takes them."""
 
     @property
     def device(self) -> torch.device: ...
@@ -45,7 +45,7 @@ class Problem(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def sizes(self) -> dict[str, int]:
-        """What backends and dispatch judge by."""
+        """The sizes by which a backend is chosen."""
 
 
 P = TypeVar("P", bound=Problem)
@@ -114,7 +114,7 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
 
 
 class Call(Generic[P]):
-    """A problem as one kind of call has it, which names a backend and has gradients or none."""
+    """A problem and what one kind of call adds: the backend named, whether it has gradients."""
 
     __slots__ = ("_last", "backend", "check", "differentiable", "options", "problem")
 
@@ -199,7 +199,7 @@ def _written(options: tuple[Any, ...]) -> bytes:
 
 
 def guard(tensors: Sequence[Tensor]) -> Any:
-    """A function of tensors: whether they are as these; None where this torch has none."""
+    """A function that tells whether tensors are like these; None where this torch has no guards."""
     return _guard(tensors) if _guards_hold() else None
 
 

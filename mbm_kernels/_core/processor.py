@@ -69,7 +69,7 @@ def name() -> str:
 
 
 def cache_bytes() -> tuple[int, int]:
-    """Of the second level and of the last, all that one process can have; 0 where not known."""
+    """Bytes of the second-level and last-level caches that one process can have; 0: not known."""
     found = {2: 0, 3: 0}
     seen = set()
     for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
@@ -94,7 +94,7 @@ class Rates:
 
 
 def measured_rates() -> Rates:
-    """Best of some repetitions, about 0.1 s in all."""
+    """The best rates of some repetitions, about 0.1 s in all."""
     cpu, source = native.cpu(), torch.ones(COPIED // 8)
     target, iterations = torch.zeros_like(source), 200_000
     before = torch.get_num_threads()

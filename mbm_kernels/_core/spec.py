@@ -82,14 +82,14 @@ class Spec:
 
     @cached_property
     def forward_schema(self) -> str:
-        """Without the backend, which is the registered operation's last argument."""
+        """The schema of the forward, without the backend, its last argument."""
         save = {"any": "bool save", "each": "bool[] save", None: ""}[self.save]
         returned = ", ".join(f"Tensor {name}" for name in self.results)
         return f"({_joined(self.inputs, self.options, save)}) -> ({returned})"
 
     @cached_property
     def backward_schema(self) -> str:
-        """Without the backend and the returned gradients."""
+        """The schema of the backward, without the backend and the returned gradients."""
         grads = ", ".join(f"Tensor? {name}" for name in self.grad_names)
         saved = ", ".join(f"Tensor {name}" for name in self.saved)
         return f"({_joined(grads, self.inputs, saved, self.options, 'bool[] needs')})"

@@ -84,7 +84,7 @@ def leaf(forward: F) -> F:
 
 
 def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a backward may come.
+    """Whether a backward through these tensors may follow.
 
     What torch.jit.trace records is constant: the graph trains and infers alike, and torch compares
     it with a second one that is traced without gradients.

@@ -1,4 +1,4 @@
-"""Timing beside the best stock form: ratios, intervals, memory, share of the limit."""
+"""Timing beside the fastest PyTorch baseline: ratios, intervals, memory, % of the roofline."""
 
 from mbm_kernels.bench.benchmark import BOTH as BOTH
 from mbm_kernels.bench.benchmark import FORWARD as FORWARD

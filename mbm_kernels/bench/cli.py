@@ -276,7 +276,7 @@ def bench(
     results_folder: Results = None,
     model: Model = None,
 ) -> int:
-    """Time the operations against the best stock form; exit status 1 when a result is wrong."""
+    """Time operations against the fastest PyTorch baseline; exit status 1 if a result is wrong."""
     given = dict(locals())
     if model is not None:
         return _predict(load(folder, ops), model, case)

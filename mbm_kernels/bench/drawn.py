@@ -33,7 +33,7 @@ class Drawn:
     elements: float = 0.0
 
     def call(self, seed: int = 0) -> Callable[[str], Callable[[], object]]:
-        """For a backend, the timed call on inputs that all backends share."""
+        """A function that gives, for a backend, the timed call; all backends share the inputs."""
         generator = torch.Generator().manual_seed(seed)
         args, options, leaves = self.make(generator)
         function = getattr(importlib.import_module(f"mbm_kernels.ops.{self.op}"), self.op)
@@ -75,7 +75,7 @@ def first(outputs: Any) -> Tensor:
 
 
 def size(rng: random.Random, least: float, most: float) -> int:
-    """Log-uniform."""
+    """A log-uniform integer between the two."""
     return round(math.exp(rng.uniform(math.log(least), math.log(most))))
 
 

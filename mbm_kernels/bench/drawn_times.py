@@ -19,7 +19,7 @@ QUANTILE = 0.25  # what else runs makes a sample slower, never faster
 
 @dataclass(frozen=True)
 class Timed:
-    """One problem: what its dispatch judges by, and nanoseconds of a call by each backend.
+    """One problem: the sizes that `auto` goes by, and nanoseconds of a call by each backend.
 
     again_ns: PyTorch's once more, as a form of its own; None where that was not asked for.
     """
@@ -38,7 +38,7 @@ class Timed:
 
 
 def sizes_of(op: str, call: Callable[[], object]) -> dict[str, int]:
-    """What the dispatch of `op` is asked about in one call."""
+    """The sizes by which one call of `op` chooses its backend."""
     with dispatch.observed() as seen:
         call()
     return next(choice.sizes for choice in seen if choice.op == op)

@@ -1,4 +1,4 @@
-"""How near to the machine's limits a time is.
+"""Roofline: how near a time is to the limits of the machine.
 
 The limits are measured on the same number of threads: arithmetic as float32 multiply-adds in
 registers in the ISA in use, and memory at each level that data can come from: the larger of the

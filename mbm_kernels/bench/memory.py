@@ -30,7 +30,7 @@ def _malloc_trim() -> bool:
 
 
 def result_bytes(results: Any) -> int:
-    """Of the tensors in a call's results, each storage once: what any form of it has to make."""
+    """Bytes of a call's results, each storage once: what any form of it has to allocate."""
     storages: dict[int, int] = {}
     pending = [results]
     while pending:

@@ -28,7 +28,7 @@ def console_for_rows() -> Console:
 
 
 def milliseconds(value: float) -> str:
-    """Three digits."""
+    """Milliseconds in three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -44,7 +44,7 @@ def short_pass(name: str) -> str:
 
 
 def _memory(row: Row) -> str:
-    """Peaks beyond the results, which every form has to make."""
+    """Peak memory beyond the results, which every form has to allocate."""
     shown = []
     for name in ("mbm", row["stock_form"]):
         peak = row["peak_extra_bytes"][name]
@@ -198,7 +198,7 @@ def _capitalised(text: str) -> str:
 
 
 def _isas(found: dict[str, Any]) -> str:
-    """Every library's, where the file records them."""
+    """The ISA of every library, where the file records them."""
     if "isa" not in found:
         return ""
     names = " and ".join(isa.LIBRARIES.values())

@@ -1,4 +1,4 @@
-"""`mbm-kernels caption`: prepare data, train, distil, evaluate, caption pictures.
+"""`mbm-kernels caption`: prepare data, train, distil, evaluate, caption images.
 
 Bad input raises; the caller turns that into one line and an exit status.
 """
@@ -207,7 +207,7 @@ def generate(
         Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
     ] = None,
 ) -> None:
-    """Caption picture files, one line each."""
+    """Caption image files, one line each."""
     found = checkpoint.load(path, layers=layers)
     side = found.model.image_size
     loaded = torch.stack([read_picture(picture, side) for picture in pictures])

@@ -1,4 +1,4 @@
-"""Captions for picture files, and their attention drawn over the picture."""
+"""Captions for image files, and their attention drawn over the image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mbm_kernels.captioning.data import WordTokenizer, normalise
 from mbm_kernels.captioning.pictures import read_picture as read_picture
 from mbm_kernels.models import Captioner
 
-TILE = 128  # pixels of one picture of an attention sheet
+TILE = 128  # pixels of one image of an attention sheet
 LABEL = 16  # pixels of the word below it
 
 
@@ -34,7 +34,7 @@ def caption_pictures(
 
 
 def attention_overlay(picture: Tensor, weights: Tensor) -> Image.Image:
-    """A picture uint8 [3, Y, X] under its attention [S] of one word, bright where attended."""
+    """An image uint8 [3, Y, X] under its attention [S] of one word, bright where attended."""
     side = int(weights.numel() ** 0.5)
     peak = float(weights.max())
     level = weights.reshape(side, side).float() / (peak if peak > 0 else 1.0)

@@ -76,7 +76,7 @@ class DistillationObjective(_Objective):
     neither optimised nor stored.
 
     Raises:
-        ValueError: if the two models differ in vocabulary, token ids or picture size.
+        ValueError: if the two models differ in vocabulary, token ids or image size.
     """
 
     def __init__(

@@ -55,12 +55,12 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     taught: TaughtSet | None = None,
 ) -> History:
-    """Minimise an objective over a set of captioned pictures.
+    """Minimise an objective over a set of captioned images.
 
     Args:
         objective: holds the model that is trained.
-        seed: of the order of pictures, augmentation and dropout.
-        validation: pictures whose loss decides the best checkpoint; None takes the latest.
+        seed: of the order of images, augmentation and dropout.
+        validation: images whose loss decides the best checkpoint; None takes the latest.
         run: folder of the checkpoints; None writes none.
         resume: continue from the latest checkpoint of ``run``.
         title: of the progress bar; None shows none.
@@ -68,7 +68,7 @@ def fit(
         taught: the teacher's outputs for ``train_set``, which a distillation then takes from there.
 
     Raises:
-        ValueError: if the set has fewer pictures than a batch, if ``run`` holds another run's
+        ValueError: if the set has fewer images than a batch, if ``run`` holds another run's
             checkpoints, or on resuming with other settings.
         FileNotFoundError: on resuming where there is no checkpoint.
         KeyboardInterrupt: after Ctrl-C, once the last whole step is saved.
@@ -179,7 +179,7 @@ class _Trainer:
         return shown
 
     def validate(self) -> None:
-        """Record the hard loss on the validation pictures and whether it is the best so far."""
+        """Record the hard loss on the validation images and whether it is the best so far."""
         if self.validation is None:
             return
         loss = hard_loss(self.model, self.validation, self.tokenizer, VALIDATION_IMAGES)
@@ -296,7 +296,7 @@ def schedule(step: int, settings: TrainSettings) -> float:
 
 
 def mask_words(inputs: Tensor, share: float, tokenizer: WordTokenizer) -> Tensor:
-    """Input words [B, T] of which a share reads as unknown, so that the picture must tell."""
+    """Input words [B, T] of which a share reads as unknown, so that the image must tell."""
     if share == 0:
         return inputs
     hide = (torch.rand(inputs.shape) < share) & (inputs > tokenizer.unk_id)
@@ -307,7 +307,7 @@ def mask_words(inputs: Tensor, share: float, tokenizer: WordTokenizer) -> Tensor
 def hard_loss(
     model: Captioner, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int
 ) -> float:
-    """Mean cross-entropy per word on the first ``limit`` pictures."""
+    """Mean cross-entropy per word on the first ``limit`` images."""
     was_training = model.training
     objective = CrossEntropyObjective(model).eval()
     total = words = 0.0

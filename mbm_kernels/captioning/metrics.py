@@ -55,7 +55,7 @@ def score(predictions: Sequence[str], references: References) -> dict[str, float
         `exact_match` 0..1, `bleu4` 0..100, `cider_d` 0..10.
 
     Raises:
-        ValueError: no caption, lists of different length, or a picture without a reference.
+        ValueError: no caption, lists of different length, or an image without a reference.
     """
     return {
         "exact_match": exact_match(predictions, references),
@@ -104,8 +104,8 @@ def cider_d(predictions: Sequence[str], references: References) -> float:
     For each order n the cosine of the tf-idf vectors of prediction and reference, the prediction's
     weights clipped to the reference's, times exp(-(difference in length)^2 / (2 sigma^2)); the mean
     over n = 1..4 and over references, times 10. The document frequencies are those of the given
-    references, one document per picture, so a corpus of one picture scores 0, and so does an n-gram
-    that every picture has. A caption of fewer than 4 words has no 4-grams: it stays below 10 even
+    references, one document per image, so a corpus of one image scores 0, and so does an n-gram
+    that every image has. A caption of fewer than 4 words has no 4-grams: it stays below 10 even
     where it is exact (one word: 2.5 at most).
 
     Source: Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based image description evaluation", CVPR
@@ -163,18 +163,18 @@ def most_frequent_caption(train: CaptionSet | Sequence[str]) -> str:
 
 
 def nearest_image_captions(train: CaptionSet, query_images: torch.Tensor) -> list[str]:
-    """For each picture the caption of the nearest training picture: least sum of squared
+    """For each image the caption of the nearest training image: least sum of squared
     differences over pixels and channels, the first in the set among equals.
 
     Args:
-        train: N pictures.
+        train: N images.
         query_images: uint8 `[M, 3, Y, X]`, of the same size.
 
     Returns:
-        M captions. Needs about 100 MB beside the pictures, whatever N and M are.
+        M captions. Needs about 100 MB beside the images, whatever N and M are.
 
     Raises:
-        ValueError: an empty training set, or pictures of another size or dtype.
+        ValueError: an empty training set, or images of another size or dtype.
     """
     if len(train) == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Picture files as 8-bit RGB: every mode that Pillow reads, upright, in bounded memory."""
+"""Image files as 8-bit RGB: every mode that Pillow reads, upright, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 1 << 20  # values scaled at a time, in float64
 # Lanczos takes time and a table by the ratio of the sides; a mean over blocks of pixels goes first
 # where the ratio exceeds twice this.
 REDUCING_GAP = 3.0
-# EXIF orientation to what turns the picture upright.
+# EXIF orientation to what turns the image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +37,7 @@ DAMAGE = (
 
 
 def read_picture(path: str | Path, image_size: int) -> Tensor:
-    """A picture file as uint8 [3, image_size, image_size]: resized, then padded with white.
+    """An image file as uint8 [3, image_size, image_size]: resized, then padded with white.
 
     Upright as its EXIF orientation says; the first frame of an animation; transparency on white.
     Greys of more than 8 bits are scaled from a range, never clipped: 16-bit ones from 0..65535;
@@ -46,7 +46,7 @@ def read_picture(path: str | Path, image_size: int) -> Tensor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, a damaged one, or one of more than MAX_PIXELS.
+        ValueError: if it is no image, a damaged one, or one of more than MAX_PIXELS.
     """
     path = Path(path)
     if not path.is_file():

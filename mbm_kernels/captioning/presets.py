@@ -11,7 +11,7 @@ class TrainSettings:
     """One training run.
 
     steps: optimiser steps. learning_rate: the peak, after ``warmup`` steps, before a cosine to
-    zero. clip: largest norm of the gradient. augment: move, recolour and restyle the pictures.
+    zero. clip: largest norm of the gradient. augment: move, recolour and restyle the images.
     word_dropout: share of the input words that read as unknown. neighbour_prior: keep what
     neighbouring words say of one another out of the model (prior.py). evaluate_every: steps
     between validations and checkpoints.

@@ -15,8 +15,8 @@ from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.decode import attention_overlay
 from mbm_kernels.captioning.results import Demo
 
-SHOWN = 12  # pictures of a split
-SHOWN_MAPS = 4  # pictures of a split with their attention
+SHOWN = 12  # images of a split
+SHOWN_MAPS = 4  # images of a split with their attention
 NAMES = {
     "teacher": "teacher",
     "student": "student, distilled",
@@ -57,7 +57,7 @@ def write_report(demo: Demo, results: dict[str, Any], path: Path) -> None:
 
 
 def gallery(demo: Demo, split: str) -> list[dict[str, Any]]:
-    """The pictures of a split that are shown: evenly spread, so that failures are among them."""
+    """The images of a split that are shown: evenly spread, so that failures are among them."""
     captions = demo.sets[split]
     stride = max(1, len(captions) // SHOWN)
     cards = []

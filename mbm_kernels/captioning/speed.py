@@ -96,7 +96,7 @@ def measure(
 
     Args:
         model: gives settings and weights.
-        captions: the first `batch_size` pictures are used.
+        captions: the first `batch_size` images are used.
         name: of the model, for the rows.
         seconds: about how long each row is sampled.
         compiled: also time torch.compile of the stock model.

@@ -21,7 +21,7 @@ from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
 @dataclass(frozen=True)
 class CaptionerSize:
-    """Widths of one size; the three channels halve the picture's side each."""
+    """Widths of one size; the three channels halve the image's side each."""
 
     channels: tuple[int, int, int]
     features: int
@@ -37,7 +37,7 @@ SIZES = {
 }
 POSITION_FEATURES = 16
 STRIDE = 8  # three 2x2 poolings
-MOST_SIDE = 8192  # of a picture; the table of positions is 64 MiB then
+MOST_SIDE = 8192  # of an image; the table of positions is 64 MiB then
 
 
 class CaptionerOutput(NamedTuple):
@@ -130,7 +130,7 @@ class Captioner(nn.Module):
         size: "student" or "teacher" (widths in ``SIZES``).
         attention: "additive" or "dot".
         layers: "mbm" for this package's modules, "stock" for PyTorch's; the state_dict is the same.
-        image_size: side of the pictures in pixels, a multiple of 8 up to 8192.
+        image_size: side of the images in pixels, a multiple of 8 up to 8192.
         pad_id, bos_id, eos_id: token ids.
 
     Raises:
@@ -234,7 +234,7 @@ class Captioner(nn.Module):
         return self.head(hidden)
 
     def encode(self, images: Tensor) -> EncodedImages:
-        """Everything of the pictures that decoding reuses at each step."""
+        """Everything of the images that decoding reuses at each step."""
         self._check_images(images)
         features = self.encoder(images)
         summary = features.mean(dim=1)
@@ -248,7 +248,7 @@ class Captioner(nn.Module):
     def step(
         self, encoded: EncodedImages, tokens: Tensor, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One word for K hypotheses of each picture, which share its keys as K queries.
+        """One word for K hypotheses of each image, which share its keys as K queries.
 
         Args:
             tokens: int64 [B, K], the last words. state: [B, K, H].
@@ -313,10 +313,10 @@ class Captioner(nn.Module):
         Args:
             images: float [B, 3, Y, X], values in [-1, 1].
             max_length: the most tokens of a caption.
-            beam: hypotheses kept per picture; 1 is greedy. The score is the log-probability
+            beam: hypotheses kept per image; 1 is greedy. The score is the log-probability
                 divided by the length. A tie goes to the earlier hypothesis and the lower id; of
                 a beam where torch.topk chooses (layers "stock", or no kernel runs), to any.
-            return_weights: also return the attention of each word, one [length, S] per picture.
+            return_weights: also return the attention of each word, one [length, S] per image.
 
         Raises:
             ValueError: if ``max_length`` or ``beam`` is below 1, or images have a wrong shape.

@@ -4,7 +4,7 @@ A step of stock PyTorch is some thirty launches of a few microseconds each, so t
 takes the time. Here `STEPS` of them are one replay, after which the host looks whether all captions
 have ended. A loop of another length ends with a shorter graph.
 
-What is recorded reads and writes fixed memory: the pictures, the word table and what is carried are
+What is recorded reads and writes fixed memory: the images, the word table and what is carried are
 copied in, the traces copied out. Parameters are read where they lie, as they are at that time;
 their addresses and layouts are part of the key. Graphs hold no reference to the model, and go with
 it.
@@ -39,7 +39,7 @@ Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 def why_not(model: StepModel, device: torch.device) -> str | None:
-    """What decides, before anything is recorded, that the loop runs step by step."""
+    """Why this call cannot be captured as a CUDA graph, or None."""
     if device.type != "cuda":
         return f"tensors are on {device}; graphs are CUDA's"
     if model.layers != "mbm":

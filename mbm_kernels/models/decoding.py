@@ -2,9 +2,9 @@
 
 A `Decoder` maps the last words [B, K] and states [B, K, H] to log-probabilities and ids of the k
 likeliest words [B, K, k], the new states and the attention weights [B, K, S]. All that differs from
-picture to picture is in `pictures`, so that a recorded loop can be run again on other pictures.
+image to image is in `pictures`, so that a recorded loop can be run again on other images.
 
-K hypotheses of one picture are K queries over the same keys, so nothing of the picture is copied.
+K hypotheses of one image are K queries over the same keys, so nothing of the image is copied.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FusedDecoder:
     """The step with what repeats taken out of it, and a vocabulary of which no logit is stored.
 
     relu(join_input(summary, embedding)) is the relu of a sum: the summary's half is made once for
-    each picture, the embedding's once for each word (`word_table`), and
+    each image, the embedding's once for each word (`word_table`), and
     what attention makes of the keys once for all steps (`for_steps`).
     """
 

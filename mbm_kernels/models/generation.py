@@ -45,7 +45,7 @@ class Greedy:
 class Beam:
     """The hypotheses of highest log-probability per token, their ``eos_id`` included.
 
-    The best `beam` continuations of all hypotheses of a picture are among the best `beam` of each.
+    The best `beam` continuations of all hypotheses of an image are among the best `beam` of each.
     """
 
     def __init__(self, model: StepModel, beam: int) -> None:
@@ -110,7 +110,7 @@ def search(
 
 
 def loop(how: Search, decoder: Decoder, carry: Carry, max_length: int) -> tuple[Carry, Trace]:
-    """Step by step; stops where every hypothesis of every picture has ended."""
+    """Step by step; stops where every hypothesis of every image has ended."""
     traces = []
     for _ in range(max_length):
         carry, trace = how.step(decoder, carry)
@@ -121,7 +121,7 @@ def loop(how: Search, decoder: Decoder, carry: Carry, max_length: int) -> tuple[
 
 
 def _best(carry: Carry, trace: Trace, want_weights: bool) -> tuple[list[list[int]], list[Tensor]]:
-    """Words of each picture's best hypothesis and, if wanted, its weights [T, S] by picture."""
+    """Words of each image's best hypothesis and, if wanted, its weights [T, S] by image."""
     words, parents = trace.words.cpu(), trace.parents.cpu()  # [T, B, K]
     # Greedy's lengths are 0, and its one hypothesis the best.
     at = (carry.score / carry.length).argmax(dim=1, keepdim=True).cpu()  # [B, 1]

@@ -1,6 +1,6 @@
 """What the model, its decoder, search and the recorded loop hand to each other.
 
-B batch, K hypotheses of a picture, S positions of the feature map; A, D, H widths of attention,
+B batch, K hypotheses of an image, S positions of the feature map; A, D, H widths of attention,
 features and the hidden state.
 """
 
@@ -16,7 +16,7 @@ from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
 
 class EncodedImages(NamedTuple):
-    """What decoding needs of the pictures, computed once.
+    """What decoding needs of the images, computed once.
 
     features [B, S, D], summary [B, D], key (projected, [B, S, A] or [B, N, S, D/N]), value, and
     the decoder's first state [B, H].
@@ -76,14 +76,14 @@ class Decoder(Protocol):
     def __call__(self, last: Tensor, state: Tensor, k: int) -> Words: ...
 
     def for_pictures(self, pictures: Any) -> Decoder:
-        """The same for other pictures."""
+        """The same for other images."""
 
     def for_steps(self) -> Decoder:
-        """The same, with what its steps have in common made once of the pictures as they are."""
+        """The same, with what its steps have in common made once of the images as they are."""
 
 
 class Carry(NamedTuple):
-    """From one step to the next: last, done, length and score [B, K], state [B, K, H]."""
+    """State handed from step to step: last, done, length and score [B, K], state [B, K, H]."""
 
     last: Tensor
     done: Tensor

@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def files(trained, tmp_path, monkeypatch):
-    """A run in `run`, a picture, and files that are neither, in the current folder."""
+    """A run in `run`, an image, and files that are neither, in the current folder."""
     shutil.copytree(trained, tmp_path / "run")
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])

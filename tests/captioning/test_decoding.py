@@ -65,7 +65,7 @@ def greedy_by_rows(model, images, max_length):
 
 @torch.no_grad()
 def beam_by_rows(model, images, max_length, beam):
-    """All continuations of all hypotheses of a picture in one sort."""
+    """All continuations of all hypotheses of an image in one sort."""
     encoded = model.encode(images)
     batch, places = encoded.features.shape[:2]
     vocab = model.vocab_size

@@ -74,7 +74,7 @@ def test_cider_d_equals_the_published_scorer(
 
 
 def test_cider_d_by_hand() -> None:
-    # Two pictures, no shared word: every n-gram has idf log 2, so the vectors are counts.
+    # Two images, no shared word: every n-gram has idf log 2, so the vectors are counts.
     # "a b c d" for "a b c": cosines 3/(2 sqrt 3), 2/(sqrt 3 sqrt 2), 1/sqrt 2, 0;
     # the lengths differ by one word.
     cosines = 3 / math.sqrt(12) + 2 / math.sqrt(6) + 1 / math.sqrt(2)

@@ -1,4 +1,4 @@
-"""Picture files of every mode and shape, and those that are no pictures."""
+"""Image files of every mode and shape, and those that are no images."""
 
 import io
 import random
@@ -60,7 +60,7 @@ def test_an_unknown_or_damaged_orientation_is_upright(tmp_path):
 
 
 def ramp(low, high, dtype):
-    """[64, 64], the same grey in a row of the picture that is read."""
+    """[64, 64], the same grey in a row of the image that is read."""
     return np.repeat(np.linspace(low, high, 64), 64).reshape(64, 64).astype(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The drawn scenes: what the captions say is what the pictures show."""
+"""The drawn scenes: what the captions say is what the images show."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SETTINGS = TrainSettings(
 
 
 def colours(count=12, side=16):
-    """Flat pictures named by their colour and how bright they are."""
+    """Flat images named by their colour and how bright they are."""
     names = ("red", "green", "blue")
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8)
     captions = []

@@ -182,7 +182,7 @@ def by_another_mapping(key, index, image, path):
 
 
 class TestSnapshot:
-    """Of 64 pictures one is replaced, by a write that need not raise the version of the key."""
+    """Of 64 images one is replaced, by a write that need not raise the version of the key."""
 
     @pytest.mark.parametrize("write", [in_place, by_numpy, by_data, by_another_mapping])
     @pytest.mark.parametrize("backend", ["auto", *ON_CPU])

@@ -209,7 +209,7 @@ def _measured(
 
 
 def _summary(times: Mapping[str, Any], unavailable: dict[str, str]) -> Row:
-    """Ratios of the best stock form to the best of mbm's own two ways of being called."""
+    """Ratios of the fastest PyTorch baseline to the best of mbm's own two ways of being called."""
     summaries = {name: Summary.of(t) for name, t in times.items()}
 
     def best(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Captioned pictures: `scenes`, drawn by this package, and `emoji`, real drawings."""
+"""Captioned images: `scenes`, drawn by this package, and `emoji`, real drawings."""
 
 from . import emoji, scenes
 from .base import CaptionSet, augment, collate, normalise

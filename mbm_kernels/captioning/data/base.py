@@ -1,4 +1,4 @@
-"""What every data set is: pictures, one caption each, and the way from both to a batch."""
+"""What every data set is: images, one caption each, and the way from both to a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tokenizer import WordTokenizer
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Pictures with one caption each.
+    """Images with one caption each.
 
     images: uint8 `[N, 3, Y, X]`, RGB. captions: N strings, lower case. ids: N unique strings.
 
@@ -83,7 +83,7 @@ def collate(
 
 
 def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """A slightly moved and recoloured copy of each picture; never mirrored, captions say "left".
+    """A slightly moved and recoloured copy of each image; never mirrored, captions say "left".
 
     Shift up to 6 % of the side, scale 0.88..1.12, rotation up to 8 degrees, edges
     repeated; channels mixed by up to 5 %, contrast to white 0.9..1.1, offset up to

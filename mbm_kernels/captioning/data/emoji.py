@@ -1,6 +1,6 @@
 """Real drawings with human-written names: 3,786 emoji, each drawn by Google and by Twitter.
 
-The pictures and names come from three npm packages, fetched by name at the user's request and kept
+The images and names come from three npm packages, fetched by name at the user's request and kept
 in a cache folder; this package holds none of them. Their licences, as read in version 16:
 
 - `emoji-datasource-google`, `emoji-datasource-twitter` 16.0.0: code MIT (Cal Henderson); the

@@ -18,7 +18,7 @@ def load(
     image_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, CaptionSet]:
-    """The splits of a data set: the same seed gives the same pictures.
+    """The splits of a data set: the same seed gives the same images.
 
     Args:
         name: "scenes" (splits `train`, `val`, `held_out`) or "emoji" (`train`, `held_out`,
@@ -26,12 +26,12 @@ def load(
         seed: of the drawing (scenes), of the choice of held-out combinations (emoji).
         root: emoji: the folder that `emoji.prepare` returned, None for the one in the default
             cache. scenes: unused.
-        image_size: side of the pictures in pixels.
-        limit: keep only the first `limit` pictures of each split.
+        image_size: side of the images in pixels.
+        limit: keep only the first `limit` images of each split.
 
     Raises:
         ValueError: unknown name, an impossible size or limit, a folder that is missing, empty or
-            incomplete, a truncated picture.
+            incomplete, a truncated image.
     """
     if name not in NAMES:
         raise ValueError(f"load: got data set {name!r}, expected one of {NAMES}; name one of them")

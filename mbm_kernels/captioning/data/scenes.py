@@ -3,7 +3,7 @@
 Canonical: of two shapes the large one is named first; of two equal ones the left one, or the upper
 one. Of three, two stand in a row (or column) and the third lies centred above or below (left or
 right of) both: "a large red star left of a small blue circle, both above a small pink cross".
-So each picture has one right caption, and exact match is a fair measure.
+So each image has one right caption, and exact match is a fair measure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOUR_NAMES = tuple(COLOURS)
 SIZES = ("small", "large")
 # Relation of the first-named shape to the second, by (axis, first has the greater coordinate).
 RELATIONS = (("left of", "right of"), ("above", "below"))
-# Nominal radius in pixels of a 64-pixel picture: the gap of 3.6 keeps the sizes apart.
+# Nominal radius in pixels of a 64-pixel image: the gap of 3.6 keeps the sizes apart.
 RADIUS = {"small": (6.2, 7.2), "large": (10.8, 12.0)}
 # A dark contour, in pixels outside and inside the edge. It shows the shape whatever the colour:
 # without it a model names a shape by its colour and calls each held-out pair by a pair it knows.
@@ -43,7 +43,7 @@ HELD_OUT = tuple((k % len(SHAPE_NAMES), k) for k in range(len(COLOUR_NAMES)))
 SPLITS = {"train": 12_000, "val": 1_000, "held_out": 1_000}
 COUNT_PROBABILITY = (0.36, 0.37, 0.27)
 REACH = 1.2  # of the radius, from the centre to the farthest tip
-BLOCK = 250  # pictures per random stream: `limit` draws only the blocks that it needs
+BLOCK = 250  # images per random stream: `limit` draws only the blocks that it needs
 
 _PAIRS = [(s, c) for s in range(len(SHAPE_NAMES)) for c in range(len(COLOUR_NAMES))]
 _SEEN = np.array([pair for pair in _PAIRS if pair not in HELD_OUT])  # [32, 2]
@@ -55,13 +55,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Block:
-    """N pictures of up to 3 shapes, in the order of naming; unused places hold count <= k."""
+    """N images of up to 3 shapes, in the order of naming; unused places hold count <= k."""
 
     count: Ints  # [N], 1..3
     shape: Ints  # [N, 3]
     colour: Ints  # [N, 3]
     size: Ints  # [N, 3], 0 small, 1 large
-    radius: Floats  # [N, 3], pixels of a 64-pixel picture
+    radius: Floats  # [N, 3], pixels of a 64-pixel image
     centre: Floats  # [N, 3, 2], x right and y down
     axis: Ints  # [N], of the first two: 0 row, 1 column
     first_greater: Ints  # [N], the first-named is right of or below the second
@@ -91,7 +91,7 @@ def splits(
 
 def _sample(rng: np.random.Generator, n: int, *, held_out: bool) -> _Block:
     count = 1 + np.searchsorted(np.cumsum(COUNT_PROBABILITY[:2]), rng.random(n), side="right")
-    # Three different seen pairs per picture: the order of random keys draws without replacement.
+    # Three different seen pairs per image: the order of random keys draws without replacement.
     pair = _SEEN[np.argsort(rng.random((n, len(_SEEN))), axis=1)[:, :3]]  # [N, 3, 2]
     unseen = _UNSEEN[rng.integers(len(_UNSEEN), size=n)]
     place = rng.integers(0, count)
@@ -130,7 +130,7 @@ def _place(
     first_greater: Ints,
     third_greater: Ints,
 ) -> Floats:
-    """Centres `[N, 3, 2]`, all shapes inside the picture, overlapping by a fifth at most."""
+    """Centres `[N, 3, 2]`, all shapes inside the image, overlapping by a fifth at most."""
     n = len(count)
     along, across = np.zeros((n, 3), np.float32), np.zeros((n, 3), np.float32)
     draw = rng.random((n, 7), dtype=np.float32)
@@ -154,7 +154,7 @@ def _place(
     )
     used = np.arange(3) < count[:, None]
     reach = np.where(used, REACH * radius + 1, -np.inf)[..., None]
-    # Small shapes have room to spare: draw them apart by up to 1.6 where the picture allows it.
+    # Small shapes have room to spare: draw them apart by up to 1.6 where the image allows it.
     extent = np.where(used[..., None], centre, 0).max(axis=1) - np.where(
         used[..., None], centre, 0
     ).min(axis=1)

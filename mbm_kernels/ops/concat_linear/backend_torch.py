@@ -1,5 +1,5 @@
-"""The best stock form: one product over the concatenation; where enough multiplications are saved,
-one per run of equal leading dimensions, summed by broadcasting."""
+"""The fastest PyTorch baseline: one product over the concatenation; where that saves enough
+multiplications, one per run of equal leading dimensions, summed by broadcasting."""
 
 import functools
 import math

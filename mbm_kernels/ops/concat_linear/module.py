@@ -10,7 +10,7 @@ from mbm_kernels.ops.concat_linear.op import NAME, concat_linear, linear
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear, run by concat_linear where its table names a backend for this size."""
+    """torch.nn.Linear, run by concat_linear where that is predicted to be faster."""
 
     @tracing.leaf
     def forward(self, x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def _sizes(inputs: Sequence[Tensor], rows: int, features: int, out_features: int
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, run by concat_linear where its table names a backend for one input of this size."""
+    """F.linear, run by concat_linear where that is predicted to be faster."""
     fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
     if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
         return F.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""The best stock form: one GEMM with the scale folded into its smaller operand, then the loss.
+"""The fastest PyTorch baseline: a GEMM with the scale folded into its smaller operand, the loss.
 
 Forward and backward on one thread of an AMD EPYC at B 1024, D 128. infonce: 44 ms with log_softmax
 along both dimensions, 54 to 57 with F.cross_entropy twice, 73 with the scale applied to [B, B].

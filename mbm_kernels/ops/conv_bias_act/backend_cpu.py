@@ -48,7 +48,7 @@ def _dense_weight(weight: Tensor) -> Tensor:
 
 
 def _taps(weight: Tensor) -> tuple[int, int, int, int]:
-    """Address, and the steps of outputs, inputs and taps, of a dense weight."""
+    """Address, and the strides of outputs, inputs and taps, of a dense weight."""
     _, channels, height, width = weight.shape
     taps = height * width
     steps = (taps, 1) if weight.is_contiguous() else (1, channels)
@@ -180,7 +180,7 @@ class _Native:
 
 
 def _steps(p: Problem) -> tuple[int, int, int]:
-    """From output to output, input to input and tap to tap of a dense weight."""
+    """The strides of outputs, inputs and taps of a dense weight."""
     _, channels, height, width = p.weight_shape
     taps = height * width
     return (channels * taps, 1, channels) if _in_channels_last(p) else (channels * taps, taps, 1)

@@ -86,7 +86,8 @@ def _gemm(
     places: Tensor | None = None,
     z: Tensor | None = None,
 ) -> None:
-    """The forward; `turned`, the gradient of x: `y` from its result's, `x`, without an epilogue."""
+    """The forward; if `turned`, the gradient of x by flipped kernels: `y` from that of the result,
+    `x`, without an epilogue."""
     weight = plan.weight
     if 1 not in (weight.stride(1), weight[:, :, 0, 0].numel() // weight.size(0)):
         weight = weight.contiguous(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ ACTIVATIONS = (
     "tanh",
 )
 BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values
-# Pools that dispatch tables tell apart, by their index; every other one is the index after these.
+# Pools that predicted times tell apart, by their index; any other has the index after these.
 POOLS = (None, (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1))
 MOST_PADDING = 2**29  # of each side; kernels count its pixels in 32 bits
 
@@ -61,7 +61,7 @@ def taken(stride: Pair, spans: Sequence[int], sides: Sequence[int]) -> Pair:
 
 
 def common(numbers: Pair) -> int:
-    """Of Y and X, 0 where they differ: what dispatch tables judge by."""
+    """The value that Y and X share, 0 where they differ: a size by which a backend is chosen."""
     return numbers[0] if numbers[0] == numbers[1] else 0
 
 

@@ -1,4 +1,4 @@
-"""The best stock form: SDPA without weights, two matrix products and a softmax with them."""
+"""The fastest PyTorch baseline: SDPA without weights, two products and a softmax with them."""
 
 from typing import Any
 

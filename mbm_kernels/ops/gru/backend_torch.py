@@ -1,4 +1,4 @@
-"""The best stock form: one aten::gru, packed or masked where rows have lengths."""
+"""The fastest PyTorch baseline: one aten::gru, packed or masked where rows have lengths."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The best stock form: aten::gru_cell."""
+"""The fastest PyTorch baseline: aten::gru_cell."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The best stock form: two GEMMs over the rows that count, log_softmax, one divergence.
+"""The fastest PyTorch baseline: two GEMMs over the rows that count, log_softmax, one divergence.
 
 N 256, Hs 256, Ht 512, V 10000, forward and backward on one thread of an AMD EPYC: 125 ms with
 sum(p (log p - log q)), 127 with F.kl_div on log-targets, 135 with a batched dot product; 137 with

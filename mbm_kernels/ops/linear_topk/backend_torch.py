@@ -1,4 +1,4 @@
-"""The best stock form: the product and its argmax or topk, which sorts nothing but the k.
+"""The fastest PyTorch baseline: the product and its argmax or topk, which sorts nothing but the k.
 
 topk leaves open which of equal logits it takes. Its classes are those of the logits rather than of
 the log-probabilities, which lose their order in a row with +infinity and, in 16 bits, earlier."""

@@ -1,6 +1,6 @@
 """What follows linear_topk in a step of beam search: which continuations live on.
 
-B pictures, K hypotheses of each, k continuations of each of these, H features of a state.
+B images, K hypotheses of each, k continuations of each of these, H features of a state.
 """
 
 from collections.abc import Callable

@@ -127,7 +127,7 @@ def select(
     H, eos,
     BEAM: tl.constexpr, K: tl.constexpr, CANDIDATES: tl.constexpr, BLOCK_H: tl.constexpr,
 ):
-    """One hypothesis of one picture: of its BEAM K candidates the one that so many come before."""
+    """One hypothesis of one image: of its BEAM K candidates the one that so many come before."""
     b = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1)
     c = tl.arange(0, CANDIDATES)

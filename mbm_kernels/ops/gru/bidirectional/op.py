@@ -103,8 +103,8 @@ def gru_bidirectional(
 ) -> tuple[Tensor, Tensor]:
     """`mbm_kernels.gru` forwards and in reverse, each by its own weights, features side by side.
 
-    The backend is that of `gru`: its tables, or the one set for it. cpu runs both directions at
-    once; any other runs them one after the other.
+    The backend is the one that `gru` would take, or the one set for it. cpu runs both directions
+    at once; any other runs them one after the other.
 
     Args:
         x: [T, B, C], floating; any strides.
