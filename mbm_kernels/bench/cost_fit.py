@@ -23,7 +23,8 @@ FEWEST = 8  # problems of a kernel, below which nothing is known of it
 MARGINS = (1.02, 1.04, 1.06, 1.08, 1.1, 1.13, 1.16, 1.2, 1.25, 1.3, 1.4, 1.5, 1.7, 2.0, 3.0)
 LEAST_RATIO = 0.92  # no choice of ours may be slower than that
 PENALTY = 2.0  # for each that is, in units of its time
-ROUNDS = 8
+ROUNDS = 12
+OUTLIER = 0.25  # of the logarithm of a time: errors past it count as their amount, not its square
 
 
 def least_squares(x: Floats, y: Floats) -> Floats:
@@ -64,7 +65,10 @@ def fitted(amounts: Sequence[dict[str, float]], times: Floats) -> dict[str, floa
     for _ in range(ROUNDS):
         constants = least_squares(x / scale * weights[:, None], times * weights)
         predicted = np.maximum(x / scale @ constants, 0.05 * times)
-        weights = 1 / np.sqrt(times * predicted)  # halfway between errors of each kind
+        error = np.abs(np.log(predicted / times))
+        trust = np.minimum(1, OUTLIER / np.maximum(error, 1e-9))
+        # Halfway between errors of each kind; a time that other work disturbed counts less.
+        weights = np.sqrt(trust / (times * predicted))
     return {
         n: float(f"{c / s:.4g}") for n, c, s in zip(names, constants, scale, strict=True) if c > 0
     }

@@ -88,6 +88,7 @@ def _moved(p: Sizes) -> dict[str, float]:
         "y": share(y, threads),
         "weights": weights,
         "rows": share(p["B"] * p["conv_y"], threads),
+        "streamed": share(p["B"] * p["conv_y"], threads) * weights,
         "transcendental": share(y, threads) if p["activation"] >= TRANSCENDENTAL else 0,
         "activated": share(y, threads) if p["activation"] else 0,
         "pooled": share(y, threads) if p["pool"] else 0,
