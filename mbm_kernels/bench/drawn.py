@@ -83,7 +83,7 @@ def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tens
     return torch.randn(*shape, generator=generator) * scale
 
 
-CONVOLUTIONS = ("3x3",) * 4 + ("1x1",) * 4 + ("depthwise",) * 3 + ("grouped", "stem", "large")
+CONVOLUTIONS = ("3x3", "1x1", "stem") * 3 + ("depthwise", "grouped") * 2 + ("3x3", "1x1", "large")
 
 
 def _conv(rng: random.Random, training: bool) -> Drawn:

@@ -92,6 +92,7 @@ def _moved(p: Sizes) -> dict[str, float]:
         "transcendental": share(y, threads) if p["activation"] >= TRANSCENDENTAL else 0,
         "activated": share(y, threads) if p["activation"] else 0,
         "pooled": share(y, threads) if p["pool"] else 0,
+        "stored": share(y, threads) // (4 if p["pool"] else 1),
         "residual": share(y, threads) if p["residual"] else 0,
         "transposed": share(x + y, threads) if not p["layout"] else 0,
         "moved_beyond_cache": moved if 4 * moved > p["cache"] else 0,
