@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import env, native
+from mbm_kernels._core import cost, env, native, processor
 
 PACKAGES = ("torch", "triton", "numpy", "pybind11")
 
@@ -48,6 +48,8 @@ def collect() -> dict[str, Any]:
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "openmp_runtimes": native.openmp_runtimes(),
+            "device": processor.name(),
+            "constants": table.source if (table := cost.table()) else None,
         },
         "gpu": gpu(),
         "ops": {op: mbm_kernels.backends(op) for op in mbm_kernels.ops.PUBLIC},
@@ -74,6 +76,8 @@ def print_report(report: dict[str, Any]) -> None:
     runtimes = cpu["openmp_runtimes"]
     note = "" if len(runtimes) <= 1 else "  [red]more than one: thread pools will compete[/red]"
     facts.add_row("OpenMP runtimes", f"{len(runtimes)}: {', '.join(runtimes) or 'none seen'}{note}")
+    constants = cpu["constants"] or "none: it takes PyTorch on CPUs"
+    facts.add_row("auto's constants", f"{constants} (this CPU is {cpu['device']})")
     device = report["gpu"]
     facts.add_row("GPU", device["name"] or f"none: {device['why_not']}")
     facts.add_row("CUDA kernels", device["extension"])

@@ -22,7 +22,9 @@ VARIABLES = (
     ),
     Variable("MBM_BUILD_ISA", "compiles one CPU code path alone, for tests (read by setup.py)"),
     Variable(
-        "MBM_CACHE", "folder for downloaded data; default: mbm_kernels in the user cache folder"
+        "MBM_CACHE",
+        "folder for downloaded data and calibrated constants; default: mbm_kernels in the user "
+        "cache folder",
     ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),

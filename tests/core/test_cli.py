@@ -24,6 +24,7 @@ def test_info_json():
     assert set(report["ops"]) == set(mbm_kernels.ops.PUBLIC)
     assert report["ops"]["additive_attention"]["cpu"] is None
     assert report["cpu"]["isa"] == "baseline"
+    assert report["cpu"]["constants"] is None
     assert len(report["cpu"]["openmp_runtimes"]) == 1
     assert report["environment"]["MBM_ISA"] == "baseline"
     assert report["unknown_environment"] == ["MBM_TYPO"]
