@@ -55,18 +55,37 @@ def report(rows: list[Timed], constants: cost.Table) -> Table:
     return table
 
 
+def markdown(rows: list[Timed], constants: cost.Table) -> str:
+    """The README's table: PyTorch's time over auto's, and what auto loses."""
+    lines = [
+        "| operation | inference | training | auto loses |",
+        "|---|---|---|---|",
+    ]
+    whole = calibrate.quality(rows, constants)
+    passes = [
+        calibrate.quality([r for r in rows if r.training == training], constants)
+        for training in (False, True)
+    ]
+    for op, found in whole.items():
+        ratios = [f"{p[op]['over_torch']:.2f}" if op in p else "" for p in passes]
+        lines.append(f"| `{op}` | {' | '.join(ratios)} | {found['regret']:.1%} |")
+    return "\n".join(lines)
+
+
 def main(
     ops: Annotated[list[str] | None, typer.Argument(help="operations; default: all")] = None,
     problems: Annotated[int, typer.Option(help="drawn for each operation")] = 300,
     seed: Annotated[int, typer.Option(help="of the problems; below 1000 are calibrate's")] = 1000,
     rows: Annotated[Path | None, typer.Option(help="a file of rows: print its table again")] = None,
+    readme: Annotated[bool, typer.Option("--readme", help="print the README's table")] = False,
 ) -> None:
     constants = cost.table()
     if constants is None:
         raise SystemExit("study_dispatch: got no constants for this CPU, expected AVX2 or AVX-512")
     console = Console(width=150)
     if rows is not None:
-        console.print(report(calibrate.read_rows(rows), constants))
+        timed = calibrate.read_rows(rows)
+        console.print(markdown(timed, constants) if readme else report(timed, constants))
         return
     calibrate.check_machine()
     commit = machine.commit(HERE)
@@ -85,7 +104,7 @@ def main(
                 file.write(json.dumps(row.as_dict()) + "\n")
                 file.flush()
             console.print(f"{op}: done", style="dim")
-    console.print(report(found, constants))
+    console.print(markdown(found, constants) if readme else report(found, constants))
     console.print(str(path))
 
 

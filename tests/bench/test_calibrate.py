@@ -55,6 +55,7 @@ def test_study_prints_each_pass(table):
     assert columns[0] == ["gru_cell", "gru_cell"]
     assert columns[1] == ["inference", "training"]
     assert columns[5] == ["0.0%", "0.0%"]
+    assert "| `gru_cell` | 2.00 | 1.00 | 0.0% |" in study_dispatch.markdown(rows, table)
 
 
 def test_picture_of_the_rows(tmp_path):
