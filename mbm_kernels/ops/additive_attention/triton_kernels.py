@@ -1,4 +1,4 @@
-"""Triton kernels of additive attention; the maths is in README.md, "The Triton kernels".
+"""Triton kernels of additive attention; the maths is in NOTES.md, "The Triton kernels".
 
 Arrays named in capitals here: A, B', Y, E are the factors of tanh(query + key). Positions past a
 row's length are never read.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
 
-# Multiplications saved from which splitting pays (figures in README): in a forward; in training,
+# Multiplications saved from which splitting pays (figures in NOTES.md): in a forward; in training,
 # which also splits the weight and puts its gradient together again.
 LEAST_SAVED = 200_000
 LEAST_SAVED_TRAINING = 300_000

@@ -51,7 +51,7 @@ class _Stock:
     def __init__(self, p: Problem):
         top, bottom, left, right = p.padding
         self.functorch = in_functorch()
-        # On CPUs NCHW pooling is scalar code: converting pays for itself with a pool (README).
+        # On CPUs NCHW pooling is scalar code: converting pays for itself with a pool (NOTES).
         self.convert = (
             p.max_pool is not None
             and not (p.x_channels_last or p.weight_channels_last)

@@ -1,6 +1,6 @@
 """Triton kernels that convolve: implicit GEMM with its epilogue, its weight gradient, depthwise.
 
-The maths is in README.md, "The Triton kernels". Letters with C count what is summed over, so that
+The maths is in NOTES.md, "The Triton kernels". Letters with C count what is summed over, so that
 for the gradient of x, where x stands for grad_z, C and K change places.
 """
 

@@ -1,6 +1,6 @@
 """Triton kernels around a convolution; those that convolve are in the files imported here.
 
-The maths is in README.md, "The Triton kernels". Offsets of pixels and channels are int64, pixels
+The maths is in NOTES.md, "The Triton kernels". Offsets of pixels and channels are int64, pixels
 are counted in int32.
 """
 

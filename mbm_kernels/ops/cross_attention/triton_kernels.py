@@ -1,4 +1,4 @@
-"""Triton kernels of cross attention; the maths is in README.md, "The Triton kernels".
+"""Triton kernels of cross attention; the maths is in NOTES.md, "The Triton kernels".
 
 A program works on one head: pointers are moved there first, so helpers take the inner strides only.
 Positions past a row's length are never read.

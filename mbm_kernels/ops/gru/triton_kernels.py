@@ -1,4 +1,4 @@
-"""Triton kernels of a GRU over a sequence; the maths and the barrier are in README.md.
+"""Triton kernels of a GRU over a sequence; maths in README.md, barrier in NOTES.md.
 
 `rows_*`: a program holds all weights and takes some rows through all steps. `grid_*`: the programs
 of a group share the units of some rows and meet at a barrier in each step.
