@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mbm_kernels._core import dispatch
-from mbm_kernels.testing.suite import OpSuite, available_backends, device_of
+from mbm_kernels.testing.suite import OpSuite, available_backends, device_of, interpreted
 
 
 def generate(metafunc: pytest.Metafunc) -> None:
@@ -41,13 +41,8 @@ def generate(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", list(available_backends(suite.op)))
 
 
-def _interpreted(backend: str) -> bool:
-    """Whether a case takes seconds, and 16-bit floats are computed in float32."""
-    return backend == "triton" and not torch.cuda.is_available()
-
-
 def _rounded_cases(suite: type[OpSuite], backend: str) -> int:
-    return min(1, suite.rounded_cases) if _interpreted(backend) else suite.rounded_cases
+    return min(1, suite.rounded_cases) if interpreted(backend) else suite.rounded_cases
 
 
 def _hide(metafunc: pytest.Metafunc, suite: Any) -> None:
@@ -57,10 +52,10 @@ def _hide(metafunc: pytest.Metafunc, suite: Any) -> None:
     with_specials = "special" in metafunc.fixturenames
     for backend in available_backends(suite.op):
         cases = suite.hiding_cases
-        if _interpreted(backend):
+        if interpreted(backend):
             cases = sorted(cases, key=lambda case: math.prod(case.sizes.values()))[:2]
         for number, case in enumerate(cases):
-            few = 1 if _interpreted(backend) and number else None
+            few = 1 if interpreted(backend) and number else None
             specials = suite.specials[:few] if with_specials else [("",)]
             cells += [(f"{case}-{backend}-{name}", case, backend, *x) for name, *x in specials]
     names = ("hiding_case", "backend", *(("special", "mode") if with_specials else ()))

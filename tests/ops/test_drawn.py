@@ -17,7 +17,7 @@ from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS
 from mbm_kernels.testing import OpSuite, cases, draws, errors
 
-EXAMPLES, OTHER_EXAMPLES = 60, 12  # of each of the two sizes
+EXAMPLES, OTHER_EXAMPLES = 20, 4  # of each of the two sizes
 # Stock's largest error over few elements may be small by luck. An example over its budget is
 # judged again by the sums of errors and of budgets over this many draws of values; more than
 # LUCK of the examples may not need it.

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import mbm_kernels
 from mbm_kernels.ops.gru import reference
 from mbm_kernels.testing import Case, Hiding
+from mbm_kernels.testing.suite import interpreted
 from tests.conftest import raises
 
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
@@ -250,6 +251,8 @@ class TestGru(Hiding):
 
     def test_threads_do_not_change_a_bit(self, backend):
         case = Case("", sizes(5, 9, 40, 48), {"lengths": [5, 4, 0, 1, 5, 2, 3, 5, 4]})
+        if interpreted(backend):
+            case = Case("", sizes(2, 3, 10, 12), {"lengths": [2, 0, 1]})
         inputs = self.inputs(case, torch.float32)
         before = torch.get_num_threads()
         results = []
