@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mbm_kernels._core import arguments, by_autograd, made, profiling
 from mbm_kernels._core.arguments import as_tuple
+from mbm_kernels._core.spec import Operation
 from mbm_kernels._core.tracing import is_plain
 
 if TYPE_CHECKING:
-    from mbm_kernels._core.op import Op
     from mbm_kernels._core.problem import Problem
 
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
@@ -32,7 +32,7 @@ def apply(function: type[torch.autograd.Function], args: Sequence[Any]) -> Any:
 class Autograd:
     """The Functions of `op`, and what they share with its registered operation's formula."""
 
-    def __init__(self, op: "Op"):
+    def __init__(self, op: Operation):
         self.op, self.spec = op, op.spec
         names = self.spec.forward_names
         self.diff_positions = [names.index(n) for n in self.spec.differentiable]

@@ -5,16 +5,14 @@ What compilers, exporters, tracers and dispatch modes see is `torch.ops.mbm_kern
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import arguments, by_autograd
 from mbm_kernels._core.arguments import as_tuple
-
-if TYPE_CHECKING:
-    from mbm_kernels._core.op import Op
+from mbm_kernels._core.spec import Operation
 
 NAMESPACE = "mbm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -28,7 +26,7 @@ def label(name: str) -> str:
 class Registration:
     """Defines both operations of `op` and holds them as `forward` and `backward`."""
 
-    def __init__(self, op: "Op"):
+    def __init__(self, op: Operation):
         self.op, self.spec = op, op.spec
         name = self.spec.name
         self._define(name, self.spec.forward_schema, self._fwd, self._fake_fwd)

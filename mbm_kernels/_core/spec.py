@@ -1,8 +1,11 @@
 """The roles of an operation's arguments and results, from which its two schemas follow."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,23 @@ def _joined(*parts: str) -> str:
 
 def _names(typed: str) -> tuple[str, ...]:
     return tuple(part.split()[-1] for part in typed.split(",") if part)
+
+
+class Operation(Protocol):
+    """What of an operation (op.Op) its autograd functions and its registration are made of."""
+
+    spec: Spec
+    label: str
+    fake: Callable[..., Any]
+    reference: Callable[..., Any]
+    ignored: Callable[[dict[str, Any]], Tensor] | None
+    registration: Any
+    registered: Any
+    registered_backward: Any
+
+    def backend_fwd(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+    def backend_bwd(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+    def problem_fwd(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+    def problem_bwd(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+    def present(self, *args: Any, **kwargs: Any) -> list[Tensor]: ...
+    def torch_fwd_explicit(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -8,7 +8,7 @@ kernel, the one with which the choice on problems left out of the fit would have
 import importlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,14 @@ class Fit:
         sizes = [{**r.sizes, **machine, "threads": r.threads} for r in rows]
         self.work = {b: [getattr(model, b)(p) for p in sizes] for b in ("cpu", "torch")}
 
-    def constants(self, backend: str, keep: Callable[[int], bool] = lambda i: True) -> Any:
+    def constants(self, backend: str, kept: Sequence[int] | None = None) -> Any:
         """By kernel; one with few problems shares those of its family, as cost.family names it."""
         by_kernel: dict[str, list[int]] = defaultdict(list)
         by_family: dict[str, list[int]] = defaultdict(list)
-        for i, work in enumerate(self.work[backend]):
-            if keep(i):
-                by_kernel[work.kernel].append(i)
-                by_family[cost.family(work.kernel)].append(i)
+        for i in range(len(self.rows)) if kept is None else kept:
+            name = self.work[backend][i].kernel
+            by_kernel[name].append(i)
+            by_family[cost.family(name)].append(i)
         groups = {k: some for k, some in by_kernel.items() if len(some) >= FEWEST}
         groups = {**by_family, **groups}
         return {
@@ -117,9 +117,8 @@ class Fit:
         """log(torch / cpu) as predicted for each problem by a fit without it; NaN: not known."""
         ratios = np.full(len(self.rows), np.nan)
         for fold in range(FOLDS):
-            without = {
-                b: self.constants(b, lambda i, fold=fold: i % FOLDS != fold) for b in self.work
-            }
+            kept = [i for i in range(len(self.rows)) if i % FOLDS != fold]
+            without = {b: self.constants(b, kept) for b in self.work}
             for i in range(fold, len(self.rows), FOLDS):
                 pair = self.predicted(without, i)
                 if pair is not None and min(pair) > 0:

@@ -103,7 +103,7 @@ def fwd(
     if stock.activate is None and stock.pool is None:
         y = z
     elif stock.pool is None:
-        y = (stock.activate_recorded if z.requires_grad else stock.activate)(z)
+        y = stock.activation(z)
     elif stock.pool_first:
         y = stock.activation(F.max_pool2d(z, *stock.pool))
     else:
