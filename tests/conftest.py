@@ -41,7 +41,10 @@ def isa(request):
 
 @pytest.fixture
 def predictions(monkeypatch):
-    """Lets a function of (op, sizes) say what the constants predict: whether the kernel wins."""
+    """Lets a function of (op, sizes) say what the constants predict: whether the kernel wins.
+
+    What earlier tests set by set_backend does not hold meanwhile.
+    """
 
     def put(kernel_wins) -> None:
         class Said(cost.Table):
@@ -50,6 +53,7 @@ def predictions(monkeypatch):
 
         table = Said("test", {}, {}, {})
         monkeypatch.setattr(cost, "table", lambda: table)
+        monkeypatch.setattr(dispatch, "_defaults", {})
         dispatch._chosen.clear()
 
     yield put

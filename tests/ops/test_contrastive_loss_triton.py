@@ -132,6 +132,6 @@ def test_launches_without_reading_a_value(case):
     for name in ("image", "text"):
         inputs[name] = inputs[name].new_empty(16384, 64)
     with triton_launch.record() as launches:
-        OP._run_fwd("triton", [inputs[name] for name in OP.inputs])
+        OP.backend_fwd("triton", [inputs[name] for name in OP.inputs])
     # 8 chunks of 2048 images.
     assert [x.kernel.name for x in launches] == each[:2] * 8 + each[2:] * 8

@@ -128,5 +128,5 @@ def test_one_launch_a_chunk_without_reading_a_value(case):
     assert all(launch.grid == (1280,) for launch in launches)
     with triton_launch.record() as launches, torch.device("meta"):
         shapes = (torch.empty(8192, 64), torch.empty(128256, 64), torch.empty(8192).long(), None)
-        OP._run_fwd("triton", (*shapes, IGNORED, 0.0, None, 0.0, "mean", [True, True, False]))
+        OP.backend_fwd("triton", (*shapes, IGNORED, 0.0, None, 0.0, "mean", [True, True, False]))
     assert [launch.grid for launch in launches] == [(1024,)] * 8
