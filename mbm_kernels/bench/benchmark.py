@@ -330,19 +330,10 @@ def watch(
     """Calls a case once."""
     inputs = place(benchmark.inputs(case))
     prepared = prepare(benchmark.mbm(backend), inputs, benchmark.differentiable(inputs))
-    noted = Watched()
-    select = dispatch.select
-
-    def watching(
-        op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
-    ) -> str:
-        noted.backends[op] = select(op, backend, device, dtype, sizes)
-        noted.sizes[op] = {name: n for name, n in sizes.items() if name != "training"}
-        return noted.backends[op]
-
-    dispatch.select = watching  # type: ignore[assignment]
-    try:
+    with dispatch.observed() as seen:
         prepared.call(which)()
-    finally:
-        dispatch.select = select
+    noted = Watched()
+    for choice in seen:
+        noted.backends[choice.op] = choice.chosen
+        noted.sizes[choice.op] = {n: size for n, size in choice.sizes.items() if n != "training"}
     return noted

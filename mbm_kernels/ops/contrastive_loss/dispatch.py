@@ -24,5 +24,4 @@ def cpu(p: Sizes) -> Work:
     return Work(_kind(p), _amounts(p))
 
 
-def torch(p: Sizes) -> Work:
-    return Work(_kind(p), _amounts(p))
+torch = cpu  # the same work, at its own constants

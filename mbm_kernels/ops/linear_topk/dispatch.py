@@ -23,5 +23,4 @@ def cpu(p: Sizes) -> Work:
     return Work("rows few" if p["R"] < 8 else "rows many", _amounts(p))
 
 
-def torch(p: Sizes) -> Work:
-    return Work("rows few" if p["R"] < 8 else "rows many", _amounts(p))
+torch = cpu  # the same work, at its own constants
