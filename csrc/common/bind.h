@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <vector>
 
 #include "common/checked_ptr.h"
@@ -11,7 +12,10 @@
 
 namespace py = pybind11;
 using mbm::checked_ptr;
+using mbm::optional_ptr;
 using Address = std::uintptr_t;
+template <size_t N>
+using Addresses = std::array<Address, N>;  // a tuple; its caster is in pybind11/stl.h
 
 // Adds an operation's functions to the module. A bind.cpp defines one of these at namespace scope;
 // it is constructed as the library loads, before Python initialises the module:
@@ -34,10 +38,4 @@ void bind_problem_fields(py::module_& m) {
     for (size_t i = 0; i < T::kFields.size(); ++i) names[i] = T::kFields[i];
     return names;
   });
-}
-
-// 0 stands for null.
-template <class T>
-T* optional_ptr(Address address, int64_t count, const char* name) {
-  return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
 }

@@ -21,4 +21,10 @@ inline T* checked_ptr(std::uintptr_t address, int64_t count, const char* name) {
   return reinterpret_cast<T*>(address);
 }
 
+// The same, but 0 stands for null.
+template <class T>
+inline T* optional_ptr(std::uintptr_t address, int64_t count, const char* name) {
+  return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
+}
+
 }  // namespace mbm

@@ -14,8 +14,6 @@ namespace {
 // K, C / groups, R, S, groups; address and the steps of outputs, inputs and taps.
 using ConvInts = std::vector<int64_t>;
 using ConvTaps = std::tuple<Address, int64_t, int64_t, int64_t>;
-template <size_t N>
-using ConvAddresses = std::array<Address, N>;
 
 mbm::ConvWeight conv_weight(const ConvInts& v, const ConvTaps& taps) {
   const auto [address, k_step, c_step, tap_step] = taps;
@@ -43,8 +41,8 @@ void bind_conv_bias_act(py::module_& m) {
   });
   bind_problem_fields<mbm::ConvProblem>(m);
   // inputs: x, packed weight, weight, bias, residual; outputs: y, places, z.
-  m.def("conv_forward", [](const py::bytes& problem, const ConvAddresses<5>& inputs,
-                           const ConvAddresses<3>& outputs, int num_threads) {
+  m.def("conv_forward", [](const py::bytes& problem, const Addresses<5>& inputs,
+                           const Addresses<3>& outputs, int num_threads) {
     const auto p = mbm::read_block<mbm::ConvProblem>(problem);
     const auto [x, packed, weight, bias, residual] = inputs;
     const auto [y, places, z] = outputs;
@@ -55,8 +53,8 @@ void bind_conv_bias_act(py::module_& m) {
   });
   // grad_y: address, strides of B, C, Y, X; inputs: x, packed weight, weight, places, z; grads: of
   // x, weight, bias, residual.
-  m.def("conv_backward", [](const py::bytes& problem, const ConvAddresses<5>& grad_y,
-                            const ConvAddresses<5>& inputs, const ConvAddresses<4>& grads,
+  m.def("conv_backward", [](const py::bytes& problem, const Addresses<5>& grad_y,
+                            const Addresses<5>& inputs, const Addresses<4>& grads,
                             int num_threads) {
     const auto p = mbm::read_block<mbm::ConvProblem>(problem);
     const auto [address, b, c, h, w] = grad_y;

@@ -98,15 +98,10 @@ struct ConvGradients {
   uintptr_t x, weight, bias, residual;
 };
 
-template <class T>
-T* nullable(uintptr_t address, int64_t count, const char* name) {
-  return address == 0 ? nullptr : checked_ptr<T>(address, count, name);
-}
-
 // Packed or as it is, whichever is given; `needed`: one must be.
 inline ConvWeight weight_of(const ConvProblem& p, uintptr_t packed, uintptr_t weight, bool needed) {
   checked_ptr<const float>(packed ? packed : weight, needed ? 1 : 0, "weight");
-  const float* data = nullable<const float>(weight, p.weights(), "weight");
+  const float* data = optional_ptr<const float>(weight, p.weights(), "weight");
   return {p.K, p.C, p.R, p.S, p.groups, data, p.weight_k, p.weight_c, p.weight_tap};
 }
 
@@ -115,14 +110,14 @@ inline ConvForward forward_args(const ConvProblem& p, const ConvForwardInputs& i
   ConvForward args{};
   args.sizes = p.sizes();
   args.x = {checked_ptr<const float>(in.x, p.inputs(), "x"), p.x_b, p.x_c, p.x_y, p.x_x};
-  args.packed = nullable<const float>(in.packed, 1, "packed");
+  args.packed = optional_ptr<const float>(in.packed, 1, "packed");
   args.weight = weight_of(p, in.packed, in.weight, true);
-  args.bias = nullable<const float>(in.bias, p.K, "bias");
-  args.residual = {nullable<const float>(in.residual, p.convolved(), "residual"), p.residual_b,
+  args.bias = optional_ptr<const float>(in.bias, p.K, "bias");
+  args.residual = {optional_ptr<const float>(in.residual, p.convolved(), "residual"), p.residual_b,
                    p.residual_c, p.residual_y, p.residual_x};
   args.y = {checked_ptr<float>(out.y, p.outputs(), "y"), p.y_b, p.y_c, p.y_y, p.y_x};
-  args.places = nullable<uint8_t>(out.places, p.outputs(), "places");
-  args.z = nullable<float>(out.z, p.outputs(), "z");
+  args.places = optional_ptr<uint8_t>(out.places, p.outputs(), "places");
+  args.z = optional_ptr<float>(out.z, p.outputs(), "z");
   return args;
 }
 
@@ -133,17 +128,17 @@ inline ConvBackward backward_args(const ConvProblem& p, const ConvMap<const floa
   args.sizes = p.sizes();
   args.grad_y = grad_y;
   checked_ptr<const float>(in.x, grads.weight ? p.inputs() : 0, "x");
-  args.x = {nullable<const float>(in.x, p.inputs(), "x"), p.x_b, p.x_c, p.x_y, p.x_x};
-  args.packed = nullable<const float>(in.packed, 1, "packed");
+  args.x = {optional_ptr<const float>(in.x, p.inputs(), "x"), p.x_b, p.x_c, p.x_y, p.x_x};
+  args.packed = optional_ptr<const float>(in.packed, 1, "packed");
   args.weight = weight_of(p, in.packed, in.weight, grads.x != 0);
-  args.places = nullable<const uint8_t>(in.places, p.outputs(), "places");
-  args.z = nullable<const float>(in.z, p.outputs(), "z");
-  args.grad_x = {nullable<float>(grads.x, p.inputs(), "grad_x"), p.grad_x_b, p.grad_x_c, p.grad_x_y,
-                 p.grad_x_x};
-  args.grad_residual = {nullable<float>(grads.residual, p.convolved(), "grad_residual"),
+  args.places = optional_ptr<const uint8_t>(in.places, p.outputs(), "places");
+  args.z = optional_ptr<const float>(in.z, p.outputs(), "z");
+  args.grad_x = {optional_ptr<float>(grads.x, p.inputs(), "grad_x"), p.grad_x_b, p.grad_x_c,
+                 p.grad_x_y, p.grad_x_x};
+  args.grad_residual = {optional_ptr<float>(grads.residual, p.convolved(), "grad_residual"),
                         p.grad_residual_b, p.grad_residual_c, p.grad_residual_y, p.grad_residual_x};
-  args.grad_weight = nullable<float>(grads.weight, p.weights(), "grad_weight");
-  args.grad_bias = nullable<float>(grads.bias, p.K, "grad_bias");
+  args.grad_weight = optional_ptr<float>(grads.weight, p.weights(), "grad_weight");
+  args.grad_bias = optional_ptr<float>(grads.bias, p.K, "grad_bias");
   return args;
 }
 

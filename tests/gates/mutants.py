@@ -112,8 +112,8 @@ MUTANTS = (
     ),
     Mutant(
         "second-direction-runs-forwards",
-        "csrc/gru/bind.cpp",
-        "given.reverse = !given.reverse;",
+        "csrc/gru/gru_problem.h",
+        "if (d == 1) sequence.reverse = !sequence.reverse;",
         "",
         "tests/ops/test_gru_bidirectional.py -k forward",
     ),

@@ -377,7 +377,7 @@ def test_each_layer_follows_its_own_prediction(monkeypatch, predictions):
     kernel = dispatch.load_backend("gru", "cpu")
     seen = []
     original = kernel.fwd
-    monkeypatch.setattr(kernel, "fwd", lambda *a: seen.append(a[0].size(2)) or original(*a))
+    monkeypatch.setattr(kernel, "fwd", lambda *a: seen.append(a[1].size(2)) or original(*a))
     stock, ours = pair("auto", num_layers=3)
     x = torch.randn(T, B, C)
     torch.testing.assert_close(ours(x), stock(x))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.tracing import in_functorch
+from mbm_kernels.ops.gru.problem import Problem
 from mbm_kernels.ops.gru_cell.composite import composite
 
 # Packed sequences skip the steps past a row's length, but cost more per step backward: on a CPU
@@ -20,27 +21,16 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
-def fwd(
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, None]:
-    steps, batch, _ = x.shape
-    hidden = w_hh.size(1)
+def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, None]:
+    *given, lengths, save = rest
+    steps, batch, _ = p.x_shape
     if h0 is None:
-        h0 = x.new_zeros(batch, hidden)
-    weights = [w_ih, w_hh]
-    if b_ih is not None and b_hh is not None:
-        weights += [b_ih, b_hh]
+        h0 = x.new_zeros(p.state_shape)
+    weights = [weight for weight in given if weight is not None]
+    reverse = p.reverse
     if steps == 0:
         # aten::gru refuses; the product has the right shape and keeps y in the autograd graph.
-        return F.linear(x, w_ih[:hidden]), h0.clone(), None
+        return F.linear(x, weights[0][: p.hidden]), h0.clone(), None
     if lengths is not None:
         lengths = lengths.clamp(0, steps)
         if checks.values_readable(lengths):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div, power_of_two
+from mbm_kernels.ops.gru.problem import Problem
 from mbm_kernels.ops.gru_cell import gate_gradients
 
 # Up to this many units one program holds W_hh [3H, H] in registers and needs no barrier.
@@ -25,22 +26,24 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
-def _rows(name: str, like: Tensor, batch: int, hidden: int, reverse: bool, *args: Any) -> None:
+def _rows(name: str, p: Problem, *args: Any) -> None:
+    batch, hidden = p.state_shape
     triton_launch.kernel("gru", name)(
         lambda c: (ceil_div(batch, c["BLOCK_B"]),),
         *args,
-        dtype=like.dtype,
+        dtype=p.dtype,
         sizes={"B": batch, "H": hidden},
-        REVERSE=reverse,
+        REVERSE=p.reverse,
         UNITS=max(power_of_two(hidden), 16),
     )
 
 
-def _grid(name: str, like: Tensor, batch: int, hidden: int, reverse: bool, *args: Any) -> None:
+def _grid(name: str, p: Problem, *args: Any) -> None:
     """`args` as the kernel's; `counters` are made here and stand before the sizes T, B, H."""
     # A barrier ends only if all programs run at once: one for each multiprocessor at most.
-    machine = triton_launch.machine(like.device)
+    machine = triton_launch.machine(p.device)
     most = machine.multiprocessors
+    batch, hidden = p.state_shape
 
     def grid(constants: dict[str, int]) -> tuple[int, int]:
         programs = min(ceil_div(hidden, constants["BLOCK_U"]), most)
@@ -49,10 +52,10 @@ def _grid(name: str, like: Tensor, batch: int, hidden: int, reverse: bool, *args
     triton_launch.kernel("gru", name)(
         grid,
         *args,
-        dtype=like.dtype,
+        dtype=p.dtype,
         sizes={"B": batch, "H": hidden, **vars(machine)},
         cooperative=True,
-        REVERSE=reverse,
+        REVERSE=p.reverse,
         UNITS=max(power_of_two(hidden), 16 * MOST_PARTS),
     )
 
@@ -68,19 +71,9 @@ def _empty(x: Tensor, lengths: Tensor | None, *shape: int) -> Tensor:
     return x.new_empty(shape) if lengths is None else x.new_zeros(shape)
 
 
-def fwd(
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    T, B, _ = x.shape
-    H = w_hh.size(1)
+def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    w_ih, w_hh, b_ih, b_hh, lengths, save = rest
+    (T, B, _), H = p.x_shape, p.hidden
     lengths = None if lengths is None else lengths.to(x.device).contiguous()
     y, h_n = _empty(x, lengths, T, B, H), x.new_empty(B, H)
     reserve = _empty(x, lengths, T, B, 4 * H) if save else x.new_empty(0)
@@ -90,14 +83,14 @@ def fwd(
     b_hh = None if b_hh is None else b_hh.contiguous()
     kept = reserve if save else None
     start = (0, 0) if h0 is None else h0.stride()
-    if ONE_PROGRAM[x.dtype] >= H:
+    if ONE_PROGRAM[p.dtype] >= H:
         alone = (inputs, w_hh, b_hh, h0, lengths, y, h_n, kept)
-        _rows("rows_forward", x, B, H, reverse, *alone, T, B, H, *w_hh.stride(), *start)
+        _rows("rows_forward", p, *alone, T, B, H, *w_hh.stride(), *start)
     else:
         states = x.new_empty((2, B, H), dtype=torch.float32)
         _start(states[0], h0)
         group = (inputs, w_hh, b_hh, lengths, y, h_n, kept, states, _counters(x))
-        _grid("grid_forward", x, B, H, reverse, *group, T, B, H, *w_hh.stride())
+        _grid("grid_forward", p, *group, T, B, H, *w_hh.stride())
     return y, h_n, reserve
 
 
@@ -106,22 +99,15 @@ def _start(state: Tensor, given: Tensor | None) -> Tensor:
 
 
 def bwd(
-    grad_y: Tensor | None,
-    grad_h_n: Tensor | None,
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    reserve: Tensor,
-    reverse: bool,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    T, B, C = x.shape
-    H = w_hh.size(1)
+    x, h0, w_ih, w_hh, *biases, lengths = tensors
+    (grad_y, grad_h_n), (y, reserve) = grads, saved
+    (T, B, C), H = p.x_shape, p.hidden
     lengths = None if lengths is None else lengths.to(x.device).contiguous()
     gates = _empty(x, lengths, T, B, 4 * H)
     carried = _start(x.new_empty((B, H), dtype=torch.float32), grad_h_n)
@@ -130,11 +116,11 @@ def bwd(
         arriving = (0, 0, 0) if grad_y is None else grad_y.stride()
         given = (grad_y, y.contiguous(), h0, reserve.contiguous(), w_hh, lengths, carried, gates)
         strides = (*w_hh.stride(), *start, *arriving)
-        if ONE_PROGRAM[x.dtype] >= H:
-            _rows("rows_backward", x, B, H, reverse, *given, T, B, H, *strides)
+        if ONE_PROGRAM[p.dtype] >= H:
+            _rows("rows_backward", p, *given, T, B, H, *strides)
         else:
             counters = _counters(x)
-            _grid("grid_backward", x, B, H, reverse, *given, counters, T, B, H, *strides)
+            _grid("grid_backward", p, *given, counters, T, B, H, *strides)
     flat = gates.view(T * B, 4 * H)
     if lengths is not None and needs[2]:  # whatever x holds past a length, even NaN, is not read
         outside = torch.arange(T, device=x.device).unsqueeze(1) >= lengths
@@ -142,8 +128,8 @@ def bwd(
     grad_x, grad_w_ih = gate_gradients.by_input(
         flat, x.reshape(T * B, C), w_ih, (needs[0], needs[2])
     )
-    grad_w_hh = _by_recurrent(gates[:, :, H:], y, h0, lengths, reverse) if needs[3] else None
-    wanted = (needs[4] and b_ih is not None, needs[5] and b_hh is not None)
+    grad_w_hh = _by_recurrent(gates[:, :, H:], y, h0, lengths, p.reverse) if needs[3] else None
+    wanted = [n and bias is not None for n, bias in zip(needs[4:], biases, strict=True)]
     grad_b_ih, grad_b_hh = gate_gradients.by_biases(flat, wanted)
     return (
         None if grad_x is None else grad_x.view(T, B, C),

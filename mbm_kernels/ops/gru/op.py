@@ -1,5 +1,6 @@
 """A GRU over a sequence: the public function and its registration."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -7,32 +8,10 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Calls, Checked
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.gru import backend_torch, reference
-from mbm_kernels.ops.gru_cell.op import check_weights
-
-NAME = "gru"
-
-
-def _fake(
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    steps, batch, _ = x.shape
-    hidden = w_hh.size(1)
-    return (
-        x.new_empty(steps, batch, hidden),
-        x.new_empty(batch, hidden),
-        x.new_empty((steps, batch, 4 * hidden) if save else (0,)),
-    )
+from mbm_kernels.ops.gru import backend_torch, problem, reference
+from mbm_kernels.ops.gru.problem import CALLS, NAME
+from mbm_kernels.ops.gru_cell.problem import WEIGHTS
 
 
 def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
@@ -49,8 +28,7 @@ def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
 OP = Op(
     Spec(
         NAME,
-        inputs="Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih,"
-        " Tensor? b_hh, Tensor? lengths",
+        inputs=f"Tensor x, Tensor? h0, {WEIGHTS}, Tensor? lengths",
         options="bool reverse",
         outputs=("y", "h_n"),
         state=("reserve",),
@@ -58,13 +36,13 @@ OP = Op(
         differentiable=("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
         save="any",
     ),
-    fake=_fake,
+    fake=functools.partial(problem.fake, 1),
     reference=reference.gru,
     torch_fwd=backend_torch.fwd,
     opaque_torch=True,
     products=products,
+    problem=problem.find,
 )
-_calls: Calls[Checked] = Calls()
 
 
 def gru(
@@ -116,32 +94,19 @@ def gru(
     Source: Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, in
     cuDNN's form.
     """
-    tensors = (x, h0, w_ih, w_hh, b_ih, b_hh)
+    tensors = (x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
     given = tuple(t for t in tensors if t is not None)
-    kind = (reverse, backend, h0 is None, b_ih is None, b_hh is None)
-    if lengths is None and (call := _calls.get(given, kind)):  # the values of lengths are checked
-        return OP.run(call, (*tensors, None))  # type: ignore[no-any-return]
-    checks.tensor(NAME, "x", x, 3)
-    checks.tensor(NAME, "w_hh", w_hh, 2)
-    steps, batch, features = x.shape
-    hidden = w_hh.size(1)
-    check_weights(NAME, w_ih, w_hh, b_ih, b_hh, features, hidden)
-    if h0 is not None:
-        checks.tensor(NAME, "h0", h0, 2)
-        checks.shape(NAME, "h0", h0, "B, H", (batch, hidden))
-    if lengths is not None:
-        checks.lengths(NAME, "lengths", lengths, batch, steps, "T", x)
+    kind = (reverse, backend, h0 is None, b_ih is None, b_hh is None, lengths is None)
+    if call := CALLS.get(given, kind):
+        problem.check_lengths(NAME, x, lengths)
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    problem.check_shapes(NAME, tensors, 1)
+    problem.check_lengths(NAME, x, lengths)
     if not isinstance(reverse, bool):
         got = f"{type(reverse).__name__} {reverse!r}"
         checks.fail(NAME, "reverse", got, "True or False", "convert it with bool(...)", TypeError)
-    x, h0, w_ih, w_hh, b_ih, b_hh = autocast.cast(x, h0, w_ih, w_hh, b_ih, b_hh)  # type: ignore[assignment]
-    checks.same_floating(
-        NAME,
-        (("x", x), ("h0", h0), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)),
-    )
-    sizes = {"T": steps, "B": batch, "C": features, "H": hidden}
-    if lengths is None:
-        checked = Checked((reverse,), x.device, x.dtype, dict(sizes))
-        _calls.remember(checked, backend, given, kind)
-    y, h_n = OP(backend, x, h0, w_ih, w_hh, b_ih, b_hh, lengths, reverse, sizes=sizes)
-    return y, h_n
+    cast = (*autocast.cast(*tensors[:-1]), lengths)
+    checks.same_floating(NAME, zip(OP.diff, cast[:-1], strict=True))
+    found = problem.described(NAME, cast, 1, reverse, checked=True)
+    CALLS.remember(found, backend, given, kind)
+    return OP(backend, *cast, reverse, sizes=dict(found.sizes))  # type: ignore[no-any-return]

@@ -3,6 +3,8 @@
 bfloat16 and float16 are computed in float32 and rounded on store.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,81 +12,78 @@ from torch import Tensor
 
 from mbm_kernels._core import native
 from mbm_kernels.ops.gru_cell import precision
+from mbm_kernels.ops.gru_cell.problem import Problem, weight_shapes
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def fwd(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor | None]:
-    batch, features = x.shape
-    hidden, dtype = h.size(1), x.dtype
-    x, h = precision.rows(x), native.dense(h)
-    w_ih, w_hh = precision.plain(w_ih), precision.plain(w_hh)
-    b_ih, b_hh = native.dense(b_ih), native.dense(b_hh)
-    h_new = torch.empty_like(h, memory_format=torch.contiguous_format)
-    reserve = x.new_empty((batch, 4 * hidden)) if save else None
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    return tuple(native.cpu().gru_cell_problem_fields())
+
+
+class _Native:
+    """What the kernels are told about a problem, and the shapes of what they write."""
+
+    __slots__ = ("block", "grad_shapes", "reserve_shape", "state_shape", "x")
+
+    def __init__(self, p: Problem):
+        batch, features = p.x_shape
+        self.x = precision.Rows(p.x_shape, p.x_strides, p.dtype)
+        self.state_shape, self.reserve_shape = p.state_shape, p.saved_shape
+        self.grad_shapes = (p.x_shape, p.state_shape, *weight_shapes(features, p.hidden))
+        values = {"B": batch, "C": features, "H": p.hidden, "x_b": self.x.strides[0]}
+        self.block = native.block(_fields(), values)
+
+
+def _native(p: Problem) -> _Native:
+    found = p.derived.get("cpu")
+    if found is None:
+        found = p.derived["cpu"] = _Native(p)
+    return found  # type: ignore[no-any-return]
+
+
+def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    *weights, save = rest
+    plan = _native(p)
+    given = (plan.x(x), native.dense(h), *_plain(weights[:2]), *map(native.dense, weights[2:]))
+    h_new = native.empty(plan.state_shape)
+    reserve = native.empty(plan.reserve_shape) if save else None
     native.cpu().gru_cell_forward(
-        batch,
-        features,
-        hidden,
-        x.data_ptr(),
-        x.stride(0),
-        h.data_ptr(),
-        w_ih.data_ptr(),
-        w_hh.data_ptr(),
-        native.address(b_ih),
-        native.address(b_hh),
-        h_new.data_ptr(),
-        native.address(reserve),
+        plan.block,
+        tuple(map(native.address, given)),
+        (h_new.data_ptr(), native.address(reserve)),
         torch.get_num_threads(),
     )
-    return precision.rounded(h_new, dtype), precision.optional_rounded(reserve, dtype)
+    return precision.rounded(h_new, p.dtype), precision.optional_rounded(reserve, p.dtype)
+
+
+def _plain(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [precision.plain(weight) for weight in weights]
 
 
 def bwd(
-    grad_h_new: Tensor | None,
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reserve: Tensor,
-    needs: list[bool],
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    batch, features = x.shape
-    hidden, dtype = h.size(1), x.dtype
-    if grad_h_new is None:
-        grad_h_new = h.new_zeros(h.shape)
-    given = (x, h, w_ih, w_hh, b_ih, b_hh)
-    wanted = [n and t is not None for n, t in zip(needs, given, strict=True)]
-    x, h = precision.rows(x), native.dense(h)
-    w_ih, w_hh = precision.plain(w_ih), precision.plain(w_hh)
-    reserve, grad_h_new = native.dense(reserve), native.dense(grad_h_new)
-    gates = 3 * hidden
-    shapes = (x.shape, h.shape, (gates, features), (gates, hidden), (gates,), (gates,))
-    grads = [x.new_empty(s) if w else None for s, w in zip(shapes, wanted, strict=True)]
+    plan = _native(p)
+    x, h = tensors[:2]
+    grad_h_new = h.new_zeros(h.shape) if grads[0] is None else grads[0]
+    rest = (*_plain(tensors[2:4]), native.dense(saved[0]), native.dense(grad_h_new))
+    given = (plan.x(x), native.dense(h), *rest)
+    found = [
+        native.empty(shape) if needed and tensor is not None else None
+        for shape, needed, tensor in zip(plan.grad_shapes, needs, tensors, strict=True)
+    ]
     native.cpu().gru_cell_backward(
-        batch,
-        features,
-        hidden,
-        x.data_ptr(),
-        x.stride(0),
-        h.data_ptr(),
-        w_ih.data_ptr(),
-        w_hh.data_ptr(),
-        reserve.data_ptr(),
-        grad_h_new.data_ptr(),
-        *map(native.address, grads),
+        plan.block,
+        tuple(map(native.address, given)),
+        tuple(map(native.address, found)),
         torch.get_num_threads(),
     )
-    return tuple(None if g is None else precision.rounded(g, dtype) for g in grads)
+    return tuple(precision.optional_rounded(grad, p.dtype) for grad in found)

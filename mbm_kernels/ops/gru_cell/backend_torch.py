@@ -8,21 +8,16 @@ from torch import Tensor
 
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru_cell.composite import composite
+from mbm_kernels.ops.gru_cell.problem import Problem
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
-def fwd(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, None]:
+def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, None]:
+    *weights, _save = rest
     if in_functorch():
+        w_ih, w_hh, b_ih, b_hh = weights
         return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), None
-    return torch.gru_cell(x, h, w_ih, w_hh, b_ih, b_hh), None
+    return torch.gru_cell(x, h, *weights), None

@@ -9,6 +9,7 @@ from torch import Tensor
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
 from mbm_kernels.ops.gru_cell import gate_gradients
+from mbm_kernels.ops.gru_cell.problem import Problem
 
 # Up to here the weights, read once by each block of rows, are most of the bytes.
 MOST_FUSED_ROWS = 64
@@ -18,60 +19,51 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
-def _launch(name: str, x: Tensor, hidden: int, *args: Any) -> None:
-    rows = x.size(0)
+def _launch(name: str, p: Problem, *args: Any) -> None:
+    batch, hidden = p.state_shape
     triton_launch.kernel("gru_cell", name)(
-        lambda c: (ceil_div(rows, c["BLOCK_B"]), ceil_div(hidden, c["BLOCK_U"])),
+        lambda c: (ceil_div(batch, c["BLOCK_B"]), ceil_div(hidden, c["BLOCK_U"])),
         *args,
-        dtype=x.dtype,
-        sizes={"B": rows, "H": hidden},
+        dtype=p.dtype,
+        sizes={"B": batch, "H": hidden},
     )
 
 
-def fwd(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    (B, C), H = x.shape, h.size(1)
+def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    w_ih, w_hh, *biases, save = rest
+    (B, C), H = p.x_shape, p.hidden
     h_new = x.new_empty(B, H)
-    reserve = x.new_empty((B, 4 * H) if save else (0,))
+    reserve = x.new_empty(p.saved_shape if save else (0,))
     if B * H == 0:
         return h_new, reserve
-    b_ih, b_hh = (None if b is None else b.contiguous() for b in (b_ih, b_hh))
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
     kept = reserve if save else None
     if B <= MOST_FUSED_ROWS:
         strides = (*x.stride(), *h.stride(), *w_ih.stride(), *w_hh.stride())
-        given = (x, h, w_ih, w_hh, b_ih, b_hh, h_new, kept)
-        _launch("cell", x, H, *given, B, C, H, *strides)
+        given = (x, h, w_ih, w_hh, *biases, h_new, kept)
+        _launch("cell", p, *given, B, C, H, *strides)
     else:
         inputs, states = torch.mm(x, w_ih.t()), torch.mm(h, w_hh.t())
-        _launch("gates", x, H, inputs, states, h, b_ih, b_hh, h_new, kept, B, H, *h.stride())
+        _launch("gates", p, inputs, states, h, *biases, h_new, kept, B, H, *h.stride())
     return h_new, reserve
 
 
 def bwd(
-    grad_h_new: Tensor | None,
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    reserve: Tensor,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    B, H = h.shape
+    x, h, w_ih, w_hh, *biases = tensors
+    grad_h_new, reserve = grads[0], saved[0]
+    B, H = p.state_shape
     gates = x.new_empty(B, 4 * H)
     direct = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[1] else None
     if grad_h_new is not None and B * H > 0:
         strides = (*grad_h_new.stride(), *h.stride())
         given = (grad_h_new, h, reserve.contiguous(), gates, direct)
-        _launch("gate_gradients", x, H, *given, B, H, *strides)
+        _launch("gate_gradients", p, *given, B, H, *strides)
     else:
         gates.zero_()
         if direct is not None:
@@ -80,5 +72,5 @@ def bwd(
     from_state = gates[:, H:]
     grad_h = None if direct is None else torch.addmm(direct, from_state, w_hh)
     grad_w_hh = torch.mm(from_state.t(), h) if needs[3] else None
-    wanted = (needs[4] and b_ih is not None, needs[5] and b_hh is not None)
+    wanted = [n and bias is not None for n, bias in zip(needs[4:], biases, strict=True)]
     return grad_x, grad_h, grad_w_ih, grad_w_hh, *gate_gradients.by_biases(gates, wanted)

@@ -7,23 +7,13 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Calls, Checked
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.gru_cell import backend_torch, reference
+from mbm_kernels.ops.gru_cell import backend_torch, problem, reference
+from mbm_kernels.ops.gru_cell.problem import CALLS, NAME, WEIGHTS
 
-NAME = "gru_cell"
 
-
-def _fake(
-    x: Tensor,
-    h: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    reserve = (h.size(0), 4 * h.size(1)) if save else (0,)
+def _fake(x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    reserve = (h.size(0), 4 * h.size(1)) if rest[-1] else (0,)
     return h.new_empty(h.shape), h.new_empty(reserve)
 
 
@@ -37,7 +27,7 @@ def _products(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> lis
 OP = Op(
     Spec(
         NAME,
-        inputs="Tensor x, Tensor h, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh",
+        inputs=f"Tensor x, Tensor h, {WEIGHTS}",
         outputs=("h_new",),
         state=("reserve",),
         saved=("reserve",),
@@ -48,8 +38,8 @@ OP = Op(
     reference=reference.gru_cell,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
-_calls: Calls[Checked] = Calls()
 
 
 def gru_cell(
@@ -94,43 +84,11 @@ def gru_cell(
     tensors = (x, h, w_ih, w_hh, b_ih, b_hh)
     given = tuple(t for t in tensors if t is not None)
     kind = (backend, b_ih is None, b_hh is None)
-    if call := _calls.get(given, kind):
+    if call := CALLS.get(given, kind):
         return OP.run(call, tensors)  # type: ignore[no-any-return]
-    checks.tensor(NAME, "x", x, 2)
-    checks.tensor(NAME, "h", h, 2)
-    batch, features = x.shape
-    hidden = h.size(1)
-    checks.shape(NAME, "h", h, "B, H", (batch, hidden))
-    check_weights(NAME, w_ih, w_hh, b_ih, b_hh, features, hidden)
-    x, h, w_ih, w_hh, b_ih, b_hh = autocast.cast(x, h, w_ih, w_hh, b_ih, b_hh)  # type: ignore[assignment]
-    checks.same_floating(
-        NAME,
-        (("x", x), ("h", h), ("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh)),
-    )
-    sizes = {"B": batch, "C": features, "H": hidden}
-    _calls.remember(Checked((), x.device, x.dtype, dict(sizes)), backend, given, kind)
-    h_new: Tensor = OP(backend, x, h, w_ih, w_hh, b_ih, b_hh, sizes=sizes)
-    return h_new
-
-
-def check_weights(
-    op: str,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    features: int,
-    hidden: int,
-) -> None:
-    """The weights and biases of a GRU whose input has `features` and whose state has `hidden`."""
-    checks.tensor(op, "w_ih", w_ih, 2)
-    checks.tensor(op, "w_hh", w_hh, 2)
-    checks.shape(op, "w_ih", w_ih, "3H, C", (3 * hidden, features))
-    checks.shape(op, "w_hh", w_hh, "3H, H", (3 * hidden, hidden))
-    if b_ih is None and b_hh is None:
-        return
-    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
-        if bias is None:
-            checks.fail(op, name, None, "both biases, or neither", "give a tensor of zeros")
-        checks.tensor(op, name, bias, 1)
-        checks.shape(op, name, bias, "3H", (3 * hidden,))
+    problem.check(tensors)
+    cast = autocast.cast(*tensors)
+    checks.same_floating(NAME, zip(OP.diff, cast, strict=True))
+    found = problem.find(*cast, checked=True)
+    CALLS.remember(found, backend, given, kind)
+    return OP(backend, *cast, sizes=dict(found.sizes))  # type: ignore[no-any-return]

@@ -1,9 +1,27 @@
 """Tensors as the CPU kernels of gru_cell and gru take them, in float32, and back in their dtype."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import packing
+from mbm_kernels._core import native, packing
+
+
+class Rows:
+    """How the kernels read a tensor of this shape: with its own strides, its rows being contiguous
+    float32, or as a dense copy."""
+
+    __slots__ = ("_as_is", "_shape", "strides")
+
+    def __init__(self, shape: tuple[int, ...], strides: Sequence[int], dtype: torch.dtype):
+        self._shape = shape
+        self._as_is = dtype is torch.float32 and (strides[-1] == 1 or shape[-1] == 1)
+        dense = torch.empty(shape, device="meta").stride()
+        self.strides: tuple[int, ...] = tuple(strides) if self._as_is else dense
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor if self._as_is else native.empty(self._shape).copy_(tensor)
 
 
 def rows(tensor: Tensor) -> Tensor:

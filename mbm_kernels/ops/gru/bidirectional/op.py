@@ -1,42 +1,23 @@
 """Both directions of a GRU's layer in one call, for nn.GRU: the function and its registration."""
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Names, Product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.gru.bidirectional import backend_torch, reference
+from mbm_kernels.ops.gru.bidirectional import backend_torch, problem, reference
 from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
+from mbm_kernels.ops.gru.bidirectional.problem import CALLS, NAME
 from mbm_kernels.ops.gru.op import products as gru_products
-from mbm_kernels.ops.gru_cell.op import check_weights
+from mbm_kernels.ops.gru.problem import check_lengths, check_shapes, fake
+from mbm_kernels.ops.gru_cell.problem import WEIGHTS
 
-NAME = "gru_bidirectional"
-
-
-def _fake(
-    x: Tensor,
-    h0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_ih_reverse: Tensor,
-    w_hh_reverse: Tensor,
-    b_ih_reverse: Tensor | None,
-    b_hh_reverse: Tensor | None,
-    lengths: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    steps, batch, _ = x.shape
-    hidden = w_hh.size(1)
-    return (
-        x.new_empty(steps, batch, 2 * hidden),
-        x.new_empty(2, batch, hidden),
-        x.new_empty((2, steps, batch, 4 * hidden) if save else (0,)),
-    )
+BY_REVERSE = ", ".join(f"{weight}_reverse" for weight in WEIGHTS.split(", "))
 
 
 def _products(
@@ -57,32 +38,20 @@ def _products(
 OP = Op(
     Spec(
         NAME,
-        inputs="Tensor x, Tensor? h0, Tensor w_ih, Tensor w_hh, Tensor? b_ih,"
-        " Tensor? b_hh, Tensor w_ih_reverse, Tensor w_hh_reverse, Tensor?"
-        " b_ih_reverse, Tensor? b_hh_reverse, Tensor? lengths",
+        inputs=f"Tensor x, Tensor? h0, {WEIGHTS}, {BY_REVERSE}, Tensor? lengths",
         outputs=("y", "h_n"),
         state=("reserve",),
         saved=("y", "reserve"),
-        differentiable=(
-            "x",
-            "h0",
-            "w_ih",
-            "w_hh",
-            "b_ih",
-            "b_hh",
-            "w_ih_reverse",
-            "w_hh_reverse",
-            "b_ih_reverse",
-            "b_hh_reverse",
-        ),
+        differentiable=("x", "h0", *(w.split()[1] for w in f"{WEIGHTS}, {BY_REVERSE}".split(", "))),
         save="any",
     ),
-    fake=_fake,
+    fake=functools.partial(fake, 2),
     reference=reference.gru_bidirectional,
     torch_fwd=backend_torch.fwd,
     opaque_torch=True,
     package=__package__,
     products=_products,
+    problem=problem.find,
 )
 
 
@@ -120,26 +89,27 @@ def gru_bidirectional(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `gru`.
     """
-    checks.tensor(NAME, "x", x, 3)
-    checks.tensor(NAME, "w_hh", w_hh, 2)
-    steps, batch, features = x.shape
-    hidden = w_hh.size(1)
-    weights = w_ih, w_hh, b_ih, b_hh
-    others = w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse
-    check_weights(NAME, *weights, features, hidden)
-    check_weights(NAME, *others, features, hidden)
-    if h0 is not None:
-        checks.tensor(NAME, "h0", h0, 3)
-        checks.shape(NAME, "h0", h0, "2, B, H", (2, batch, hidden))
-    if lengths is not None:
-        checks.lengths(NAME, "lengths", lengths, batch, steps, "T", x)
-    given = autocast.cast(x, h0, *weights, *others)
-    named = tuple(zip(OP.diff, given, strict=True))
-    checks.same_floating(NAME, named)
-    needs_grad = tracing.may_need_grad([t for t in given if t is not None])
-    sizes = {"T": steps, "B": batch, "C": features, "H": hidden}
-    judged = {**sizes, "training": int(needs_grad)}
-    if dispatch.select("gru", backend, x.device, given[0].dtype, judged) == "cpu":
-        y, h_n = OP("cpu", *given, lengths, sizes=sizes)
-        return y, h_n
-    return by_direction(x, h0, weights, others, lengths, backend)
+    biases = (b_ih, b_hh, b_ih_reverse, b_hh_reverse)
+    tensors: Any = (
+        *(x, h0, w_ih, w_hh, b_ih, b_hh),
+        *(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, lengths),
+    )
+    given = tuple(t for t in tensors if t is not None)
+    kind = (backend, *(t is None for t in (h0, *biases, lengths)))
+    call = CALLS.get(given, kind)
+    if call is not None:
+        found, training = call.problem, call.differentiable and torch.is_grad_enabled()
+        check_lengths(NAME, x, lengths)
+    else:
+        check_shapes(NAME, tensors, 2)
+        check_lengths(NAME, x, lengths)
+        cast = (*autocast.cast(*tensors[:-1]), lengths)
+        checks.same_floating(NAME, zip(OP.diff, cast[:-1], strict=True))
+        found, training = problem.find(*cast, checked=True), tracing.may_need_grad(cast)
+        CALLS.remember(found, "cpu", given, kind)
+    sizes = {**found.sizes, "training": int(training)}
+    if dispatch.select("gru", backend, found.device, found.dtype, sizes) != "cpu":
+        return by_direction(tensors, backend)
+    if call is not None:
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    return OP("cpu", *cast, sizes=dict(found.sizes))  # type: ignore[no-any-return]

@@ -1,0 +1,118 @@
+"""A layer by csrc/gru, of one direction or of both: what both operations' CPU backends are.
+
+bfloat16 and float16 are computed in float32 and rounded on store.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbm_kernels._core import native
+from mbm_kernels.ops.gru import packed
+from mbm_kernels.ops.gru.problem import PER_DIRECTION, Problem, result_shapes
+from mbm_kernels.ops.gru_cell import precision
+from mbm_kernels.ops.gru_cell.problem import weight_shapes
+
+
+def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
+    return native.why_not(device, dtype)
+
+
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    return tuple(native.cpu().gru_problem_fields())
+
+
+class _Native:
+    """What the kernels are told about a problem, and the shapes of what they write."""
+
+    __slots__ = ("block", "grad_shapes", "shapes", "x")
+
+    def __init__(self, p: Problem):
+        steps, batch, features = p.x_shape
+        self.x = precision.Rows(p.x_shape, p.x_strides, p.dtype)
+        self.shapes = result_shapes(p.directions, p.x_shape, p.hidden)
+        weights = weight_shapes(features, p.hidden)
+        self.grad_shapes = (p.x_shape, p.state_shape, *weights * p.directions)
+        values = {"T": steps, "B": batch, "C": features, "H": p.hidden}
+        values |= {"directions": p.directions, "reverse": int(p.reverse)}
+        values |= {"x_t": self.x.strides[0], "x_b": self.x.strides[1]}
+        self.block = native.block(_fields(), values)
+
+
+def _native(p: Problem) -> _Native:
+    found = p.derived.get("cpu")
+    if found is None:
+        found = p.derived["cpu"] = _Native(p)
+    return found  # type: ignore[no-any-return]
+
+
+def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
+    return [values[i : i + PER_DIRECTION] for i in range(0, len(values), PER_DIRECTION)]
+
+
+def fwd(
+    p: Problem, x: Tensor, h0: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    *weights, lengths, save = rest
+    plan = _native(p)
+    layers = [packed.forward(*each) for each in _by_direction(weights)]
+    x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    y_shape, state_shape, reserve_shape = plan.shapes
+    y, h_n = native.empty(y_shape), native.empty(state_shape)
+    reserve = native.empty(reserve_shape) if save else None
+    native.cpu().gru_forward(
+        plan.block,
+        (x.data_ptr(), native.address(h0), native.address(lengths)),
+        [layer.data_ptr() for layer in layers],
+        (y.data_ptr(), h_n.data_ptr(), native.address(reserve)),
+        torch.get_num_threads(),
+    )
+    if reserve is not None and lengths is not None:
+        # Rows are saved one after another, valid ones only; the same call gives the same tensor.
+        steps, batch, _ = p.x_shape
+        valid = int(lengths.clamp(0, steps).sum())
+        reserve.view(p.directions, steps * batch, 4 * p.hidden)[:, valid:].zero_()
+    if p.dtype is torch.float32:
+        return y, h_n, reserve
+    return y.to(p.dtype), h_n.to(p.dtype), precision.optional_rounded(reserve, p.dtype)
+
+
+def bwd(
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Any],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    x, h0, *weights, lengths = tensors
+    plan = _native(p)
+    grad_y = None if grads[0] is None else precision.rows(grads[0])
+    grad_h_n = native.dense(grads[1])
+    x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    y, reserve = map(native.dense, saved)
+    found = [
+        native.empty(shape) if needed and tensor is not None else None
+        for shape, needed, tensor in zip(plan.grad_shapes, needs, tensors[:-1], strict=True)
+    ]
+    # Held until the call: their addresses alone would not keep them.
+    layers = [
+        (packed.recurrent(w_hh), packed.inputs(w_ih) if needs[0] else None)
+        for w_ih, w_hh, *_ in _by_direction(weights)
+    ]
+    address = native.address
+    strides = (0, 0) if grad_y is None else grad_y.stride()[:2]
+    addresses = tuple(map(address, found))
+    native.cpu().gru_backward(
+        plan.block,
+        tuple(map(address, (x, h0, lengths, y, reserve))),
+        (address(grad_y), *strides, address(grad_h_n)),
+        [tuple(map(address, layer)) for layer in layers],
+        addresses[:2],
+        _by_direction(addresses[2:]),
+        torch.get_num_threads(),
+    )
+    return tuple(precision.optional_rounded(grad, p.dtype) for grad in found)
