@@ -1,6 +1,7 @@
 """Problem descriptors: specs, backends' signatures, and what a cached problem may not let pass."""
 
 import inspect
+import struct
 import threading
 
 import pytest
@@ -319,6 +320,17 @@ class TestChoice:
                 conv(image, weight, backend="fast")
             with raises(mbm_kernels.BackendUnavailableError, "cuda"):
                 conv(image, weight, backend="cuda")
+
+
+def test_a_block_has_a_value_for_each_field():
+    assert native.block(("b", "a"), {"a": 1, "b": -2}) == struct.pack("2q", -2, 1)
+    for values, error in (
+        ({"a": 1}, KeyError),
+        ({"a": 1, "b": 2, "c": 3}, struct.error),
+        ({"a": 1, "b": 2**63}, struct.error),
+    ):
+        with pytest.raises(error):
+            native.block(("b", "a"), values)
 
 
 class TestCache:

@@ -1,6 +1,7 @@
 """The CPU kernels of the GRU and of its cell past every block of their products: values, and the
 same bits for any threads, in each ISA."""
 
+import re
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import mbm_kernels
 from mbm_kernels._core import native
 from mbm_kernels.ops.gru import reference
+from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.testing import assert_matches
 from mbm_kernels.testing.suite import map_floating, with_leaves
 
@@ -126,3 +128,87 @@ def test_a_row_does_not_depend_on_its_batch(isa):
         y, h_n = mbm_kernels.gru(x[:, b : b + 1], None, *weights, backend="cpu")
         assert torch.equal(y[:, 0], whole[:, b])
         assert torch.equal(h_n[0], last[b])
+
+
+class TestProblemBlock:
+    """The native argument blocks are filled by name and refused where they are none."""
+
+    CALLS = {
+        "gru_forward": ((0,) * 3, [0, 0], (0,) * 3),
+        "gru_backward": ((0,) * 5, (0,) * 4, [(0, 0)] * 2, (0, 0), [(0,) * 4] * 2),
+        "gru_cell_forward": ((0,) * 6, (0, 0)),
+        "gru_cell_backward": ((0,) * 6, (0,) * 6),
+    }
+
+    def call(self, name, arguments=None, **changed):
+        module = native.cpu()
+        fields = getattr(module, f"{name.rpartition('_')[0]}_problem_fields")()
+        values = dict.fromkeys(fields, 1) | changed
+        given = self.CALLS[name] if arguments is None else arguments
+        getattr(module, name)(native.block(fields, values), *given, 1)
+
+    def test_native_calls_take_few_arguments(self):
+        module = native.cpu()
+        names = [name for name in dir(module) if name.startswith("gru_")]
+        assert set(self.CALLS) <= set(names)
+        for name in names:
+            assert len(re.findall(r"arg\d+:", getattr(module, name).__doc__)) <= 8, name
+
+    @pytest.mark.parametrize("block", [b"", bytes(8), bytes(8 * 1000)])
+    @pytest.mark.parametrize("name", CALLS)
+    def test_a_block_of_another_size_is_refused(self, name, block):
+        with pytest.raises(ValueError, match=rf"got {len(block)} bytes; expected \d+; fill it by"):
+            getattr(native.cpu(), name)(block, *self.CALLS[name], 1)
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_null_addresses_and_negative_sizes_are_refused(self, name):
+        with pytest.raises(ValueError, match="got a null address"):
+            self.call(name)
+        with pytest.raises(ValueError, match="got a negative size"):
+            self.call(name, B=-1, H=-1)
+
+    def test_directions_are_one_or_two_with_weights_for_each(self):
+        for directions in (-1, 0, 3, 2**40):
+            with pytest.raises(ValueError, match=f"got {directions} directions; expected 1 or 2"):
+                self.call("gru_forward", directions=directions)
+        nothing = {"T": 0, "B": 0, "C": 0, "H": 0, "directions": 2}
+        self.call("gru_forward", **nothing)
+        self.call("gru_backward", **nothing)
+        with pytest.raises(IndexError):
+            self.call("gru_forward", ((0,) * 3, [0], (0,) * 3), **nothing)
+        for packed, grads in (([(0, 0)], [(0,) * 4] * 2), ([(0, 0)] * 2, [(0,) * 4])):
+            with pytest.raises(IndexError):
+                self.call("gru_backward", ((0,) * 5, (0,) * 4, packed, (0, 0), grads), **nothing)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_lengths_are_looked_at_in_a_call_that_is_remembered(backend):
+    inputs = sequence("few rows", "lengths")
+    for function in (
+        partial(mbm_kernels.gru, **inputs),
+        partial(gru_bidirectional, **both_directions(inputs)),
+    ):
+        for _ in range(2):
+            function(lengths=torch.tensor([2]), backend=backend)
+            for wrong, error in ((torch.tensor([4]), ValueError), (torch.tensor([2.0]), TypeError)):
+                with pytest.raises(error, match="lengths: got"):
+                    function(lengths=wrong, backend=backend)
+
+
+def both_directions(inputs):
+    weights = {name: value for name, value in inputs.items() if name[:2] in ("w_", "b_")}
+    reverse = {f"{name}_reverse": value for name, value in weights.items()}
+    return {"x": inputs["x"], "h0": torch.stack([inputs["h0"]] * 2), **weights, **reverse}
+
+
+def test_the_registered_operations_check_shapes():
+    inputs = sequence("rows apart", "whole")
+    x, h0, w_ih, w_hh, b_ih, b_hh, _ = inputs.values()
+    ops = torch.ops.mbm_kernels
+    with pytest.raises(ValueError, match="gru: w_ih: got shape"):
+        ops.gru(x, h0, w_ih[:-1], w_hh, b_ih, b_hh, None, False, False, "cpu")
+    with pytest.raises(ValueError, match="gru_cell: b_hh: got shape"):
+        ops.gru_cell(x[0], h0, w_ih, w_hh, b_ih, b_hh[1:], False, "cpu")
+    both = both_directions(inputs) | {"h0": h0}
+    with pytest.raises(ValueError, match="gru_bidirectional: h0: got shape"):
+        ops.gru_bidirectional(*both.values(), None, False, "cpu")

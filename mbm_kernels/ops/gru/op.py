@@ -11,7 +11,7 @@ from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru import backend_torch, problem, reference
 from mbm_kernels.ops.gru.problem import CALLS, NAME
-from mbm_kernels.ops.gru_cell.problem import WEIGHTS
+from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
 
 
 def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
@@ -21,19 +21,19 @@ def products(x: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> list[Product]:
     return [
         product(2 * steps * batch * w_ih.numel(), ("x",), ("w_ih",)),
         product(state * min(steps, 1), ("h0",), ("w_hh",)),
-        product(state * max(steps - 1, 0), ("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"), ("w_hh",)),
+        product(state * max(steps - 1, 0), ("x", "h0", *WEIGHTS), ("w_hh",)),
     ]
 
 
 OP = Op(
     Spec(
         NAME,
-        inputs=f"Tensor x, Tensor? h0, {WEIGHTS}, Tensor? lengths",
+        inputs=f"Tensor x, Tensor? h0, {WEIGHT_TYPES}, Tensor? lengths",
         options="bool reverse",
         outputs=("y", "h_n"),
         state=("reserve",),
         saved=("y", "reserve"),
-        differentiable=("x", "h0", "w_ih", "w_hh", "b_ih", "b_hh"),
+        differentiable=("x", "h0", *WEIGHTS),
         save="any",
     ),
     fake=functools.partial(problem.fake, 1),

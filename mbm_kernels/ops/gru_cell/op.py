@@ -9,7 +9,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru_cell import backend_torch, problem, reference
-from mbm_kernels.ops.gru_cell.problem import CALLS, NAME, WEIGHTS
+from mbm_kernels.ops.gru_cell.problem import CALLS, NAME, WEIGHT_TYPES, WEIGHTS
 
 
 def _fake(x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,11 @@ def _products(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, **_: Any) -> lis
 OP = Op(
     Spec(
         NAME,
-        inputs=f"Tensor x, Tensor h, {WEIGHTS}",
+        inputs=f"Tensor x, Tensor h, {WEIGHT_TYPES}",
         outputs=("h_new",),
         state=("reserve",),
         saved=("reserve",),
-        differentiable=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
+        differentiable=("x", "h", *WEIGHTS),
         save="any",
     ),
     fake=_fake,

@@ -10,7 +10,8 @@ from mbm_kernels._core import checks
 from mbm_kernels._core.problem import Calls, Problems, key_of
 
 NAME = "gru_cell"
-WEIGHTS = "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"  # as schemas have them
+WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
+WEIGHT_TYPES = ", ".join(f"Tensor{'?' * (n[0] == 'b')} {n}" for n in WEIGHTS)  # for schemas
 
 
 @dataclass(frozen=True, slots=True, eq=False)

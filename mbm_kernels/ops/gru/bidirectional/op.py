@@ -15,9 +15,9 @@ from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru.bidirectional.problem import CALLS, NAME
 from mbm_kernels.ops.gru.op import products as gru_products
 from mbm_kernels.ops.gru.problem import check_lengths, check_shapes, fake
-from mbm_kernels.ops.gru_cell.problem import WEIGHTS
+from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
 
-BY_REVERSE = ", ".join(f"{weight}_reverse" for weight in WEIGHTS.split(", "))
+REVERSE_TYPES = ", ".join(f"{weight}_reverse" for weight in WEIGHT_TYPES.split(", "))
 
 
 def _products(
@@ -38,11 +38,11 @@ def _products(
 OP = Op(
     Spec(
         NAME,
-        inputs=f"Tensor x, Tensor? h0, {WEIGHTS}, {BY_REVERSE}, Tensor? lengths",
+        inputs=f"Tensor x, Tensor? h0, {WEIGHT_TYPES}, {REVERSE_TYPES}, Tensor? lengths",
         outputs=("y", "h_n"),
         state=("reserve",),
         saved=("y", "reserve"),
-        differentiable=("x", "h0", *(w.split()[1] for w in f"{WEIGHTS}, {BY_REVERSE}".split(", "))),
+        differentiable=("x", "h0", *WEIGHTS, *(f"{name}_reverse" for name in WEIGHTS)),
         save="any",
     ),
     fake=functools.partial(fake, 2),
@@ -89,13 +89,12 @@ def gru_bidirectional(
     Raises:
         TypeError, ValueError, BackendUnavailableError: as `gru`.
     """
-    biases = (b_ih, b_hh, b_ih_reverse, b_hh_reverse)
-    tensors: Any = (
-        *(x, h0, w_ih, w_hh, b_ih, b_hh),
-        *(w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse, lengths),
-    )
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    reverse = (w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse)
+    tensors: Any = (x, h0, *weights, *reverse, lengths)
     given = tuple(t for t in tensors if t is not None)
-    kind = (backend, *(t is None for t in (h0, *biases, lengths)))
+    optional = (h0, *weights[2:], *reverse[2:], lengths)
+    kind = (backend, *(t is None for t in optional))
     call = CALLS.get(given, kind)
     if call is not None:
         found, training = call.problem, call.differentiable and torch.is_grad_enabled()
