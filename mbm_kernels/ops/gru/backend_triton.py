@@ -130,14 +130,10 @@ def bwd(
     )
     grad_w_hh = _by_recurrent(gates[:, :, H:], y, h0, lengths, p.reverse) if needs[3] else None
     wanted = [n and bias is not None for n, bias in zip(needs[4:], biases, strict=True)]
-    grad_b_ih, grad_b_hh = gate_gradients.by_biases(flat, wanted)
     return (
         None if grad_x is None else grad_x.view(T, B, C),
         carried.to(x.dtype) if needs[1] and h0 is not None else None,
-        grad_w_ih,
-        grad_w_hh,
-        grad_b_ih,
-        grad_b_hh,
+        *(grad_w_ih, grad_w_hh, *gate_gradients.by_biases(flat, wanted)),
     )
 
 
