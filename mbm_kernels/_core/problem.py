@@ -13,7 +13,7 @@ What is not plain eager code neither looks a problem up nor keeps one.
 
 import functools
 import marshal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,6 +49,7 @@ class Problem(Protocol):
 
 
 P = TypeVar("P", bound=Problem)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +112,14 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
                 return None
             key.append(tensor.device)
     return tuple(key)
+
+
+def derived(p: Any, key: Any, make: Callable[[Any], T]) -> T:
+    """What a backend keeps in `p.derived`; `make` reads nothing but the problem."""
+    found = p.derived.get(key)
+    if found is None:
+        found = p.derived[key] = make(p)
+    return found  # type: ignore[no-any-return]
 
 
 class Call(Generic[P]):

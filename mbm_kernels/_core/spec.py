@@ -97,6 +97,11 @@ class Spec:
         saved = ", ".join(f"Tensor {name}" for name in self.saved)
         return f"({_joined(grads, self.inputs, saved, self.options, 'bool[] needs')})"
 
+    def save_arguments(self, wanted: bool) -> tuple[Any, ...]:
+        """What follows the forward's options: `save` for all or nothing, if there is one."""
+        each = (wanted,) * len(self.differentiable)
+        return {"any": (wanted,), "each": (each,), None: ()}[self.save]
+
     @cached_property
     def has_lists(self) -> bool:
         return "Tensor[]" in self.inputs
