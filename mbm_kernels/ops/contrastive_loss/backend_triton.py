@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
-from mbm_kernels.ops.linear_head import linear_head, matmul, targets
+from mbm_kernels.ops.contrastive_loss.problem import Problem
+from mbm_kernels.ops.linear_head import linear_head, matmul
 from mbm_kernels.ops.linear_head.linear_head import HeadGradients
 
 
@@ -110,19 +111,13 @@ class _Call:
 
 
 def _run(
-    grad: Tensor | None,
-    wanted: Sequence[Tensor | None],
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem, tensors: Sequence[Any], grad: Tensor | None, wanted: Sequence[Tensor | None]
 ) -> Tensor:
     """The loss; the gradients `wanted`, of image, text, scale and bias, are written."""
-    call = _Call(image, text, scale, bias)
+    call = _Call(*tensors)
     share = 1 / max(call.B, 1) if grad is None else grad / max(call.B, 1)
-    found = HeadGradients((*wanted[:2], None), image.dtype, scale * share)
-    if kind == "infonce":
+    found = HeadGradients((*wanted[:2], None), p.dtype, call.scale * share)
+    if p.kind == "infonce":
         call.infonce(found, wanted[2] is not None)
     else:
         call.siglip(found)
@@ -134,35 +129,21 @@ def _run(
     return call.loss / call.B if call.B else call.loss / 0
 
 
-def fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    save: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (image, text, scale, bias)
-    made = targets.gradients_to_make(inputs, save, "mean")
-    wanted = [
-        g if x is not None and s else None for x, s, g in zip(inputs, save, made, strict=True)
-    ]
-    return _run(None, wanted, image, text, scale, bias, kind), *made
+def fwd(p: Problem, *args: Any) -> tuple[Tensor | None, ...]:
+    *tensors, save = args
+    made = linear_head.empty_where(tensors, save)
+    return _run(p, tensors, None, made), *made
 
 
 def bwd(
-    grad_loss: Tensor | None,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    wanted = [
-        x.new_empty(x.shape, dtype=torch.float32) if x is not None and needed else None
-        for x, needed in zip((image, text, scale, bias), needs, strict=True)
-    ]
-    _run(grad_loss, wanted, image, text, scale, bias, kind)
-    pairs = zip(wanted, (image, text, scale, bias), strict=True)
-    return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+    wanted = linear_head.empty_where(tensors, needs)
+    _run(p, tensors, grads[0], wanted)
+    return tuple(
+        None if g is None else g.to(dtype) for g, dtype in zip(wanted, p.dtypes, strict=True)
+    )
