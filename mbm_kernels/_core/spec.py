@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_type_hints
 
 from torch import Tensor
 
@@ -105,6 +105,21 @@ class Spec:
     @cached_property
     def has_lists(self) -> bool:
         return "Tensor[]" in self.inputs
+
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+}
+
+
+def typed(fields: type) -> str:
+    """The names and types of a NamedTuple's fields, as `Spec` takes inputs and options."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
 def _joined(*parts: str) -> str:

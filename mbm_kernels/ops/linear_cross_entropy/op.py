@@ -8,9 +8,9 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.spec import Spec
+from mbm_kernels._core.spec import Spec, typed
 from mbm_kernels.ops.linear_cross_entropy import backend_torch, problem, reference
-from mbm_kernels.ops.linear_cross_entropy.problem import CALLS, NAME
+from mbm_kernels.ops.linear_cross_entropy.problem import CALLS, NAME, Options
 from mbm_kernels.ops.linear_head import head, targets
 
 
@@ -38,8 +38,7 @@ OP = Op(
     Spec(
         NAME,
         inputs="Tensor hidden, Tensor weight, Tensor target, Tensor? bias",
-        options="int ignore_index, float label_smoothing, float? softcap, float"
-        " z_loss, str reduction",
+        options=typed(Options),
         outputs=("loss",),
         differentiable=("hidden", "weight", "bias"),
         precomputed=("hidden", "weight", "bias"),
