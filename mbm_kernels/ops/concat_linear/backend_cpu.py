@@ -134,7 +134,8 @@ def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[...,
     return size, pack
 
 
-def fwd(p: Problem, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor]:
+    inputs, weight, bias = tensors
     plan, fewer = derived(p, "cpu forward", _forward_plan)
     if fewer:
         inputs = [_repeats_dropped(x) for x in inputs]

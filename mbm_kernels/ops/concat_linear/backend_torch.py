@@ -51,20 +51,19 @@ def fwd(p: Problem, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
         return (F.linear(inputs[0], weight, bias),)
     plan = derived(p, "torch", _Plan)
     if torch.compiler.is_compiling() or plan.symbolic:  # a choice would pin symbols
-        return (_split(inputs, weight, bias, plan, True),)
+        return (_split((inputs, weight, bias), plan, True),)
     trains, least = may_need_grad((weight, *inputs)), LEAST_SAVED
     if trains:
         least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
     if plan.repeated * weight.size(0) >= least:
-        return (_split(inputs, weight, bias, plan, trains),)
+        return (_split((inputs, weight, bias), plan, trains),)
     leading = plan.leading
     joined = [x if x.shape[:-1] == leading else x.expand(*leading, -1) for x in inputs]
     return (F.linear(torch.cat(joined, -1), weight, bias),)
 
 
-def _split(
-    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, plan: _Plan, trains: bool
-) -> Tensor:
+def _split(tensors: Sequence[Any], plan: _Plan, trains: bool) -> Tensor:
+    inputs, weight, bias = tensors
     joined = [inputs[run[0]] if len(run) == 1 else _joined(inputs, run, plan) for run in plan.runs]
     if len(joined) == 1:
         return F.linear(joined[0], weight, bias)

@@ -42,13 +42,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
 
 
-def fwd(p: Problem, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-    return (_joined(inputs, weight, bias, p.leading),)
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor]:
+    return (_joined(p.leading, tensors),)
 
 
-def _joined(
-    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, leading: Shape
-) -> Tensor:
+def _joined(leading: Shape, tensors: Sequence[Any]) -> Tensor:
+    inputs, weight, bias = tensors
     dropped = [_repeats_dropped(x) for x in inputs]
     if torch.broadcast_shapes(*(x.shape[:-1] for x in dropped)) == leading:
         inputs = dropped

@@ -17,9 +17,10 @@ from mbm_kernels.ops.concat_linear import backend_torch, problem, reference
 from mbm_kernels.ops.concat_linear.problem import CALLS, NAME
 
 
-def _fake(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    p = problem.find(inputs, weight, bias)
-    return weight.new_empty(*p.leading, weight.size(0))
+def _fake(*tensors: Any) -> Tensor:
+    p, weight = problem.find(*tensors), tensors[1]
+    made: Tensor = weight.new_empty(*p.leading, weight.size(0))
+    return made
 
 
 def _products(inputs: Sequence[Tensor], weight: Tensor, **_: Any) -> list[Product]:
@@ -85,7 +86,7 @@ def concat_linear(
     kind = (backend, len(inputs), bias is None)
     if call := CALLS.get(tensors, kind):
         return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
-    problem.check_shapes(inputs, weight, bias)
+    problem.check_shapes((inputs, weight, bias))
     cast = autocast.cast(*inputs, weight, bias)
     parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
     named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]

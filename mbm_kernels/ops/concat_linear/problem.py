@@ -47,7 +47,7 @@ def find(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Probl
     found = PROBLEMS.get(key)
     if found is not None:
         return found
-    leading = check_shapes(inputs, weight, bias)
+    leading = check_shapes((inputs, weight, bias))
     problem = Problem(
         device=weight.device,
         dtype=weight.dtype,
@@ -60,8 +60,9 @@ def find(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Probl
     return PROBLEMS.put(key, problem)
 
 
-def check_shapes(inputs: Sequence[Any], weight: Any, bias: Any) -> Shape:
-    """The leading dimensions of the result."""
+def check_shapes(tensors: Sequence[Any]) -> Shape:
+    """The leading dimensions of the result of inputs, weight and bias."""
+    inputs, weight, bias = tensors
     if not inputs:
         checks.fail(NAME, "inputs", "none", "at least one tensor", "pass the inputs to join")
     for i, x in enumerate(inputs):

@@ -24,9 +24,9 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 class _Call:
     """One call's sums: `loss`, and what scale and bias get of it, over pairs and not their mean."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
-        self.image, self.text, self.scale, self.bias = image, text, scale, bias
-        self.B = image.size(0)
+    def __init__(self, p: Problem, tensors: Sequence[Any]):
+        self.image, self.text, self.scale, self.bias = tensors
+        self.dtype, self.B, self.D = p.dtype, p.sizes["B"], p.sizes["D"]
         self.rows = list(linear_head.chunks(self.B, 4 * self.B))
 
     def empty(self, *shape: int) -> Tensor:
@@ -39,8 +39,8 @@ class _Call:
         self, name: str, grid: Callable[[dict[str, int]], tuple[int, ...]], *args: Any, **named: Any
     ) -> None:
         kernel = triton_launch.kernel("contrastive_loss", name)
-        sizes = {"B": self.B, "D": self.image.size(1)}
-        kernel(grid, *args, dtype=self.image.dtype, sizes=sizes, **named)
+        sizes = {"B": self.B, "D": self.D}
+        kernel(grid, *args, dtype=self.dtype, sizes=sizes, **named)
 
     def infonce(self, found: HeadGradients, by_scale: bool) -> None:
         by_row, by_column = self.empty(3, self.B), self.empty(2, self.B)
@@ -74,7 +74,7 @@ class _Call:
     def _statistics(self, rows: slice, products: Tensor, by_row: Tensor, by_column: Tensor) -> None:
         """Of a chunk: by_row [3, M] and by_column [2, B], which the chunks before have begun."""
         kernel = triton_launch.kernel("contrastive_loss", "infonce_statistics")
-        config = kernel.config(self.image.dtype, {"B": self.B, "D": self.image.size(1)})
+        config = kernel.config(self.dtype, {"B": self.B, "D": self.D})
         count = products.size(0)
         parts = ceil_div(count, dict(config.constants)["BLOCK_R"])
         partial = self.empty(2, parts, self.B)
@@ -114,7 +114,7 @@ def _run(
     p: Problem, tensors: Sequence[Any], grad: Tensor | None, wanted: Sequence[Tensor | None]
 ) -> Tensor:
     """The loss; the gradients `wanted`, of image, text, scale and bias, are written."""
-    call = _Call(*tensors)
+    call = _Call(p, tensors)
     share = 1 / max(call.B, 1) if grad is None else grad / max(call.B, 1)
     found = HeadGradients((*wanted[:2], None), p.dtype, call.scale * share)
     if p.kind == "infonce":

@@ -30,7 +30,8 @@ def _block(p: Problem) -> bytes:
     return native.block(native.cpu().linear_topk_problem_fields(), values)
 
 
-def fwd(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
+    hidden, weight, bias = tensors
     if not derived(p, "cpu takes strided", _takes_strided):
         hidden = native.dense(hidden)
     bias = native.dense(bias)

@@ -20,7 +20,8 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
-def fwd(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
+    hidden, weight, bias = tensors
     sizes, k = p.sizes, p.k
     R, H, V = sizes["R"], sizes["H"], sizes["V"]
     values = hidden.new_empty(p.out_shape)
