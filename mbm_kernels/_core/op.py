@@ -39,7 +39,7 @@ from mbm_kernels._core import (
     registration,
 )
 from mbm_kernels._core.arguments import as_tuple as as_tuple
-from mbm_kernels._core.problem import Call, Problem
+from mbm_kernels._core.problem import Call, Calls, Problem
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, is_plain, may_need_grad, no_kernel
 
@@ -130,6 +130,26 @@ class Op:
         else:
             outputs = dispatch.load_backend(self.name, chosen).fwd(call.problem, *tensors, *save)
         return outputs[0] if self.returns_one else outputs[: len(self.public)]
+
+    def run_first(
+        self,
+        calls: Calls[Any],
+        given: tuple[str, Sequence[Tensor], tuple[Any, ...]],
+        tensors: Sequence[Any],
+        options: Sequence[Any],
+    ) -> Any:
+        """Runs a call that `calls` does not know, its arguments checked, and keeps it if it can.
+
+        It takes the way of those after it, that checkpoints may run it again by either. `given` are
+        the backend, tensors and options by which `calls` knows it; `tensors` and `options` are the
+        inputs and options of the operation.
+        """
+        assert self.problem is not None
+        problem, (backend, known, how) = self.problem(*tensors, *options), given
+        call = calls.remember(problem, backend, known, how)
+        if call is not None:
+            return self.run(call, tensors)
+        return self(backend, *tensors, *options, sizes=dict(problem.sizes))
 
     def _run_explicit(self, backend: str, args: Sequence[Any], training: bool) -> tuple[Any, ...]:
         """Like `_call`, for plain tensors."""

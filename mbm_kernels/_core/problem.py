@@ -181,10 +181,16 @@ class Calls(Generic[P]):
 
     def remember(
         self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
-    ) -> None:
-        """Keeps a call whose arguments were checked, if nothing but plain eager code made it."""
-        if tracing.is_eager() and tracing.is_plain(tensors):
-            self.put(Call(problem, backend, tensors, options), tensors)
+    ) -> Call[P] | None:
+        """The call, kept, if its guard knows others by it and plain eager code alone made it.
+
+        Its arguments were checked.
+        """
+        if not (tracing.is_eager() and tracing.is_plain(tensors)):
+            return None
+        call = Call(problem, backend, tensors, options)
+        self.put(call, tensors)
+        return None if call.check is None else call
 
     def clear(self) -> None:
         self._found.clear()

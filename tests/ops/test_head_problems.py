@@ -1,12 +1,15 @@
 """Problem descriptors of the linear heads, their losses, contrastive_loss and concat_linear: what a
 call like an earlier one may not let pass."""
 
+import importlib
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbm_kernels import ops
-from mbm_kernels._core import native
+from mbm_kernels._core import native, problem
 from mbm_kernels._core.op import OPS
 from mbm_kernels.ops.contrastive_loss import problem as contrastive_problem
 from mbm_kernels.ops.linear_cross_entropy import problem as cross_entropy_problem
@@ -151,8 +154,15 @@ def trainable(op):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", LEGAL)
+@pytest.mark.parametrize("guarded", [True, False], ids=["guards", "keys"])
 class TestRemembered:
-    """The first call of a kind takes another way than those after it."""
+    """What a call and those like it share, found by their guard or by their key."""
+
+    @pytest.fixture(autouse=True)
+    def _found_by(self, op, guarded, monkeypatch):
+        importlib.import_module(f"mbm_kernels.ops.{op}.problem").CALLS.clear()
+        if not guarded:
+            monkeypatch.setattr(problem, "_guards_hold", lambda: False)
 
     def test_results_and_gradients_are_those_of_the_first(self, op, backend):
         inputs = trainable(op)
@@ -201,6 +211,22 @@ class TestRemembered:
                 found = torch.autograd.grad(outputs[0].sum(), leaves, allow_unused=True)
             for a, e in zip(found, expected, strict=True):
                 assert (a is None and e is None) or torch.allclose(a, e, atol=1e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("op", LEGAL)
+def test_a_checkpoint_runs_a_first_call_again(op):
+    """Whatever it saves the first time, it saves again."""
+    importlib.import_module(f"mbm_kernels.ops.{op}.problem").CALLS.clear()
+    for _ in range(2):
+        inputs = trainable(op)
+        outputs = checkpoint(call, op, inputs, backend="cpu", use_reentrant=False)
+        found = torch.autograd.grad(outputs[0].sum(), leaves_of(inputs), allow_unused=True)
+        expected = call(op, inputs, backend="cpu")[0].sum()
+        for a, e in zip(
+            found, torch.autograd.grad(expected, leaves_of(inputs), allow_unused=True), strict=True
+        ):
+            assert (a is None and e is None) or torch.equal(a, e)
 
 
 @needs_cpu

@@ -109,9 +109,8 @@ def contrastive_loss(
             dtype = single
         image, text = autocast.cast(image, text)
         checks.same_floating(NAME, (("image", image), ("text", text)))
-        found = problem.find(image, text, scale, bias, kind)
-        CALLS.remember(found, backend, given, options)
-        loss = OP(backend, image, text, scale, bias, kind, sizes=dict(found.sizes))
+        tensors = (image, text, scale, bias)
+        loss = OP.run_first(CALLS, (backend, given, options), tensors, (kind,))
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 

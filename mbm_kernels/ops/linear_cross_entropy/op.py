@@ -122,9 +122,7 @@ def linear_cross_entropy(
     else:
         checked, explicit = _checked(given, options)
         result_dtype = _result_dtype(hidden)
-        found = problem.find(*checked, *explicit)
-        CALLS.remember(found, backend, given, kind)
-        loss = OP(backend, *checked, *explicit, sizes=dict(found.sizes))
+        loss = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
     if reduction == "none" and target.dim() != 1:
         loss = loss.reshape(target.shape)
     return loss if loss.dtype is result_dtype else loss.to(result_dtype)

@@ -95,9 +95,7 @@ def linear_topk(
         hidden, weight, bias = autocast.cast(hidden, weight, bias)
         checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
         rows = head.rows_of(hidden)
-        found = problem.find(rows, weight, bias, k)
-        CALLS.remember(found, backend, given, kind)
-        values, ids = OP(backend, rows, weight, bias, k, sizes=dict(found.sizes))
+        values, ids = OP.run_first(CALLS, (backend, given, kind), (rows, weight, bias), (k,))
     if hidden.dim() == 2:
         return values, ids
     lead = hidden.shape[:-1]
