@@ -116,22 +116,16 @@ def linear_cross_entropy(
     call = CALLS.get(given, kind)
     if call is not None:
         targets.check_values(NAME, target, weight.size(0), ignore_index)
-        rows = (head.rows_of(hidden), weight, target.reshape(-1), bias)
+        rows = (head.rows_of(hidden), weight, head.flat(target), bias)
         loss: Tensor = OP.run(call, rows)
         result_dtype = hidden.dtype
     else:
         checked, explicit = _checked(given, options)
-        result_dtype = _result_dtype(hidden)
+        result_dtype = head.result_dtype(hidden)
         loss = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
     if reduction == "none" and target.dim() != 1:
         loss = loss.reshape(target.shape)
     return loss if loss.dtype is result_dtype else loss.to(result_dtype)
-
-
-def _result_dtype(hidden: Tensor) -> torch.dtype:
-    if hidden.dtype != torch.float64 and autocast.enabled(hidden.device):
-        return torch.float32
-    return hidden.dtype
 
 
 def _checked(
@@ -146,7 +140,7 @@ def _checked(
     hidden, weight, bias = autocast.cast(hidden, weight, bias)
     checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
     target = targets.check_target(NAME, target, hidden.shape[:-1], classes, ignore_index, hidden)
-    checked = (head.rows_of(hidden), weight, target.reshape(-1), bias)
+    checked = (head.rows_of(hidden), weight, head.flat(target), bias)
     numbers = (float(label_smoothing), None if softcap is None else float(softcap), float(z_loss))
     return checked, (ignore_index, *numbers, reduction)
 

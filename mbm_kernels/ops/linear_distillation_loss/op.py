@@ -170,7 +170,7 @@ def linear_distillation_loss(
     else:
         check_options(temperature, hard_weight, divergence, beta, reduction)
         checked = _flat(_checked(inputs, teacher_topk, ignore_index))
-        result_dtype = _result_dtype(student_hidden)
+        result_dtype = head.result_dtype(student_hidden)
         numbers = (float(temperature), float(hard_weight), divergence, float(beta))
         explicit = (*numbers, ignore_index, reduction)
         results = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
@@ -178,12 +178,6 @@ def linear_distillation_loss(
         results = tuple(x.reshape(target.shape) for x in results)
     loss, hard, soft = (x if x.dtype is result_dtype else x.to(result_dtype) for x in results)
     return loss, hard, soft
-
-
-def _result_dtype(hidden: Tensor) -> torch.dtype:
-    if hidden.dtype != torch.float64 and autocast.enabled(hidden.device):
-        return torch.float32
-    return hidden.dtype
 
 
 def _is_pair(topk: object) -> TypeGuard[tuple[Any, Any]]:
@@ -206,7 +200,7 @@ def _flat(inputs: Inputs) -> Inputs:
         )
         if getattr(inputs, name) is not None
     }
-    hidden, target = head.rows_of(inputs.student_hidden), inputs.target.reshape(-1)
+    hidden, target = head.rows_of(inputs.student_hidden), head.flat(inputs.target)
     return inputs._replace(student_hidden=hidden, target=target, **rows)
 
 

@@ -3,9 +3,10 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mbm_kernels._core import checks
+from mbm_kernels._core import autocast, checks
 
 
 def check(
@@ -33,3 +34,15 @@ def rows_of(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x
     return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+
+
+def flat(x: Tensor) -> Tensor:
+    """[...] as [N]: itself where it has one dimension."""
+    return x if x.dim() == 1 else x.reshape(-1)
+
+
+def result_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of a loss: that of `hidden`, float32 under autocast."""
+    if hidden.dtype != torch.float64 and autocast.enabled(hidden.device):
+        return torch.float32
+    return hidden.dtype
