@@ -1,6 +1,6 @@
 """Arguments of an operation, some of which are lists of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,21 @@ def grouped(values: Sequence[Any], layout: Layout) -> tuple[Any, ...]:
     return tuple(
         next(rest) if length is None else [next(rest) for _ in range(length)] for length in layout
     )
+
+
+def layout_of(args: Sequence[Any]) -> Layout:
+    return tuple(len(arg) if isinstance(arg, (list, tuple)) else None for arg in args)
+
+
+def spread(values: Sequence[Any], needs: Sequence[bool], found: Iterator[Any]) -> list[Any]:
+    """The next of `found` for each tensor of `values` that is needed, None for the others; flat."""
+    out: list[Any] = []
+    for value, needed in zip(values, needs, strict=True):
+        if isinstance(value, (list, tuple)):
+            out.extend(next(found) if needed else None for _ in value)
+        else:
+            out.append(next(found) if needed and value is not None else None)
+    return out
 
 
 def is_tensors(value: Any) -> bool:

@@ -42,12 +42,13 @@ class Autograd:
         self._private = range(len(self.spec.outputs), len(self.spec.results))
         self._functions: dict[arguments.Layout, type[torch.autograd.Function]] = {}
         self.function = self._make_function(None)
-        self.problem_function = self._make_problem_function()
+        self._problem_functions: dict[arguments.Layout, type[torch.autograd.Function]] = {}
+        self.problem_function = self._make_problem_function((None,) * len(inputs))
         torch.library.register_autograd(op.label, self.backward, setup_context=self.setup_context)
 
     def for_lists(self, args: Sequence[Any]) -> type[torch.autograd.Function]:
         """The Function that takes the flat form of `args` and the backend."""
-        layout = (*(len(a) if isinstance(a, (list, tuple)) else None for a in args), None)
+        layout = (*arguments.layout_of(args), None)
         if layout not in self._functions:
             self._functions[layout] = self._make_function(layout)
         return self._functions[layout]
@@ -89,18 +90,30 @@ class Autograd:
         profiling.rename(Function, op.label)
         return Function
 
-    def _make_problem_function(self) -> type[torch.autograd.Function]:
+    def problem_function_for(self, tensors: Sequence[Any]) -> type[torch.autograd.Function]:
+        """The Function that takes a problem, a backend and the flat form of `tensors`."""
+        layout = arguments.layout_of(tensors)
+        if layout not in self._problem_functions:
+            self._problem_functions[layout] = self._make_problem_function(layout)
+        return self._problem_functions[layout]
+
+    def _make_problem_function(self, layout: arguments.Layout) -> type[torch.autograd.Function]:
         """Takes a problem, a backend and plain tensors; returns the public outputs alone."""
         autograd, op, spec = self, self.op, self.spec
-        public = len(spec.outputs)
+        public, diff = len(spec.outputs), self._diff_inputs
         from_outputs = [spec.results.index(name) for name in spec.saved]
+        first_made = len(spec.results) - len(spec.precomputed)
+        each, save = spec.save == "each", spec.save_arguments(True)
 
         class ProblemFunction(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, problem: "Problem", backend: str, *tensors: Any) -> Any:
-                outputs = op.problem_fwd(backend, problem, tensors, True)
-                ctx.problem, ctx.backend = problem, backend
-                ctx.save_for_backward(*tensors, *[outputs[i] for i in from_outputs])
+                inputs = arguments.grouped(tensors, layout) if spec.has_lists else tensors
+                wanted = ([ctx.needs_input_grad[2 + i] for i in diff],) if each else save
+                outputs = op.problem_fwd(backend, problem, inputs, wanted)
+                ctx.problem, ctx.backend, ctx.layout = problem, backend, layout
+                kept = [outputs[i] for i in from_outputs]
+                ctx.save_for_backward(*tensors, *kept, *outputs[first_made:])
                 ctx.set_materialize_grads(False)
                 return outputs[0] if public == 1 else outputs[:public]
 
@@ -112,38 +125,51 @@ class Autograd:
         return ProblemFunction
 
     def _problem_gradients(self, ctx: Any, grads: tuple[Any, ...]) -> Sequence[Tensor | None]:
-        """One for each input of the operation."""
-        spec = self.spec
+        """One for each tensor among the inputs of the operation."""
+        flat_needs = ctx.needs_input_grad[2:]
         if all(grad is None for grad in grads):
-            return [None] * len(spec.input_names)
-        needs_inputs = ctx.needs_input_grad[2:]
+            return [None] * len(flat_needs)
+        needs_inputs = flat_needs
+        if self.spec.has_lists:
+            needs_inputs = [*map(arguments.any_of, arguments.grouped(flat_needs, ctx.layout))]
         needs = [needs_inputs[i] for i in self._diff_inputs]
         found = self._of_differentiable(ctx, grads, needs)
         if len(needs) == len(needs_inputs):
             return found
-        spread: list[Tensor | None] = [None] * len(needs_inputs)
-        for position, grad in zip(self._diff_inputs, found, strict=True):
-            spread[position] = grad
-        return spread
+        flat = iter(found)
+        return [
+            next(flat) if position in self._diff_inputs else None
+            for position, length in enumerate(ctx.layout)
+            for _ in range(1 if length is None else length)
+        ]
 
     def _of_differentiable(
         self, ctx: Any, grads: tuple[Any, ...], needs: Sequence[bool]
     ) -> Sequence[Tensor | None]:
+        """One for each tensor among the differentiable inputs."""
         spec, problem, kept = self.spec, ctx.problem, ctx.saved_tensors
-        count = len(spec.input_names)
-        tensors, saved = kept[:count], kept[count:]
-        if torch.is_grad_enabled():
-            named = dict(zip(spec.input_names, tensors, strict=True))
-            named |= dict(zip(spec.option_names, problem.options, strict=True))
-            flat = iter(self._differentiable_backward(named, grads, needs))
+        count = sum(1 if length is None else length for length in ctx.layout)
+        end = count + len(spec.saved)
+        tensors, saved, precomputed = kept[:count], kept[count:end], kept[end:]
+        if spec.has_lists:
+            tensors = arguments.grouped(tensors, ctx.layout)
+        differentiated = torch.is_grad_enabled()
+        named: dict[str, Any] = {}
+        if differentiated or precomputed:
+            named |= zip(spec.input_names, tensors, strict=True)
+            named |= zip(spec.option_names, problem.options, strict=True)
+            named |= zip(spec.made_names, precomputed, strict=False)
+        if differentiated:
+            flat = self._differentiable_backward(named, grads, needs)
+        elif precomputed and made.are_made(spec.differentiable, named, grads, needs):
+            flat = made.scaled(spec.differentiable, named, grads[0], needs, self.op.ignored)
         elif is_plain([t for t in (*grads, *kept) if t is not None]):
             return self.op.problem_bwd(ctx.backend, problem, grads, tensors, saved, needs)
         else:
             saved = self.op.present(problem, tensors, saved)
             args = (*grads, *tensors, *saved, *problem.options, needs, ctx.backend)
-            flat = iter(self.op.registered_backward(*args))
-        pairs = zip(needs, (tensors[i] for i in self._diff_inputs), strict=True)
-        return [next(flat) if n and t is not None else None for n, t in pairs]
+            flat = self.op.registered_backward(*args)
+        return arguments.spread([tensors[i] for i in self._diff_inputs], needs, iter(flat))
 
     def setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         outputs = as_tuple(output)

@@ -18,11 +18,12 @@ def are_made(
     """Whether they are all that is asked for; `given` are the gradients of the public outputs."""
     if given[0] is None or any(grad is not None for grad in given[1:]):
         return False
-    return all(
-        named[f"made_{n}"].shape == named[n].shape
-        for n, needed in zip(diff, needs, strict=True)
-        if needed and named[n] is not None
-    )
+    for name, needed in zip(diff, needs, strict=True):
+        if needed and named[name] is not None:
+            made = named[f"made_{name}"]
+            if made is None or made.shape != named[name].shape:
+                return False
+    return True
 
 
 def scaled(

@@ -79,9 +79,25 @@ def block(fields: Sequence[str], values: Mapping[str, int]) -> bytes:
     return struct.pack(f"{len(values)}q", *(values[name] for name in fields))
 
 
+def float_bits(value: float) -> int:
+    """The bits of a float64, as a field of a block holds them."""
+    found: int = struct.unpack("q", struct.pack("d", value))[0]
+    return found
+
+
 def empty(shape: Sequence[int]) -> Tensor:
     """Contiguous float32 for a kernel to write, whatever the default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device=_CPU)
+
+
+def empty_where(
+    shapes: Sequence[Sequence[int] | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """`empty` of each shape that is wanted, None for the others."""
+    return [
+        empty(shape) if needed and shape is not None else None
+        for shape, needed in zip(shapes, wanted, strict=True)
+    ]
 
 
 @overload

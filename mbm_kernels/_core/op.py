@@ -39,7 +39,7 @@ from mbm_kernels._core import (
     registration,
 )
 from mbm_kernels._core.arguments import as_tuple as as_tuple
-from mbm_kernels._core.problem import Call, Problem
+from mbm_kernels._core.problem import Call, Calls, Problem
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, is_plain, may_need_grad, no_kernel
 
@@ -93,6 +93,7 @@ class Op:
         self.made, self.bwd_names = list(spec.made_names), list(spec.backward_names)
         self.reference_inputs = [*spec.input_names, *spec.option_names]
         self.saves_each = spec.save == "each"
+        self.nothing_saved, self.all_saved = spec.save_arguments(False), spec.save_arguments(True)
         self.returns_one = len(spec.outputs) == 1
         self.registration = registration.Registration(self)
         self.registered = self.registration.forward
@@ -116,15 +117,39 @@ class Op:
             return outputs[0] if self.returns_one else outputs[: len(self.public)]
         if training and chosen != "torch":
             function = self.autograd.problem_function
+            if self.spec.has_lists:
+                function = self.autograd.problem_function_for(tensors)
+                tensors = arguments.flat(tensors)
             return autograd.apply(function, (call.problem, chosen, *tensors))
+        save = self.all_saved if training else self.nothing_saved
         if profiler._is_profiler_enabled:  # as profiling.active(), without a frame
             with profiling.event(self.label, tensors):
-                outputs = self.problem_fwd(chosen, call.problem, tensors, training)
+                outputs = self.problem_fwd(chosen, call.problem, tensors, save)
         elif chosen == "torch":
-            outputs = self.torch_fwd(call.problem, *tensors, training)
+            outputs = self.torch_fwd(call.problem, *tensors, *save)
         else:
-            outputs = dispatch.load_backend(self.name, chosen).fwd(call.problem, *tensors, False)
+            outputs = dispatch.load_backend(self.name, chosen).fwd(call.problem, *tensors, *save)
         return outputs[0] if self.returns_one else outputs[: len(self.public)]
+
+    def run_first(
+        self,
+        calls: Calls[Any],
+        given: tuple[str, Sequence[Tensor], tuple[Any, ...]],
+        tensors: Sequence[Any],
+        options: Sequence[Any],
+    ) -> Any:
+        """Runs a call that `calls` does not know, its arguments checked, and keeps it if it can.
+
+        It takes the way of those after it, that checkpoints may run it again by either. `given` are
+        the backend, tensors and options by which `calls` knows it; `tensors` and `options` are the
+        inputs and options of the operation.
+        """
+        assert self.problem is not None
+        problem, (backend, known, how) = self.problem(*tensors, *options), given
+        call = calls.remember(problem, backend, known, how)
+        if call is not None:
+            return self.run(call, tensors)
+        return self(backend, *tensors, *options, sizes=dict(problem.sizes))
 
     def _run_explicit(self, backend: str, args: Sequence[Any], training: bool) -> tuple[Any, ...]:
         """Like `_call`, for plain tensors."""
@@ -141,16 +166,19 @@ class Op:
         return as_tuple(autograd.apply(function, (*args, backend)))
 
     def problem_fwd(
-        self, backend: str, problem: Problem, tensors: Sequence[Any], save: bool
+        self, backend: str, problem: Problem, tensors: Sequence[Any], save: Sequence[Any]
     ) -> tuple[Any, ...]:
-        """All results of the forward; None for the state where nothing is to be saved."""
+        """All results of the forward; None for the state where nothing is to be saved.
+
+        `save` is the last argument of the backend's `fwd`, or empty where it takes none.
+        """
         fwd = self.torch_fwd
         if backend != "torch":
             fwd = dispatch.load_backend(self.name, backend).fwd
         if not profiling.active():
-            return fwd(problem, *tensors, save)  # type: ignore[no-any-return]
+            return fwd(problem, *tensors, *save)  # type: ignore[no-any-return]
         with profiling.event(f"{self.label}.{backend}", tensors):
-            return fwd(problem, *tensors, save)  # type: ignore[no-any-return]
+            return fwd(problem, *tensors, *save)  # type: ignore[no-any-return]
 
     def problem_bwd(
         self,
@@ -171,7 +199,9 @@ class Op:
         self, problem: Problem, tensors: Sequence[Any], saved: Sequence[Any]
     ) -> list[Tensor]:
         """`saved` as the registered backward takes it: empty where there is nothing."""
-        results = as_tuple(self.fake(*tensors, *problem.options, False))
+        if all(kept is not None for kept in saved):
+            return list(saved)
+        results = as_tuple(self.fake(*tensors, *problem.options, *self.nothing_saved))
         named = dict(zip(self.spec.results, results, strict=True))
         pairs = zip(self.spec.saved, saved, strict=True)
         return [named[name] if kept is None else kept for name, kept in pairs]
@@ -238,7 +268,7 @@ class Op:
         if self.problem is None:
             return self.torch_fwd(*args)
         problem, tensors, save = self._described(args)
-        return self.torch_fwd(problem, *tensors, save)
+        return self.torch_fwd(problem, *tensors, *save)
 
     def backend_fwd(self, backend: str, args: Sequence[Any]) -> tuple[Any, ...]:
         """A backend's `fwd` of the forward's explicit arguments."""
@@ -253,11 +283,12 @@ class Op:
         with profiling.event(f"{self.label}.{backend}", args):
             return as_tuple(fwd(*args))
 
-    def _described(self, args: Sequence[Any]) -> tuple[Problem, Sequence[Any], Any]:
-        """The problem, the inputs and `save` of the forward's explicit arguments."""
+    def _described(self, args: Sequence[Any]) -> tuple[Problem, Sequence[Any], Sequence[Any]]:
+        """The problem, the inputs and what there is of `save`, of the forward's arguments."""
         assert self.problem is not None
         count = len(self.spec.input_names)
-        return self.problem(*args[: count + len(self.spec.option_names)]), args[:count], args[-1]
+        given = count + len(self.spec.option_names)
+        return self.problem(*args[:given]), args[:count], args[given:]
 
     def backend_bwd(self, backend: str, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
         """A backend's `bwd` of the backward's explicit arguments."""

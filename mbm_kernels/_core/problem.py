@@ -13,7 +13,7 @@ What is not plain eager code neither looks a problem up nor keeps one.
 
 import functools
 import marshal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,6 +49,7 @@ class Problem(Protocol):
 
 
 P = TypeVar("P", bound=Problem)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,6 +114,14 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
     return tuple(key)
 
 
+def derived(p: Any, key: Any, make: Callable[[Any], T]) -> T:
+    """What a backend keeps in `p.derived`; `make` reads nothing but the problem."""
+    found = p.derived.get(key)
+    if found is None:
+        found = p.derived[key] = make(p)
+    return found  # type: ignore[no-any-return]
+
+
 class Call(Generic[P]):
     """A problem and what one kind of call adds: the backend named, whether it has gradients."""
 
@@ -172,10 +181,16 @@ class Calls(Generic[P]):
 
     def remember(
         self, problem: P, backend: str, tensors: Sequence[Tensor], options: tuple[Any, ...]
-    ) -> None:
-        """Keeps a call whose arguments were checked, if nothing but plain eager code made it."""
-        if tracing.is_eager() and tracing.is_plain(tensors):
-            self.put(Call(problem, backend, tensors, options), tensors)
+    ) -> Call[P] | None:
+        """The call, kept, if its guard knows others by it and plain eager code alone made it.
+
+        Its arguments were checked.
+        """
+        if not (tracing.is_eager() and tracing.is_plain(tensors)):
+            return None
+        call = Call(problem, backend, tensors, options)
+        self.put(call, tensors)
+        return None if call.check is None else call
 
     def clear(self) -> None:
         self._found.clear()

@@ -96,15 +96,8 @@ class Registration:
         positions = [self.spec.forward_names.index(n) for n in self.spec.differentiable]
         grads = [named[name] for name in self.spec.grad_names]
         call, needs = self.op.torch_fwd_explicit, named["needs"]
-        flat = iter(by_autograd.gradients(call, inputs, positions, grads, needs, False))
-        found: list[Tensor | None] = []
-        for position, needed in zip(positions, needs, strict=True):
-            value = inputs[position]
-            if isinstance(value, (list, tuple)):
-                found.extend(next(flat) if needed else None for _ in value)
-            else:
-                found.append(next(flat) if needed and value is not None else None)
-        return tuple(found)
+        flat = by_autograd.gradients(call, inputs, positions, grads, needs, False)
+        return tuple(arguments.spread([inputs[i] for i in positions], needs, iter(flat)))
 
     def _fake_bwd(self, *args: Any) -> list[Tensor]:
         named = dict(zip(self.spec.backward_names, args, strict=False))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_type_hints
 
 from torch import Tensor
 
@@ -97,9 +97,29 @@ class Spec:
         saved = ", ".join(f"Tensor {name}" for name in self.saved)
         return f"({_joined(grads, self.inputs, saved, self.options, 'bool[] needs')})"
 
+    def save_arguments(self, wanted: bool) -> tuple[Any, ...]:
+        """What follows the forward's options: `save` for all or nothing, if there is one."""
+        each = (wanted,) * len(self.differentiable)
+        return {"any": (wanted,), "each": (each,), None: ()}[self.save]
+
     @cached_property
     def has_lists(self) -> bool:
         return "Tensor[]" in self.inputs
+
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+}
+
+
+def typed(fields: type) -> str:
+    """The names and types of a NamedTuple's fields, as `Spec` takes inputs and options."""
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
 def _joined(*parts: str) -> str:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import mbm_kernels
 from mbm_kernels._core import native, packing
-from mbm_kernels.ops.concat_linear import backend_cpu, reference
+from mbm_kernels.ops.concat_linear import backend_cpu, problem, reference
 from mbm_kernels.testing import assert_matches
 
 cpu = native.cpu()
@@ -120,6 +120,7 @@ def test_many_splits_are_packed_once_each():
     for again in range(2):
         for features in range(1, 301):
             inputs = [torch.randn(2, features), torch.randn(2, 301 - features)]
-            backend_cpu.bwd(gradient, inputs, weight, None, needs)
+            tensors = (inputs, weight, None)
+            backend_cpu.bwd(problem.find(*tensors), [gradient], tensors, [], needs)
         entries = [key for key in packing._entries if key[0] == id(weight)]
         assert len(entries) == 600, again

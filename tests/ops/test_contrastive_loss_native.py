@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import mbm_kernels
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import memory
-from mbm_kernels.ops.contrastive_loss import backend_cpu, reference
+from mbm_kernels.ops.contrastive_loss import backend_cpu, problem, reference
 from mbm_kernels.testing.poison import poison
 
 OP = OPS["contrastive_loss"]
@@ -125,7 +125,8 @@ def test_makes_the_gradients_that_are_wanted(wanted, kind):
     for want, made, all_made in zip(wanted, outputs[1:], expected, strict=True):
         assert torch.equal(made, all_made) if want else made.shape == (0,)
     grad = torch.tensor(0.5)
-    again = backend_cpu.bwd(grad, *args, [bool(w) for w in wanted])
+    p = problem.find(*args)
+    again = backend_cpu.bwd(p, [grad], args[:4], [], [bool(w) for w in wanted])
     for want, made, all_made in zip(wanted, again, expected, strict=True):
         if want:
             close([made], [0.5 * all_made])

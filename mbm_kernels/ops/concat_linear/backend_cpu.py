@@ -13,31 +13,77 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native, packing
-
-Shape = tuple[int, ...]
+from mbm_kernels._core.problem import derived
+from mbm_kernels.ops.concat_linear.problem import Problem, Shape
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-class _Plan:
-    """Which inputs share their leading dimensions, and which of their rows y takes."""
+class _Native:
+    """Which inputs share their leading dimensions, and what the kernels are told about them."""
 
-    def __init__(self, shapes: tuple[Shape, ...]):
-        self.leading: Shape = tuple(torch.broadcast_shapes(*(shape[:-1] for shape in shapes)))
-        self.rows = math.prod(self.leading)
+    def __init__(self, p: Problem, examples: Sequence[Tensor]):
+        """`examples` are like the inputs, on the meta device."""
+        shapes = [tuple(x.shape) for x in examples]
         self.columns = list(itertools.accumulate((shape[-1] for shape in shapes), initial=0))
         members: dict[Shape, list[int]] = {}
         for i, shape in enumerate(shapes):
             members.setdefault(_stripped(shape[:-1]), []).append(i)
-        self.groups: list[tuple[int, Tensor | None, list[int]]] = []  # rows, index, inputs
-        for shape, inputs in members.items():
-            rows, index = math.prod(shape), None
-            if rows != self.rows:
-                index = torch.arange(rows, device="cpu").view(shape).expand(self.leading)
-                index = index.reshape(-1).contiguous()
-            self.groups.append((rows, index, inputs))
+        self.order = [i for inputs in members.values() for i in inputs]
+        self.leading = p.leading
+        self.repeated = [shape if math.prod(shape) != p.rows else None for shape in members]
+        extension = native.cpu()
+        out_features, features = p.weight_shape
+        sizes = {"R": p.rows, "K": out_features, "C": features}
+        sizes |= {"inputs": len(shapes), "groups": len(members)}
+        blocks = [native.block(extension.concat_linear_problem_fields(), sizes)]
+        for group, (shape, inputs) in enumerate(members.items()):
+            for i in inputs:
+                values = {
+                    "group": group,
+                    "rows": math.prod(shape),
+                    "features": shapes[i][-1],
+                    "column": self.columns[i],
+                    "stride": _rows(examples[i])[1],
+                }
+                blocks.append(native.block(extension.concat_linear_input_fields(), values))
+        self.block = b"".join(blocks)
+
+    def addresses(self, tensors: Sequence[Tensor] | None) -> list[int]:
+        """In the kernels' order; none where there are no tensors."""
+        return [] if tensors is None else [tensors[i].data_ptr() for i in self.order]
+
+    def indices(self) -> list[Tensor | None]:
+        """For each group which of its rows each row of y takes; None where it has as many."""
+        return [None if s is None else _index(s, self.leading) for s in self.repeated]
+
+
+def _examples(p: Problem) -> list[Tensor]:
+    pairs = zip(p.shapes, p.strides, strict=True)
+    return [torch.empty_strided(*pair, dtype=p.dtype, device="meta") for pair in pairs]
+
+
+def _as_given(p: Problem) -> _Native:
+    return _Native(p, _examples(p))
+
+
+def _forward_plan(p: Problem) -> tuple[_Native, bool]:
+    """The plan, and whether it is of inputs without what `expand` repeats in them: not where all
+    repeat along some dimension."""
+    dropped = [_repeats_dropped(x) for x in _examples(p)]
+    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in dropped))
+    if leading == p.leading and [tuple(x.shape) for x in dropped] != [*p.shapes]:
+        return _Native(p, dropped), True
+    return derived(p, "cpu", _as_given), False
+
+
+@functools.lru_cache(maxsize=64)
+def _index(shape: Shape, leading: Shape) -> Tensor:
+    """int64 [R], the rows of `shape` as they are broadcast to `leading`."""
+    index = torch.arange(math.prod(shape), device="cpu").view(shape).expand(leading)
+    return index.reshape(-1).contiguous()
 
 
 def _stripped(shape: Shape) -> Shape:
@@ -45,13 +91,6 @@ def _stripped(shape: Shape) -> Shape:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return tuple(shape)
-
-
-_plan = functools.lru_cache(maxsize=64)(_Plan)
-
-
-def _plan_of(inputs: Sequence[Tensor]) -> _Plan:
-    return _plan(tuple([x.shape for x in inputs]))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
@@ -95,89 +134,65 @@ def _part(column: int, features: int) -> tuple[Callable[..., int], Callable[...,
     return size, pack
 
 
-def _groups(
-    plan: _Plan,
-    inputs: Sequence[tuple[Tensor, int]],
-    packed: Sequence[Tensor] | None = None,
-    grads: Sequence[Tensor] | None = None,
-) -> list[Any]:
-    def described(i: int) -> tuple[int, ...]:
-        x, stride = inputs[i]
-        return (
-            x.data_ptr(),
-            stride,
-            x.size(-1),
-            plan.columns[i],
-            0 if packed is None else packed[i].data_ptr(),
-            0 if grads is None else grads[i].data_ptr(),
-        )
-
-    return [
-        (rows, native.address(index), [described(i) for i in members])
-        for rows, index, members in plan.groups
-    ]
-
-
-def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    plan = _plan_of(inputs)
-    leading = plan.leading
-    if any(0 in x.stride() for x in inputs):
-        dropped = [_repeats_dropped(x) for x in inputs]
-        fewer = _plan_of(dropped)
-        if fewer.leading == leading:  # else all repeat along some dimension
-            plan, inputs = fewer, dropped
-    outputs = weight.size(0)
-    y = native.empty((*leading, outputs))
-    if plan.rows > 0 and outputs > 0:
-        rows = [_rows(x) for x in inputs]
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor]:
+    inputs, weight, bias = tensors
+    plan, fewer = derived(p, "cpu forward", _forward_plan)
+    if fewer:
+        inputs = [_repeats_dropped(x) for x in inputs]
+    y = native.empty((*p.leading, p.weight_shape[0]))
+    if y.numel() > 0:
+        rows = [_rows(x)[0] for x in inputs]
         packed = packing.panels(weight)
         dense_bias = native.dense(bias)
+        indices = plan.indices()
         native.cpu().concat_linear_fwd(
-            plan.rows,
-            outputs,
-            weight.size(1),
-            _groups(plan, rows),
-            packed.data_ptr(),
-            native.address(dense_bias),
+            plan.block,
+            plan.addresses(rows),
+            [native.address(index) for index in indices],
+            (packed.data_ptr(), native.address(dense_bias)),
             y.data_ptr(),
             torch.get_num_threads(),
         )
-    return y if weight.dtype is torch.float32 else y.to(weight.dtype)
+    return (y if p.dtype is torch.float32 else y.to(p.dtype),)
 
 
 def bwd(
-    grad_y: Tensor,
-    inputs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _plan_of(inputs)
+    inputs, weight, bias = tensors
+    grad_y = grads[0]
+    assert grad_y is not None
+    plan = derived(p, "cpu", _as_given)
     some = grad_y.numel() > 0
 
     def gradient(like: Tensor) -> Tensor:
         kind = torch.empty if some else torch.zeros
         return kind(like.shape, device="cpu", dtype=torch.float32)
 
-    grads = [gradient(x) for x in inputs] if needs[0] else None
+    grad_inputs = [gradient(x) for x in inputs] if needs[0] else None
     grad_weight = gradient(weight) if needs[1] else None
     grad_bias = gradient(bias) if needs[2] and bias is not None else None
     if some:
-        rows, (g, g_stride) = [_rows(x) for x in inputs], _rows(grad_y)
+        rows, (g, g_stride) = [_rows(x)[0] for x in inputs], _rows(grad_y)
         packed = None
-        if grads is not None:
+        if grad_inputs is not None:
             parts = zip(plan.columns, rows, strict=False)
-            packed = [packing.packed(*_part(c, x.size(-1)), weight) for c, (x, _) in parts]
+            packed = [packing.packed(*_part(c, x.size(-1)), weight) for c, x in parts]
+        indices = plan.indices()
         native.cpu().concat_linear_bwd(
-            plan.rows,
-            weight.size(0),
-            weight.size(1),
-            _groups(plan, rows, packed, grads),
-            g.data_ptr(),
-            g_stride,
-            native.address(grad_weight),
-            native.address(grad_bias),
+            plan.block,
+            plan.addresses(rows),
+            [native.address(index) for index in indices],
+            plan.addresses(packed),
+            (g.data_ptr(), g_stride),
+            plan.addresses(grad_inputs),
+            (native.address(grad_weight), native.address(grad_bias)),
             torch.get_num_threads(),
         )
-    found = (*(grads if grads is not None else [None] * len(inputs)), grad_weight, grad_bias)
-    return tuple(None if g is None else g.to(weight.dtype) for g in found)
+    by_input = [None] * len(inputs) if grad_inputs is None else grad_inputs
+    found = (*by_input, grad_weight, grad_bias)
+    return tuple(None if g is None else g.to(p.dtype) for g in found)

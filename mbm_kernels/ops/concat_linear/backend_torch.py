@@ -1,7 +1,6 @@
 """The fastest PyTorch baseline: one product over the concatenation; where that saves enough
 multiplications, one per run of equal leading dimensions, summed by broadcasting."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
+from mbm_kernels.ops.concat_linear.problem import Problem, Shape
 
 # Multiplications saved from which splitting pays (figures in NOTES.md): in a forward; in training,
 # which also splits the weight and puts its gradient together again.
 LEAST_SAVED = 200_000
 LEAST_SAVED_TRAINING = 300_000
 LEAST_SAVED_FOR_WEIGHT = 18  # times its elements, in training
-
-Shape = tuple[int, ...]
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -28,12 +27,12 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 class _Plan:
     """What follows from the inputs' shapes alone."""
 
-    def __init__(self, shapes: tuple[Shape, ...]):
-        self.leading = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
-        rows = math.prod(self.leading)
+    def __init__(self, p: Problem):
+        shapes, self.leading = p.shapes, p.leading
         # Elements that broadcasting adds to the inputs.
-        self.repeated = sum((rows - math.prod(s[:-1])) * s[-1] for s in shapes)
+        self.repeated = sum((p.rows - math.prod(s[:-1])) * s[-1] for s in shapes)
         self.rank = max(len(shape) for shape in shapes)
+        self.symbolic = any(isinstance(size, torch.SymInt) for s in shapes for size in s)
         # Neighbours of equal leading dimensions: one product is no slower than two.
         self.runs: list[list[int]] = []
         previous: Shape = ()
@@ -47,32 +46,24 @@ class _Plan:
         self.widths = [sum(shapes[i][-1] for i in run) for run in self.runs]
 
 
-_remembered = functools.lru_cache(maxsize=1024)(_Plan)
-
-
-def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+def fwd(p: Problem, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
     if len(inputs) == 1:
-        return F.linear(inputs[0], weight, bias)
-    shapes = tuple([x.shape for x in inputs])
-    if torch.compiler.is_compiling():  # sizes may be symbols there, which a choice would pin
-        return _split(inputs, weight, bias, _Plan(shapes), True)
-    try:
-        plan = _remembered(shapes)
-    except TypeError:  # symbols have no hash
-        return _split(inputs, weight, bias, _Plan(shapes), True)
+        return (F.linear(inputs[0], weight, bias),)
+    plan = derived(p, "torch", _Plan)
+    if torch.compiler.is_compiling() or plan.symbolic:  # a choice would pin symbols
+        return (_split((inputs, weight, bias), plan, True),)
     trains, least = may_need_grad((weight, *inputs)), LEAST_SAVED
     if trains:
         least = LEAST_SAVED_TRAINING + LEAST_SAVED_FOR_WEIGHT * weight.numel()
     if plan.repeated * weight.size(0) >= least:
-        return _split(inputs, weight, bias, plan, trains)
+        return (_split((inputs, weight, bias), plan, trains),)
     leading = plan.leading
     joined = [x if x.shape[:-1] == leading else x.expand(*leading, -1) for x in inputs]
-    return F.linear(torch.cat(joined, -1), weight, bias)
+    return (F.linear(torch.cat(joined, -1), weight, bias),)
 
 
-def _split(
-    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, plan: _Plan, trains: bool
-) -> Tensor:
+def _split(tensors: Sequence[Any], plan: _Plan, trains: bool) -> Tensor:
+    inputs, weight, bias = tensors
     joined = [inputs[run[0]] if len(run) == 1 else _joined(inputs, run, plan) for run in plan.runs]
     if len(joined) == 1:
         return F.linear(joined[0], weight, bias)

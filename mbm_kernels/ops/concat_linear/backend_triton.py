@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
+from mbm_kernels.ops.concat_linear.problem import Problem, Shape
 from mbm_kernels.ops.linear_head import matmul
 
 MOST = 4  # inputs that the kernel takes
@@ -41,8 +42,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
 
 
-def fwd(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor]:
+    return (_joined(p.leading, tensors),)
+
+
+def _joined(leading: Shape, tensors: Sequence[Any]) -> Tensor:
+    inputs, weight, bias = tensors
     dropped = [_repeats_dropped(x) for x in inputs]
     if torch.broadcast_shapes(*(x.shape[:-1] for x in dropped)) == leading:
         inputs = dropped
@@ -122,14 +127,17 @@ def _two_dimensions(x: Tensor) -> tuple[Tensor, int, tuple[int, int, int]]:
 
 
 def bwd(
-    grad_y: Tensor,
-    inputs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    inputs, weight, bias = tensors
+    grad_y = grads[0]
+    assert grad_y is not None
     need_inputs, need_weight, need_bias = needs
-    grads: list[Tensor | None] = []
+    found: list[Tensor | None] = []
     grad_weight = torch.empty_like(weight) if need_weight else None
     sums: dict[torch.Size, Tensor] = {}
     parts = _columns(inputs, weight)
@@ -141,10 +149,10 @@ def bwd(
             g = grad_y if whole else grad_y.float().sum_to_size(*shape, grad_y.size(-1))
             sums[shape] = _flat(g.to(grad_y.dtype))
         g = sums[shape]
-        grads.append(torch.mm(g, part).view(x.shape) if need_inputs else None)
+        found.append(torch.mm(g, part).view(x.shape) if need_inputs else None)
         if by_part is not None:
             by_part.copy_(torch.mm(g.t(), _flat(x)))
     grad_bias = None
     if need_bias and bias is not None:
         grad_bias = _flat(grad_y).sum(0)
-    return (*grads, grad_weight, grad_bias)
+    return (*found, grad_weight, grad_bias)

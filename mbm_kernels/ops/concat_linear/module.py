@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch, tracing
-from mbm_kernels.ops.concat_linear.op import NAME, concat_linear, linear
+from mbm_kernels.ops.concat_linear.op import concat_linear, linear
+from mbm_kernels.ops.concat_linear.problem import NAME
 
 
 class Linear(nn.Linear):

@@ -10,36 +10,30 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
-from mbm_kernels.ops.linear_head import targets
+from mbm_kernels._core.problem import derived
+from mbm_kernels.ops.contrastive_loss.problem import KINDS, Problem
 
-_KINDS = ("infonce", "siglip")
+Maybe = Tensor | None
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
+def _block(p: Problem) -> bytes:
+    values = {"B": p.sizes["B"], "D": p.sizes["D"], "kind": KINDS.index(p.kind)}
+    return native.block(native.cpu().contrastive_loss_problem_fields(), values)
+
+
 def _run(
-    grad_loss: Tensor | None,
-    loss: Tensor | None,
-    gradients: Sequence[Tensor | None],
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem, tensors: Sequence[Maybe], grad_loss: Maybe, loss: Maybe, gradients: Sequence[Maybe]
 ) -> None:
     # Named, so that what was converted lives as long as the call.
-    image, text = native.dense(image), native.dense(text)
-    scale, bias, grad_loss = scale.float(), native.dense(bias), native.dense(grad_loss)
+    dense = [native.dense(x) for x in tensors]
+    grad_loss = native.dense(grad_loss)
     native.cpu().contrastive_loss(
-        image.size(0),
-        image.size(1),
-        _KINDS.index(kind),
-        image.data_ptr(),
-        text.data_ptr(),
-        scale.data_ptr(),
-        native.address(bias),
+        derived(p, "cpu", _block),
+        tuple(map(native.address, dense)),
         native.address(grad_loss),
         native.address(loss),
         tuple(map(native.address, gradients)),
@@ -47,43 +41,22 @@ def _run(
     )
 
 
-def fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    save: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    loss = native.empty(())
-    if not any(save):
-        _run(None, loss, (None,) * 4, image, text, scale, bias, kind)
-        return (loss,)
-    made = targets.gradients_to_make((image, text, scale, bias), save, "mean")
-    wanted = [
-        g if x is not None and s else None
-        for x, s, g in zip((image, text, scale, bias), save, made, strict=True)
-    ]
-    _run(None, loss, wanted, image, text, scale, bias, kind)
-    return loss, *made
+def fwd(p: Problem, *args: Any) -> tuple[Maybe, ...]:
+    *tensors, save = args
+    loss, gradients = native.empty(()), native.empty_where(p.shapes, save)
+    _run(p, tensors, None, loss, gradients)
+    return loss, *gradients
 
 
 def bwd(
-    grad_loss: Tensor | None,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem,
+    grads: Sequence[Maybe],
+    tensors: Sequence[Maybe],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    inputs = (image, text, scale, bias)
-    wanted = [
-        native.empty(x.shape) if x is not None and needed else None
-        for x, needed in zip(inputs, needs, strict=True)
-    ]
-    _run(grad_loss, None, wanted, *inputs, kind)
+) -> tuple[Maybe, ...]:
+    gradients = native.empty_where(p.shapes, needs)
+    _run(p, tensors, grads[0], None, gradients)
     return tuple(
-        None if g is None or x is None else g.to(x.dtype)
-        for g, x in zip(wanted, inputs, strict=True)
+        None if g is None else g.to(dtype) for g, dtype in zip(gradients, p.dtypes, strict=True)
     )

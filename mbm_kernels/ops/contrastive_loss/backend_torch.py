@@ -13,29 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels.ops.contrastive_loss.problem import Problem
+
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
 def fwd(
+    p: Problem,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    kind: str,
     save: Sequence[bool] = (),
-) -> Tensor:
-    if kind == "infonce":
+) -> tuple[Tensor]:
+    if p.kind == "infonce":
         logits = _logits(image, text, scale, None)
         by_image = torch.log_softmax(logits, 1).diagonal()
         by_text = torch.log_softmax(logits, 0).diagonal()
         loss = -(by_image + by_text).mean() / 2
         # Softmax removes a common bias: its gradient is 0, exactly.
-        return loss if bias is None else loss + 0 * bias
+        return (loss if bias is None else loss + 0 * bias,)
     margins = _logits(image, text, -scale, None if bias is None else -bias)
     margins.diagonal().neg_()  # pairs want high logits, all others low ones
-    return -F.logsigmoid(margins).sum() / image.size(0)
+    return (-F.logsigmoid(margins).sum() / image.size(0),)
 
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div
-from mbm_kernels.ops.linear_head import linear_head, matmul, targets
+from mbm_kernels.ops.contrastive_loss.problem import Problem
+from mbm_kernels.ops.linear_head import linear_head, matmul
 from mbm_kernels.ops.linear_head.linear_head import HeadGradients
 
 
@@ -23,9 +24,9 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 class _Call:
     """One call's sums: `loss`, and what scale and bias get of it, over pairs and not their mean."""
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None):
-        self.image, self.text, self.scale, self.bias = image, text, scale, bias
-        self.B = image.size(0)
+    def __init__(self, p: Problem, tensors: Sequence[Any]):
+        self.image, self.text, self.scale, self.bias = tensors
+        self.dtype, self.B, self.D = p.dtype, p.sizes["B"], p.sizes["D"]
         self.rows = list(linear_head.chunks(self.B, 4 * self.B))
 
     def empty(self, *shape: int) -> Tensor:
@@ -38,8 +39,8 @@ class _Call:
         self, name: str, grid: Callable[[dict[str, int]], tuple[int, ...]], *args: Any, **named: Any
     ) -> None:
         kernel = triton_launch.kernel("contrastive_loss", name)
-        sizes = {"B": self.B, "D": self.image.size(1)}
-        kernel(grid, *args, dtype=self.image.dtype, sizes=sizes, **named)
+        sizes = {"B": self.B, "D": self.D}
+        kernel(grid, *args, dtype=self.dtype, sizes=sizes, **named)
 
     def infonce(self, found: HeadGradients, by_scale: bool) -> None:
         by_row, by_column = self.empty(3, self.B), self.empty(2, self.B)
@@ -73,7 +74,7 @@ class _Call:
     def _statistics(self, rows: slice, products: Tensor, by_row: Tensor, by_column: Tensor) -> None:
         """Of a chunk: by_row [3, M] and by_column [2, B], which the chunks before have begun."""
         kernel = triton_launch.kernel("contrastive_loss", "infonce_statistics")
-        config = kernel.config(self.image.dtype, {"B": self.B, "D": self.image.size(1)})
+        config = kernel.config(self.dtype, {"B": self.B, "D": self.D})
         count = products.size(0)
         parts = ceil_div(count, dict(config.constants)["BLOCK_R"])
         partial = self.empty(2, parts, self.B)
@@ -110,19 +111,13 @@ class _Call:
 
 
 def _run(
-    grad: Tensor | None,
-    wanted: Sequence[Tensor | None],
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem, tensors: Sequence[Any], grad: Tensor | None, wanted: Sequence[Tensor | None]
 ) -> Tensor:
     """The loss; the gradients `wanted`, of image, text, scale and bias, are written."""
-    call = _Call(image, text, scale, bias)
+    call = _Call(p, tensors)
     share = 1 / max(call.B, 1) if grad is None else grad / max(call.B, 1)
-    found = HeadGradients((*wanted[:2], None), image.dtype, scale * share)
-    if kind == "infonce":
+    found = HeadGradients((*wanted[:2], None), p.dtype, call.scale * share)
+    if p.kind == "infonce":
         call.infonce(found, wanted[2] is not None)
     else:
         call.siglip(found)
@@ -134,35 +129,21 @@ def _run(
     return call.loss / call.B if call.B else call.loss / 0
 
 
-def fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
-    save: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (image, text, scale, bias)
-    made = targets.gradients_to_make(inputs, save, "mean")
-    wanted = [
-        g if x is not None and s else None for x, s, g in zip(inputs, save, made, strict=True)
-    ]
-    return _run(None, wanted, image, text, scale, bias, kind), *made
+def fwd(p: Problem, *args: Any) -> tuple[Tensor | None, ...]:
+    *tensors, save = args
+    made = linear_head.empty_where(tensors, save)
+    return _run(p, tensors, None, made), *made
 
 
 def bwd(
-    grad_loss: Tensor | None,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kind: str,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    wanted = [
-        x.new_empty(x.shape, dtype=torch.float32) if x is not None and needed else None
-        for x, needed in zip((image, text, scale, bias), needs, strict=True)
-    ]
-    _run(grad_loss, wanted, image, text, scale, bias, kind)
-    pairs = zip(wanted, (image, text, scale, bias), strict=True)
-    return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+    wanted = linear_head.empty_where(tensors, needs)
+    _run(p, tensors, grads[0], wanted)
+    return tuple(
+        None if g is None else g.to(dtype) for g, dtype in zip(wanted, p.dtypes, strict=True)
+    )

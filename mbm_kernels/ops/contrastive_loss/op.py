@@ -1,7 +1,6 @@
 """Contrastive losses of image and text: the public function and its registration."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,18 +10,18 @@ from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.contrastive_loss import backend_torch, reference
+from mbm_kernels.ops.contrastive_loss import backend_torch, problem, reference
+from mbm_kernels.ops.contrastive_loss.problem import CALLS, KINDS, NAME
 from mbm_kernels.ops.linear_head import targets
 
-NAME = "contrastive_loss"
-KINDS = ("infonce", "siglip")
 
-
-def _fake(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str, save: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    loss = image.new_empty((), dtype=scale.dtype)
-    return loss, *targets.gradients_to_make((image, text, scale, bias), save, "mean")
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    *given, save = args
+    image, _, scale, *_ = given
+    problem.find(*given)
+    return image.new_empty((), dtype=scale.dtype), *targets.gradients_to_make(
+        given[:4], save, "mean"
+    )
 
 
 def _products(image: Tensor, text: Tensor, scale: Tensor, **_: Any) -> list[Product]:
@@ -46,8 +45,8 @@ OP = Op(
     reference=reference.contrastive_loss,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
-_remembered = checks.Remembered()
 
 
 def contrastive_loss(
@@ -92,27 +91,27 @@ def contrastive_loss(
     2018; Radford et al., "Learning transferable visual models from natural language supervision",
     2021; Zhai et al., "Sigmoid loss for language image pre-training", 2023.
     """
-    checks.choice(NAME, "kind", kind, KINDS)
-    key = _remembered.key(image, text)
-    sizes = _remembered.get(key)
-    if sizes is None:
-        checks.tensor(NAME, "image", image, 2)
-        checks.tensor(NAME, "text", text, 2)
-        checks.shape(NAME, "text", text, "B, D", tuple(image.shape))
-    result_dtype = image.dtype
-    single = torch.float64 if result_dtype == torch.float64 else torch.float32
+    given = [image, text, *(x for x in (scale, bias) if isinstance(x, Tensor))]
+    how = (kind, backend, isinstance(scale, Tensor), bias is None or isinstance(bias, Tensor))
+    options = (*how, bias is None)
+    call = CALLS.get(given, options)
+    if call is None:
+        checks.choice(NAME, "kind", kind, KINDS)
+        problem.check_shapes(image, text)
+    dtype = image.dtype
+    single = torch.float64 if dtype == torch.float64 else torch.float32
     scale = _scalar("scale", scale, image, single)
     bias = None if bias is None else _scalar("bias", bias, image, single)
-    if sizes is None:
+    if call is not None:
+        loss: Tensor = OP.run(call, (image, text, scale, bias))
+    else:
         if autocast.enabled(image.device):
-            result_dtype = single
+            dtype = single
         image, text = autocast.cast(image, text)
         checks.same_floating(NAME, (("image", image), ("text", text)))
-        sizes = {"B": image.size(0), "D": image.size(1)}
-        _remembered.put(key, sizes)
-    sizes["siglip"] = int(kind == "siglip")
-    loss: Tensor = OP(backend, image, text, scale, bias, kind, sizes=sizes)
-    return loss if loss.dtype is result_dtype else loss.to(result_dtype)
+        tensors = (image, text, scale, bias)
+        loss = OP.run_first(CALLS, (backend, given, options), tensors, (kind,))
+    return loss if loss.dtype is dtype else loss.to(dtype)
 
 
 def _scalar(name: str, value: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:

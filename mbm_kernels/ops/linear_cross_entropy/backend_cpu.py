@@ -11,45 +11,41 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
+from mbm_kernels._core.problem import derived
+from mbm_kernels.ops.linear_cross_entropy.problem import Problem
 from mbm_kernels.ops.linear_head import targets
+
+Maybe = Tensor | None
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
+def _block(p: Problem) -> bytes:
+    options = p.options
+    values = {
+        **{name: p.sizes[name] for name in "NHV"},
+        "ignore_index": options.ignore_index,
+        "label_smoothing": native.float_bits(options.label_smoothing),
+        "softcap": native.float_bits(options.softcap or 0.0),
+        "z_loss": native.float_bits(options.z_loss),
+        "reduction": targets.REDUCTIONS.index(options.reduction),
+    }
+    return native.block(native.cpu().linear_cross_entropy_problem_fields(), values)
+
+
 def _run(
-    grad_loss: Tensor | None,
-    loss: Tensor | None,
-    gradients: Sequence[Tensor | None],
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
+    p: Problem, tensors: Sequence[Maybe], grad_loss: Maybe, loss: Maybe, gradients: Sequence[Maybe]
 ) -> None:
+    hidden, weight, target, bias = tensors
+    assert target is not None
     # Named, so that what was converted lives as long as the call.
-    grad_loss, dense_hidden, dense_weight = (
-        native.dense(grad_loss),
-        native.dense(hidden),
-        native.dense(weight),
-    )
-    bias, target = native.dense(bias), target.contiguous()
+    dense = (native.dense(hidden), native.dense(weight), target.contiguous(), native.dense(bias))
+    grad_loss = native.dense(grad_loss)
     native.cpu().linear_cross_entropy(
-        (hidden.size(0), hidden.size(1), weight.size(0)),
-        native.address(dense_hidden),
-        native.address(dense_weight),
-        native.address(bias),
-        target.data_ptr(),
-        ignore_index,
-        label_smoothing,
-        softcap or 0.0,
-        z_loss,
-        targets.REDUCTIONS.index(reduction),
+        derived(p, "cpu", _block),
+        tuple(map(native.address, dense)),
         native.address(grad_loss),
         native.address(loss),
         tuple(map(native.address, gradients)),
@@ -57,44 +53,21 @@ def _run(
     )
 
 
-def fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
-    save: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    loss = native.empty(target.shape if reduction == "none" else ())
-    made = targets.gradients_to_make((hidden, weight, bias), save, reduction)
-    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
-    _run(
-        None, loss, [x if x.numel() else None for x in made], hidden, weight, target, bias, *options
-    )
-    return loss, *made
+def fwd(p: Problem, *args: Any) -> tuple[Maybe, ...]:
+    *tensors, save = args
+    loss = native.empty(p.loss_shape)
+    gradients = native.empty_where(p.shapes, save if p.makes_gradients else (False,) * 3)
+    _run(p, tensors, None, loss, gradients)
+    return loss, *gradients
 
 
 def bwd(
-    grad_loss: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
+    p: Problem,
+    grads: Sequence[Maybe],
+    tensors: Sequence[Maybe],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    gradients = [
-        native.empty(x.shape) if x is not None and needed else None
-        for x, needed in zip((hidden, weight, bias), needs, strict=True)
-    ]
-    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
-    _run(grad_loss, None, gradients, hidden, weight, target, bias, *options)
-    return tuple(None if g is None else g.to(hidden.dtype) for g in gradients)
+) -> tuple[Maybe, ...]:
+    gradients = native.empty_where(p.shapes, needs)
+    _run(p, tensors, grads[0], None, gradients)
+    return tuple(None if g is None else g.to(p.dtype) for g in gradients)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels.ops.linear_cross_entropy.problem import Problem
 from mbm_kernels.ops.linear_head import targets
 
 
@@ -20,17 +21,14 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 
 
 def fwd(
+    p: Problem,
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
     save: Sequence[bool] = (),
-) -> Tensor:
+) -> tuple[Tensor]:
+    ignore_index, label_smoothing, softcap, z_loss, reduction = p.options
     # 40 % of the rows ignored: 74 ms -> 46 ms at N 256, H 256, V 10000.
     rows = targets.Rows(target, ignore_index, weight.size(0))
     logits = F.linear(rows.of(hidden), weight, bias)  # [M, V]
@@ -41,4 +39,4 @@ def fwd(
     loss = rows.cross_entropy(logits, reduction, label_smoothing)
     if z_loss != 0:
         loss = loss + z_loss * rows.reduce(torch.logsumexp(logits, -1).square(), reduction)
-    return loss
+    return (loss,)

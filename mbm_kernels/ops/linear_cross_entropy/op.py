@@ -1,6 +1,5 @@
 """Cross-entropy of projected hidden states: the public function and its registration."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,29 +8,19 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.linear_cross_entropy import backend_torch, reference
-from mbm_kernels.ops.linear_head import targets
+from mbm_kernels._core.spec import Spec, typed
+from mbm_kernels.ops.linear_cross_entropy import backend_torch, problem, reference
+from mbm_kernels.ops.linear_cross_entropy.problem import CALLS, NAME, Options
+from mbm_kernels.ops.linear_head import head, targets
 
-NAME = "linear_cross_entropy"
 
-
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    z_loss: float,
-    reduction: str,
-    save: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    loss = hidden.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    made = targets.gradients_to_make((hidden, weight, bias), save, reduction)
-    return loss, *made
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    *given, save = args
+    hidden, weight, _, bias, *_ = given
+    p = problem.find(*given)
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    loss = hidden.new_empty(p.loss_shape, dtype=dtype)
+    return loss, *targets.gradients_to_make((hidden, weight, bias), save, p.options.reduction)
 
 
 def _reference(
@@ -49,8 +38,7 @@ OP = Op(
     Spec(
         NAME,
         inputs="Tensor hidden, Tensor weight, Tensor target, Tensor? bias",
-        options="int ignore_index, float label_smoothing, float? softcap, float"
-        " z_loss, str reduction",
+        options=typed(Options),
         outputs=("loss",),
         differentiable=("hidden", "weight", "bias"),
         precomputed=("hidden", "weight", "bias"),
@@ -61,6 +49,7 @@ OP = Op(
     torch_fwd=backend_torch.fwd,
     ignored=targets.ignored_rows,
     products=_products,
+    problem=problem.find,
 )
 
 
@@ -121,42 +110,39 @@ def linear_cross_entropy(
     Chowdhery et al., "PaLM", 2022, section 5 (z-loss); Gemma Team, "Gemma 2", 2024, section 2
     (soft-capping).
     """
-    checks.tensor(NAME, "hidden", hidden)
-    if hidden.dim() == 0:
-        got = "a tensor without dimensions"
-        checks.fail(NAME, "hidden", got, "[..., H]", "give the hidden size as last dimension")
-    checks.tensor(NAME, "weight", weight, 2)
-    classes, features = weight.size(0), hidden.size(-1)
-    checks.shape(NAME, "weight", weight, "V, H", (classes, features))
-    if bias is not None:
-        checks.tensor(NAME, "bias", bias, 1)
-        checks.shape(NAME, "bias", bias, "V", (classes,))
+    options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
+    given = (hidden, weight, target) if bias is None else (hidden, weight, target, bias)
+    kind = (*options, backend, len(given))
+    call = CALLS.get(given, kind)
+    if call is not None:
+        targets.check_values(NAME, target, weight.size(0), ignore_index)
+        rows = (head.rows_of(hidden), weight, head.flat(target), bias)
+        loss: Tensor = OP.run(call, rows)
+        result_dtype = hidden.dtype
+    else:
+        checked, explicit = _checked(given, options)
+        result_dtype = head.result_dtype(hidden)
+        loss = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
+    if reduction == "none" and target.dim() != 1:
+        loss = loss.reshape(target.shape)
+    return loss if loss.dtype is result_dtype else loss.to(result_dtype)
+
+
+def _checked(
+    given: tuple[Tensor, ...], options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The inputs and options of the registered operation; raises for what does not fit."""
+    hidden, weight, target, bias = given if len(given) == 4 else (*given, None)
+    ignore_index, label_smoothing, softcap, z_loss, reduction = options
+    classes, _ = head.check(NAME, hidden, weight, bias)
     checks.choice(NAME, "reduction", reduction, targets.REDUCTIONS)
     _check_options(label_smoothing, softcap, z_loss)
-    lead = hidden.shape[:-1]
-    result_dtype = torch.float32 if autocast.enabled(hidden.device) else hidden.dtype
-    if hidden.dtype == torch.float64:
-        result_dtype = torch.float64
     hidden, weight, bias = autocast.cast(hidden, weight, bias)
     checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
-    target = targets.check_target(NAME, target, lead, classes, ignore_index, hidden)
-    rows = target.numel()
-    loss: Tensor = OP(
-        backend,
-        hidden.reshape(rows, features),
-        weight,
-        target.reshape(rows),
-        bias,
-        ignore_index,
-        float(label_smoothing),
-        None if softcap is None else float(softcap),
-        float(z_loss),
-        reduction,
-        sizes={"N": rows, "H": features, "V": classes, "products": rows * features * classes},
-    )
-    if reduction == "none":
-        loss = loss.reshape(lead)
-    return loss.to(result_dtype)
+    target = targets.check_target(NAME, target, hidden.shape[:-1], classes, ignore_index, hidden)
+    checked = (head.rows_of(hidden), weight, head.flat(target), bias)
+    numbers = (float(label_smoothing), None if softcap is None else float(softcap), float(z_loss))
+    return checked, (ignore_index, *numbers, reduction)
 
 
 def _check_options(label_smoothing: float, softcap: float | None, z_loss: float) -> None:

@@ -4,112 +4,88 @@ bfloat16 and float16 are computed in float32. The forward makes the gradients of
 `hard` or `soft` get a gradient too, or there is no reduction, the backward computes once more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
+from mbm_kernels._core.problem import derived
+from mbm_kernels.ops.linear_distillation_loss.problem import DIVERGENCES, Inputs, Problem
 from mbm_kernels.ops.linear_head import targets
 
-_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")  # in the order of the kernel's enum
 _LOWEST = -1e30  # minus infinity in a bias: 0 * 1e30 is 0, where 0 * inf is NaN
+_SOURCES = ("teacher_hidden", "teacher_logits", "teacher_topk")  # in the order of the enum Teacher
+
+Maybe = Tensor | None
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def _bias(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().clamp_min(_LOWEST).contiguous()
+def _bias(tensor: Tensor) -> Tensor:
+    return tensor.float().clamp_min(_LOWEST).contiguous()
+
+
+_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "target": Tensor.contiguous,
+    "teacher_topk_ids": Tensor.contiguous,
+    "student_bias": _bias,
+    "teacher_bias": _bias,
+}
+_FORM_OF_EACH = tuple(_FORMS.get(name, native.dense) for name in Inputs._fields)
+
+
+def _block(p: Problem) -> bytes:
+    sizes, options = p.sizes, p.options
+    values = {
+        **{name: sizes[name] for name in "NVk"},
+        "Hs": sizes["H"],
+        "Ht": sizes["H_teacher"],
+        "teacher": _SOURCES.index(p.source),
+        "divergence": DIVERGENCES.index(p.divergence),
+        "reduction": targets.REDUCTIONS.index(options.reduction),
+        "ignore_index": options.ignore_index,
+    }
+    for name in ("temperature", "hard_weight", "beta"):
+        values[name] = native.float_bits(getattr(options, name))
+    return native.block(native.cpu().linear_distillation_problem_fields(), values)
 
 
 def _run(
-    grad_results: Sequence[Tensor | None],
-    results: Sequence[Tensor | None],
-    gradients: Sequence[Tensor | None],
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    target: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_topk_ids: Tensor | None,
-    teacher_topk_log_probs: Tensor | None,
-    temperature: float,
-    hard_weight: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    reduction: str,
+    p: Problem,
+    tensors: Sequence[Maybe],
+    grad_results: Sequence[Maybe],
+    results: Sequence[Maybe],
+    gradients: Sequence[Maybe],
 ) -> None:
-    # Lists and names keep what was converted alive until the call is over.
-    student = [native.dense(student_hidden), native.dense(student_weight), _bias(student_bias)]
-    teacher = [native.dense(teacher_hidden), native.dense(teacher_weight), _bias(teacher_bias)]
-    logits, log_probs = native.dense(teacher_logits), native.dense(teacher_topk_log_probs)
-    ids = None if teacher_topk_ids is None else teacher_topk_ids.contiguous()
-    target = target.contiguous()
+    # Named, so that what was converted lives as long as the call.
+    dense = [None if x is None else form(x) for x, form in zip(tensors, _FORM_OF_EACH, strict=True)]
     grads = [native.dense(grad) for grad in grad_results]
-    if divergence == "jsd" and beta in (0, 1):
-        divergence = "forward_kl" if beta == 0 else "reverse_kl"
     native.cpu().linear_distillation_loss(
-        (
-            student_hidden.size(0),
-            student_hidden.size(1),
-            0 if teacher_hidden is None else teacher_hidden.size(1),
-            student_weight.size(0),
-            0 if ids is None else ids.size(1),
-        ),
-        tuple(map(native.address, student)),
-        target.data_ptr(),
-        tuple(map(native.address, teacher)),
-        native.address(logits),
-        (native.address(ids), native.address(log_probs)),
-        0 if teacher_hidden is not None else 1 if logits is not None else 2,  # enum Teacher
-        ignore_index,
-        (temperature, hard_weight, beta),
-        _DIVERGENCES.index(divergence),
-        targets.REDUCTIONS.index(reduction),
-        tuple(map(native.address, grads)),
-        tuple(map(native.address, results)),
-        tuple(map(native.address, gradients)),
+        derived(p, "cpu", _block),
+        *(tuple(map(native.address, given)) for given in (dense, grads, results, gradients)),
         torch.get_num_threads(),
     )
 
 
-def fwd(
-    student_hidden: Tensor, student_weight: Tensor, target: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    """Arguments as in the schema of op.py, whose last two are the reduction and `save`."""
-    *options, save = rest
-    reduction = options[-1]
-    shape = target.shape if reduction == "none" else ()
-    results = [native.empty(shape) for _ in range(3)]
-    made = targets.gradients_to_make((student_hidden, student_weight, rest[0]), save, reduction)
-    gradients = [x if x.numel() else None for x in made]
-    none = (None, None, None)
-    _run(none, results, gradients, student_hidden, student_weight, target, *options)
-    return *results, *made
+def fwd(p: Problem, *args: Any) -> tuple[Maybe, ...]:
+    *tensors, save = args
+    results = [native.empty(p.loss_shape) for _ in range(3)]
+    gradients = native.empty_where(p.shapes, save if p.makes_gradients else (False,) * 3)
+    _run(p, tensors, (None,) * 3, results, gradients)
+    return *results, *gradients
 
 
 def bwd(
-    grad_loss: Tensor | None,
-    grad_hard: Tensor | None,
-    grad_soft: Tensor | None,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    target: Tensor,
-    *rest: Any,
-) -> tuple[Tensor | None, ...]:
-    """Arguments as in the schema of op.py, whose last one is `needs`."""
-    *options, needs = rest
-    gradients = [
-        native.empty(x.shape) if x is not None and needed else None
-        for x, needed in zip((student_hidden, student_weight, rest[0]), needs, strict=True)
-    ]
-    grads, none = (grad_loss, grad_hard, grad_soft), (None, None, None)
-    _run(grads, none, gradients, student_hidden, student_weight, target, *options)
-    return tuple(None if g is None else g.to(student_hidden.dtype) for g in gradients)
+    p: Problem,
+    grads: Sequence[Maybe],
+    tensors: Sequence[Maybe],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Maybe, ...]:
+    gradients = native.empty_where(p.shapes, needs)
+    _run(p, tensors, grads, (None,) * 3, gradients)
+    return tuple(None if g is None else g.to(p.dtype) for g in gradients)

@@ -6,13 +6,13 @@ zero probabilities masked instead of minus infinity kept out of the biases; 137 
 logits divided by the temperature in a pass of their own instead of by the GEMM's alpha.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels.ops.linear_distillation_loss.problem import Inputs, Problem
 from mbm_kernels.ops.linear_head import targets
 
 # A logit or log-probability below this counts as this: 0 * 1e30 is 0, where 0 * inf is NaN.
@@ -24,48 +24,36 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
-def fwd(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    target: Tensor,
-    student_bias: Tensor | None,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    teacher_topk_ids: Tensor | None,
-    teacher_topk_log_probs: Tensor | None,
-    temperature: float,
-    hard_weight: float,
-    divergence: str,
-    beta: float,
-    ignore_index: int,
-    reduction: str,
-    save: Sequence[bool] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = targets.Rows(target, ignore_index, student_weight.size(0), teacher_topk_ids)
-    logits = _statistics(F.linear(rows.of(student_hidden), student_weight, _finite(student_bias)))
-    if teacher_topk_ids is not None:
-        assert teacher_topk_log_probs is not None
+def fwd(p: Problem, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = Inputs(*args[: len(Inputs._fields)])
+    temperature, hard_weight, _, beta, ignore_index, reduction = p.options
+    rows = targets.Rows(x.target, ignore_index, x.student_weight.size(0), x.teacher_topk_ids)
+    student = F.linear(rows.of(x.student_hidden), x.student_weight, _finite(x.student_bias))
+    logits = _statistics(student)
+    if x.teacher_topk_ids is not None:
+        assert x.teacher_topk_log_probs is not None
         assert rows.ids is not None
         hard = rows.cross_entropy(logits, reduction)
-        log_p, log_q = _bins(logits, rows.ids, rows.of(teacher_topk_log_probs), temperature)
+        log_p, log_q = _bins(logits, rows.ids, rows.of(x.teacher_topk_log_probs), temperature)
     else:
         log_q = torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
         hard = rows.cross_entropy(logits, reduction, log_probs=log_q if temperature == 1 else None)
         with torch.no_grad():
-            if teacher_logits is not None:
-                tempered = rows.of(teacher_logits).to(logits.dtype)
+            if x.teacher_logits is not None:
+                tempered = rows.of(x.teacher_logits).to(logits.dtype)
                 tempered = tempered if temperature == 1 else tempered / temperature
                 log_p = torch.log_softmax(tempered, -1).clamp_(min=LOWEST)
             else:
-                assert teacher_hidden is not None
-                assert teacher_weight is not None
+                assert x.teacher_hidden is not None
+                assert x.teacher_weight is not None
                 tempered = _tempered(
-                    rows.of(teacher_hidden), teacher_weight, _finite(teacher_bias), temperature
+                    rows.of(x.teacher_hidden),
+                    x.teacher_weight,
+                    _finite(x.teacher_bias),
+                    temperature,
                 )
                 log_p = torch.log_softmax(_statistics(tempered), -1)
-    soft = temperature**2 * _divergence(log_p, log_q, divergence, beta)
+    soft = temperature**2 * _divergence(log_p, log_q, p.divergence, beta)
     soft = rows.reduce(soft, reduction)
     if hard_weight == 1:
         return 1.0 * hard, hard, soft
@@ -116,9 +104,9 @@ def _bins(
 
 def _divergence(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
     """[M, bins] of the teacher and of the student -> [M]."""
-    if divergence == "forward_kl" or (divergence == "jsd" and beta == 0):
+    if divergence == "forward_kl":
         return _kl(log_p, log_q)
-    if divergence == "reverse_kl" or (divergence == "jsd" and beta == 1):
+    if divergence == "reverse_kl":
         return _kl(log_q, log_p)
     p, q = log_p.exp(), log_q.exp()
     # The clamp keeps 1 / m finite in the backward where both probabilities underflow.

@@ -1,6 +1,6 @@
 """Distillation through a linear head: the public function and its registration."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -8,23 +8,19 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.linear_distillation_loss import backend_torch, reference
-from mbm_kernels.ops.linear_head import targets
-
-NAME = "linear_distillation_loss"
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-# Rounding in bfloat16 moves the sum of a teacher's probabilities by less than this.
-MASS_SLACK = 0.05
+from mbm_kernels._core.spec import Spec, typed
+from mbm_kernels.ops.linear_distillation_loss import backend_torch, problem, reference, teacher
+from mbm_kernels.ops.linear_distillation_loss.problem import CALLS, DIVERGENCES, Inputs, Options
+from mbm_kernels.ops.linear_distillation_loss.teacher import NAME
+from mbm_kernels.ops.linear_head import head, targets
 
 
-def _fake(student_hidden: Tensor, student_weight: Tensor, target: Tensor, *rest: Any) -> Any:
-    dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    student_bias, reduction, save = rest[0], rest[-2], rest[-1]
-    shape = target.shape if reduction == "none" else ()
-    results = (student_hidden.new_empty(shape, dtype=dtype) for _ in range(3))
-    student = (student_hidden, student_weight, student_bias)
-    return (*results, *targets.gradients_to_make(student, save, reduction))
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    *given, save = args
+    p, inputs = problem.find(*given), Inputs(*given[: len(Inputs._fields)])
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    results = (inputs.student_hidden.new_empty(p.loss_shape, dtype=dtype) for _ in range(3))
+    return (*results, *targets.gradients_to_make(inputs.student, save, p.options.reduction))
 
 
 def _reference(
@@ -64,12 +60,8 @@ def _products(
 OP = Op(
     Spec(
         NAME,
-        inputs="Tensor student_hidden, Tensor student_weight, Tensor target,"
-        " Tensor? student_bias, Tensor? teacher_hidden, Tensor?"
-        " teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits,"
-        " Tensor? teacher_topk_ids, Tensor? teacher_topk_log_probs",
-        options="float temperature, float hard_weight, str divergence, float beta,"
-        " int ignore_index, str reduction",
+        inputs=typed(Inputs),
+        options=typed(Options),
         outputs=("loss", "hard", "soft"),
         differentiable=("student_hidden", "student_weight", "student_bias"),
         precomputed=("student_hidden", "student_weight", "student_bias"),
@@ -80,6 +72,7 @@ OP = Op(
     torch_fwd=backend_torch.fwd,
     ignored=targets.ignored_rows,
     products=_products,
+    problem=problem.find,
 )
 
 
@@ -162,104 +155,101 @@ def linear_distillation_loss(
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015; Agarwal et
     al., "On-policy distillation of language models", 2024 (generalised JSD).
     """
-    check_options(temperature, hard_weight, divergence, beta, reduction)
-    checks.tensor(NAME, "student_hidden", student_hidden)
-    if student_hidden.dim() == 0:
-        got, remedy = "a tensor without dimensions", "give the hidden size as last dimension"
-        checks.fail(NAME, "student_hidden", got, "[..., Hs]", remedy)
-    checks.tensor(NAME, "student_weight", student_weight, 2)
-    lead = student_hidden.shape[:-1]
-    classes, features = student_weight.size(0), student_hidden.size(-1)
-    checks.shape(NAME, "student_weight", student_weight, "V, Hs", (classes, features))
-    if student_bias is not None:
-        checks.tensor(NAME, "student_bias", student_bias, 1)
-        checks.shape(NAME, "student_bias", student_bias, "V", (classes,))
-    source = _check_source(
-        teacher_hidden, teacher_weight, teacher_bias, teacher_logits, teacher_topk
-    )
-    ids: Tensor | None = None
-    log_probs: Tensor | None = None
-    teacher_features = 0
-    if source == "teacher_topk":
-        ids, log_probs = _check_topk(teacher_topk, lead, classes)
-        checks.same_device(NAME, "teacher_topk", ids, "student_hidden", student_hidden)
-    elif source == "teacher_logits":
-        checks.tensor(NAME, "teacher_logits", teacher_logits)
-        assert teacher_logits is not None
-        _check_rows("teacher_logits", teacher_logits, "..., V", lead, classes)
+    options = Options(temperature, hard_weight, divergence, beta, ignore_index, reduction)
+    topk = teacher_topk if _is_pair(teacher_topk) else (teacher_topk, None)
+    linear_teacher = (teacher_hidden, teacher_weight, teacher_bias)
+    constants = (_constant(x) for x in (*linear_teacher, teacher_logits, *topk))
+    inputs = Inputs(student_hidden, student_weight, target, student_bias, *constants)
+    given = [x for x in inputs if x is not None]
+    kind = (*options, backend, *[x is None for x in inputs])
+    call = CALLS.get(given, kind)
+    if call is not None:
+        _check_values(inputs, ignore_index)
+        results = OP.run(call, _flat(inputs))
+        result_dtype = student_hidden.dtype
     else:
-        teacher_features = _check_linear(
-            teacher_hidden, teacher_weight, teacher_bias, lead, classes
-        )
+        check_options(temperature, hard_weight, divergence, beta, reduction)
+        checked = _flat(_checked(inputs, teacher_topk, ignore_index))
+        result_dtype = head.result_dtype(student_hidden)
+        numbers = (float(temperature), float(hard_weight), divergence, float(beta))
+        explicit = (*numbers, ignore_index, reduction)
+        results = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
+    if reduction == "none" and target.dim() != 1:
+        results = tuple(x.reshape(target.shape) for x in results)
+    loss, hard, soft = (x if x.dtype is result_dtype else x.to(result_dtype) for x in results)
+    return loss, hard, soft
 
-    in_autocast = autocast.enabled(student_hidden.device)
-    result_dtype = student_hidden.dtype
-    if in_autocast and result_dtype != torch.float64:
-        result_dtype = torch.float32
-    student_hidden, student_weight, student_bias = autocast.cast(
-        student_hidden, student_weight, student_bias
-    )
-    if source == "teacher_hidden":
-        teacher_hidden, teacher_weight, teacher_bias = autocast.cast(
-            teacher_hidden, teacher_weight, teacher_bias
+
+def _is_pair(topk: object) -> TypeGuard[tuple[Any, Any]]:
+    return isinstance(topk, (tuple, list)) and len(topk) == 2
+
+
+def _constant(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
+
+
+def _flat(inputs: Inputs) -> Inputs:
+    """Rows as the registered operation takes them."""
+    rows = {
+        name: head.rows_of(getattr(inputs, name))
+        for name in (
+            "teacher_hidden",
+            "teacher_logits",
+            "teacher_topk_ids",
+            "teacher_topk_log_probs",
         )
-    named = [
-        ("student_hidden", student_hidden),
-        ("student_weight", student_weight),
-        ("student_bias", student_bias),
-        ("teacher_hidden", teacher_hidden),
-        ("teacher_weight", teacher_weight),
-        ("teacher_bias", teacher_bias),
-    ]
-    given = [("teacher_logits", teacher_logits), ("teacher_topk's log-probabilities", log_probs)]
+        if getattr(inputs, name) is not None
+    }
+    hidden, target = head.rows_of(inputs.student_hidden), head.flat(inputs.target)
+    return inputs._replace(student_hidden=hidden, target=target, **rows)
+
+
+def _checked(inputs: Inputs, topk: Any, ignore_index: int) -> Inputs:
+    """As autocast wants them, the teacher detached; raises for what does not fit."""
+    classes, _ = head.check(NAME, *inputs.student, "student_", "Hs")
+    hidden, lead = inputs.student_hidden, inputs.student_hidden.shape[:-1]
+    linear, logits, log_probs = (
+        inputs.linear_teacher,
+        inputs.teacher_logits,
+        inputs.teacher_topk_log_probs,
+    )
+    source, _ = teacher.check(linear, logits, topk, lead, classes)
+    ids = inputs.teacher_topk_ids
+    if ids is not None:
+        checks.same_device(NAME, "teacher_topk", ids, "student_hidden", hidden)
+    in_autocast = autocast.enabled(hidden.device)
+    hidden, weight, bias = autocast.cast(*inputs.student)
+    if source == "teacher_hidden":
+        linear = autocast.cast(*linear)
+    named = [("student_hidden", hidden), ("student_weight", weight), ("student_bias", bias)]
+    named += zip(("teacher_hidden", "teacher_weight", "teacher_bias"), linear, strict=True)
+    given = [("teacher_logits", logits), ("teacher_topk's log-probabilities", log_probs)]
     if in_autocast:  # they are not multiplied, so keep the precision that they have
         for name, value in given:
             if value is not None:
                 checks.same_floating(NAME, ((name, value),))
-                checks.same_device(NAME, name, value, "student_hidden", student_hidden)
+                checks.same_device(NAME, name, value, "student_hidden", hidden)
     else:
         named += given
     checks.same_floating(NAME, named)
-    target = targets.check_target(NAME, target, lead, classes, ignore_index, student_hidden)
+    target = targets.check_target(NAME, inputs.target, lead, classes, ignore_index, hidden)
+    constants = (None if x is None else x.detach() for x in (*linear, logits, ids, log_probs))
+    checked = Inputs(hidden, weight, target, bias, *constants)
+    _check_topk_values(checked, ignore_index)
+    return checked
+
+
+def _check_values(inputs: Inputs, ignore_index: int) -> None:
+    classes = inputs.student_weight.size(0)
+    targets.check_values(NAME, inputs.target, classes, ignore_index)
+    _check_topk_values(inputs, ignore_index)
+
+
+def _check_topk_values(inputs: Inputs, ignore_index: int) -> None:
+    ids, log_probs = inputs.teacher_topk_ids, inputs.teacher_topk_log_probs
     if ids is not None and log_probs is not None:
-        _check_topk_values(ids, log_probs, target != ignore_index, classes)
-
-    rows = target.numel()
-
-    def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.detach().reshape(rows, x.size(-1))
-
-    results = OP(
-        backend,
-        student_hidden.reshape(rows, features),
-        student_weight,
-        target.reshape(rows),
-        student_bias,
-        flat(teacher_hidden),
-        None if teacher_weight is None else teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        flat(teacher_logits),
-        flat(ids),
-        flat(log_probs),
-        float(temperature),
-        float(hard_weight),
-        divergence,
-        float(beta),
-        ignore_index,
-        reduction,
-        sizes={
-            "N": rows,
-            "H": features,
-            "H_teacher": teacher_features,
-            "V": classes,
-            "k": 0 if ids is None else ids.size(-1),
-            "products": rows * features * classes,
-        },
-    )
-    if reduction == "none":
-        results = tuple(x.reshape(lead) for x in results)
-    loss, hard, soft = (x.to(result_dtype) for x in results)
-    return loss, hard, soft
+        keep, classes = inputs.target != ignore_index, inputs.student_weight.size(0)
+        teacher.check_topk_values(ids, log_probs, keep, classes)
 
 
 def check_options(
@@ -278,85 +268,3 @@ def check_options(
         remedy = "0 is forward_kl, 1 is reverse_kl"
         checks.fail(NAME, "beta", beta, "0 <= beta <= 1", remedy)
     checks.choice(NAME, "reduction", reduction, targets.REDUCTIONS)
-
-
-def _check_source(hidden: Any, weight: Any, bias: Any, logits: Any, topk: Any) -> str:
-    sources = {"teacher_hidden": hidden, "teacher_logits": logits, "teacher_topk": topk}
-    present = [name for name, value in sources.items() if value is not None]
-    if len(present) != 1:
-        got = " and ".join(present) if present else "none"
-        expected = "exactly one of teacher_hidden with teacher_weight, teacher_logits, teacher_topk"
-        checks.fail(NAME, "teacher", got, expected, "leave the others None")
-    if hidden is not None:
-        if weight is None:
-            expected = "teacher_hidden with teacher_weight"
-            checks.fail(NAME, "teacher_weight", None, expected, "give the teacher's head [V, Ht]")
-        return "teacher_hidden"
-    for name, value in (("teacher_weight", weight), ("teacher_bias", bias)):
-        if value is not None:
-            expected = f"None beside {present[0]}"
-            checks.fail(NAME, name, "a tensor", expected, "it belongs to teacher_hidden")
-    return present[0]
-
-
-def _check_linear(hidden: Any, weight: Any, bias: Any, lead: torch.Size, classes: int) -> int:
-    """The teacher's hidden size Ht."""
-    hidden = checks.tensor(NAME, "teacher_hidden", hidden)
-    weight = checks.tensor(NAME, "teacher_weight", weight, 2)
-    features: int = weight.size(1)
-    _check_rows("teacher_hidden", hidden, "..., Ht", lead, features)
-    _check_vocabulary("teacher_weight", weight, weight.size(0), classes)
-    if bias is not None:
-        checks.tensor(NAME, "teacher_bias", bias, 1)
-        checks.shape(NAME, "teacher_bias", bias, "V", (classes,))
-    return features
-
-
-def _check_vocabulary(name: str, value: Tensor, got: int, classes: int) -> None:
-    if got != classes:
-        checks.fail(
-            NAME,
-            name,
-            f"shape {list(value.shape)}, a vocabulary of {got}",
-            f"the student's vocabulary V = {classes}",
-            "bring the teacher to the student's ids first, as by teacher_weight[ids]",
-        )
-
-
-def _check_rows(name: str, value: Tensor, letters: str, lead: torch.Size, last: int) -> None:
-    if letters == "..., V" and value.dim() > 0 and value.shape[:-1] == lead:
-        _check_vocabulary(name, value, value.size(-1), last)
-    checks.shape(NAME, name, value, letters, (*lead, last))
-
-
-def _check_topk(topk: Any, lead: torch.Size, classes: int) -> tuple[Tensor, Tensor]:
-    if not isinstance(topk, (tuple, list)) or len(topk) != 2:
-        got = f"{type(topk).__name__} of {len(topk)}" if hasattr(topk, "__len__") else repr(topk)
-        remedy = "give logits.log_softmax(-1).topk(k)[::-1]"
-        checks.fail(NAME, "teacher_topk", got, "(ids, log-probabilities)", remedy, TypeError)
-    ids = checks.tensor(NAME, "teacher_topk's ids", topk[0])
-    log_probs = checks.tensor(NAME, "teacher_topk's log-probabilities", topk[1])
-    if ids.dtype != torch.int64:
-        remedy = "convert them with .long(); ids come first, log-probabilities second"
-        checks.fail(NAME, "teacher_topk's ids", ids.dtype, "int64", remedy, TypeError)
-    k = ids.size(-1) if ids.dim() else 0
-    checks.shape(NAME, "teacher_topk's ids", ids, "..., k", (*lead, k))
-    checks.shape(NAME, "teacher_topk's log-probabilities", log_probs, "..., k", (*lead, k))
-    if not 1 <= k <= classes:
-        expected = f"1 <= k <= V = {classes}"
-        checks.fail(NAME, "teacher_topk", f"k = {k}", expected, "keep at least one id, at most all")
-    return ids, log_probs
-
-
-def _check_topk_values(ids: Tensor, log_probs: Tensor, keep: Tensor, classes: int) -> None:
-    if not (checks.values_readable(ids) and checks.values_readable(log_probs)):
-        return
-    ids, log_probs = ids[keep], log_probs.detach()[keep]
-    if ids.numel() == 0:
-        return
-    targets.check_range(NAME, "id", ids, classes)
-    mass = log_probs.double().exp().sum(-1)
-    if bool((mass > 1 + MASS_SLACK).any()):
-        got = f"probabilities that sum to {float(mass.max()):.3g}"
-        remedy = "give log_softmax of the teacher's logits over all V, at temperature 1"
-        checks.fail(NAME, "teacher_topk's log-probabilities", got, "a sum of at most 1", remedy)

@@ -45,6 +45,14 @@ def reduced(rows: Tensor, count: Tensor | None, reduction: str) -> Tensor:
     return rows.sum() if count is None else rows.sum() / count
 
 
+def empty_where(inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Uninitialised float32 for the gradient of each input that is wanted, None for the others."""
+    return [
+        x.new_empty(x.shape, dtype=torch.float32) if x is not None and needed else None
+        for x, needed in zip(inputs, wanted, strict=True)
+    ]
+
+
 class HeadGradients:
     """The gradients of hidden [N, H], weight [V, H] and bias [V], added up over chunks of rows.
 
@@ -71,8 +79,12 @@ class HeadGradients:
         self.begun = False
 
     @property
+    def wanted(self) -> tuple[Tensor | None, ...]:
+        return self.hidden, self.weight, self.bias
+
+    @property
     def any(self) -> bool:
-        return any(x is not None for x in (self.hidden, self.weight, self.bias))
+        return any(x is not None for x in self.wanted)
 
     @property
     def in_kernel(self) -> tuple[Tensor | None, float]:
@@ -102,7 +114,7 @@ class HeadGradients:
 
     def finish(self) -> None:
         """Zeros where there was no row, and the share of what was made without it."""
-        for grad in (self.hidden, self.weight, self.bias):
+        for grad in self.wanted:
             if grad is None:
                 continue
             if not self.begun:

@@ -17,6 +17,13 @@ def check_target(
 ) -> Tensor:
     """int64 of shape `lead`, 0 <= target < V or equal to ignore_index, on the device of `like`."""
     checks.index(op, "ignore_index", ignore_index)
+    value = check_kind(op, target, lead, like)
+    check_values(op, value, classes, ignore_index)
+    return value
+
+
+def check_kind(op: str, target: object, lead: Sequence[int], like: Tensor) -> Tensor:
+    """int64 of shape `lead` on the device of `like`."""
     value = checks.tensor(op, "target", target)
     if value.dtype != torch.int64:
         checks.fail(op, "target", value.dtype, "int64", "convert it with .long()", TypeError)
@@ -26,9 +33,13 @@ def check_target(
     if value.device != like.device:
         remedy = "move it with .to(...)"
         checks.fail(op, "target", value.device, f"{like.device} as the hidden states", remedy)
-    if value.numel() > 0 and checks.values_readable(value):
-        check_range(op, "target", value, classes, ignore_index)
     return value
+
+
+def check_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Classes or ignore_index, where their values can be read."""
+    if target.numel() > 0 and checks.values_readable(target):
+        check_range(op, "target", target, classes, ignore_index)
 
 
 def check_range(

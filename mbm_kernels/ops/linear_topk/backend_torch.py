@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels.ops.linear_topk.problem import Problem
+
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return None
 
 
-def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def fwd(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden, weight, bias)
-    ids = logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
+    ids = logits.argmax(-1, keepdim=True) if p.k == 1 else logits.topk(p.k).indices
     return torch.log_softmax(logits, -1).gather(-1, ids), ids

@@ -1,6 +1,5 @@
 """Triton kernels: a product whose tiles keep k candidates of each row, their merging, and beams."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div, power_of_two
 from mbm_kernels.ops.linear_topk import gradient
+from mbm_kernels.ops.linear_topk.problem import Problem
 
 TILE = 128  # classes; what is kept has this shape whatever the configuration
 MOST = 8  # each one more is a pass over a tile's keys
@@ -20,13 +20,14 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
-def fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    (R, H), V = hidden.shape, weight.size(0)
-    values = hidden.new_empty(R, k)
-    ids = hidden.new_empty(R, k, dtype=torch.int64)
+def fwd(p: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
+    hidden, weight, bias = tensors
+    sizes, k = p.sizes, p.k
+    R, H, V = sizes["R"], sizes["H"], sizes["V"]
+    values = hidden.new_empty(p.out_shape)
+    ids = hidden.new_empty(p.out_shape, dtype=torch.int64)
     if R == 0:
         return values, ids
-    sizes = {"R": R, "H": H, "V": V, "k": k}
     count = ceil_div(V, TILE)
     keys = hidden.new_empty(R, count, k, dtype=torch.int64)
     maxima, sums = hidden.new_empty(2, R, count, dtype=torch.float32)
@@ -84,14 +85,4 @@ def select(
     return made
 
 
-def bwd(
-    grad_values: Tensor | None,
-    grad_ids: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    k: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    return gradient.bwd(grad_values, hidden, weight, bias, ids, needs)
+bwd = gradient.bwd

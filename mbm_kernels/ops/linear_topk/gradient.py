@@ -1,21 +1,24 @@
 """The backward of every backend: decoding has none, so it is plain torch with [R, V] in memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels.ops.linear_head import matmul
+from mbm_kernels.ops.linear_topk.problem import Problem
 
 
 def bwd(
-    grad_values: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias = tensors
+    grad_values, (ids,) = grads[0], saved
     if grad_values is None:
         grad_values = hidden.new_zeros(ids.shape)
     grad = grad_values.float()

@@ -3,7 +3,6 @@
 It is internal: the captioner's search calls it, and `mbm_kernels` does not export it.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.linear_topk import backend_torch, reference
+from mbm_kernels.ops.linear_head import head
+from mbm_kernels.ops.linear_topk import backend_torch, problem, reference
+from mbm_kernels.ops.linear_topk.problem import CALLS, NAME
 
-NAME = "linear_topk"
 
-
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    values = hidden.new_empty(hidden.size(0), k)
-    return values, values.new_empty(values.shape, dtype=torch.int64)
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    p, hidden = problem.find(*args), args[0]
+    values = hidden.new_empty(p.out_shape)
+    return values, values.new_empty(p.out_shape, dtype=torch.int64)
 
 
 def _products(hidden: Tensor, weight: Tensor, **_: Any) -> list[Product]:
@@ -40,6 +40,7 @@ OP = Op(
     reference=reference.linear_topk,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
 
 
@@ -83,28 +84,19 @@ def linear_topk(
     Source: the running maximum and sum of Milakov and Gimelshein, "Online normalizer calculation
     for softmax", 2018, which also fuses the k largest.
     """
-    checks.tensor(NAME, "hidden", hidden)
-    if hidden.dim() == 0:
-        got = "a tensor without dimensions"
-        checks.fail(NAME, "hidden", got, "[..., H]", "give the hidden size as last dimension")
-    checks.tensor(NAME, "weight", weight, 2)
-    classes, features = weight.size(0), hidden.size(-1)
-    checks.shape(NAME, "weight", weight, "V, H", (classes, features))
-    if bias is not None:
-        checks.tensor(NAME, "bias", bias, 1)
-        checks.shape(NAME, "bias", bias, "V", (classes,))
-    if not isinstance(k, int) or not 1 <= k <= classes:
-        checks.fail(NAME, "k", repr(k), f"1 <= k <= V = {classes}", "ask for fewer classes")
-    hidden, weight, bias = autocast.cast(hidden, weight, bias)
-    checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
+    given = (hidden, weight) if bias is None else (hidden, weight, bias)
+    kind = (k, backend, len(given))
+    call = CALLS.get(given, kind)
+    if call is not None:
+        values, ids = OP.run(call, (head.rows_of(hidden), weight, bias))
+    else:
+        classes, _ = head.check(NAME, hidden, weight, bias)
+        problem.check_k(k, classes)
+        hidden, weight, bias = autocast.cast(hidden, weight, bias)
+        checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
+        rows = head.rows_of(hidden)
+        values, ids = OP.run_first(CALLS, (backend, given, kind), (rows, weight, bias), (k,))
+    if hidden.dim() == 2:
+        return values, ids
     lead = hidden.shape[:-1]
-    rows = math.prod(lead)
-    values, ids = OP(
-        backend,
-        hidden.reshape(rows, features),
-        weight,
-        bias,
-        k,
-        sizes={"R": rows, "H": features, "V": classes, "k": k},
-    )
     return values.reshape(*lead, k), ids.reshape(*lead, k)
