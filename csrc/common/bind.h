@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/checked_ptr.h"
+#include "common/problem_block.h"
 
 namespace py = pybind11;
 using mbm::checked_ptr;
@@ -24,6 +25,16 @@ class Binding {
     return functions;
   }
 };
+
+// A function of no arguments that returns the names of a block's fields, in their order.
+template <class T>
+void bind_problem_fields(py::module_& m) {
+  m.def(T::kFieldsFunction, [] {
+    py::tuple names(T::kFields.size());
+    for (size_t i = 0; i < T::kFields.size(); ++i) names[i] = T::kFields[i];
+    return names;
+  });
+}
 
 // 0 stands for null.
 template <class T>

@@ -3,8 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <string>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -43,13 +41,11 @@ void bind_conv_bias_act(py::module_& m) {
     py::gil_scoped_release release;
     MBM_CALL(conv_pack, weight, packing, packed_ptr, num_threads);
   });
-  m.def("conv_problem_fields", [] {
-    return std::vector<std::string>(mbm::kConvProblemFields.begin(), mbm::kConvProblemFields.end());
-  });
+  bind_problem_fields<mbm::ConvProblem>(m);
   // inputs: x, packed weight, weight, bias, residual; outputs: y, places, z.
   m.def("conv_forward", [](const py::bytes& problem, const ConvAddresses<5>& inputs,
                            const ConvAddresses<3>& outputs, int num_threads) {
-    const mbm::ConvProblem p{std::string_view(problem)};
+    const auto p = mbm::read_block<mbm::ConvProblem>(problem);
     const auto [x, packed, weight, bias, residual] = inputs;
     const auto [y, places, z] = outputs;
     const mbm::ConvForward args =
@@ -62,7 +58,7 @@ void bind_conv_bias_act(py::module_& m) {
   m.def("conv_backward", [](const py::bytes& problem, const ConvAddresses<5>& grad_y,
                             const ConvAddresses<5>& inputs, const ConvAddresses<4>& grads,
                             int num_threads) {
-    const mbm::ConvProblem p{std::string_view(problem)};
+    const auto p = mbm::read_block<mbm::ConvProblem>(problem);
     const auto [address, b, c, h, w] = grad_y;
     const mbm::ConvMap<const float> map{checked_ptr<const float>(address, p.outputs(), "grad_y"),
                                         static_cast<int64_t>(b), static_cast<int64_t>(c),

@@ -2,14 +2,12 @@
 // the arguments of a call are made with the addresses of its tensors. Only the binding reads it.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 
 #include "common/checked_ptr.h"
+#include "common/problem_block.h"
 #include "conv_bias_act/conv_bias_act.h"
 
 namespace mbm {
@@ -34,18 +32,10 @@ namespace mbm {
 // clang-format on
 
 struct ConvProblem {
-#define MBM_FIELD(name) int64_t name;
-  MBM_CONV_PROBLEM(MBM_FIELD)
-#undef MBM_FIELD
+  MBM_PROBLEM_FIELDS("conv_problem_fields", MBM_CONV_PROBLEM)
 
-  // Throws std::invalid_argument for a block of another size or of steps that kernels, which
-  // multiply them by counts of pixels, do not take.
-  explicit ConvProblem(std::string_view block) {
-    if (block.size() != sizeof(ConvProblem))
-      throw std::invalid_argument("problem: got " + std::to_string(block.size()) +
-                                  " bytes; expected " + std::to_string(sizeof(ConvProblem)) +
-                                  "; fill it by conv_problem_fields");
-    std::memcpy(this, block.data(), sizeof(ConvProblem));
+  // Kernels multiply steps by counts of pixels.
+  void check() const {
     for (int64_t step :
          {stride_y, stride_x, dilation_y, dilation_x, pool_y, pool_x, pool_stride_y, pool_stride_x})
       check_step(step, 1);
@@ -93,13 +83,6 @@ struct ConvProblem {
   int64_t convolved() const { return B * K * conv_y * conv_x; }
   int64_t weights() const { return K * (C / groups) * R * S; }
 };
-
-constexpr std::array kConvProblemFields{
-#define MBM_FIELD(name) #name,
-    MBM_CONV_PROBLEM(MBM_FIELD)
-#undef MBM_FIELD
-};
-static_assert(sizeof(ConvProblem) == kConvProblemFields.size() * sizeof(int64_t));
 
 // Addresses, 0 for null.
 struct ConvForwardInputs {

@@ -3,7 +3,8 @@
 import functools
 import importlib
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
@@ -66,6 +67,16 @@ def why_not(device: Any, dtype: Any) -> str | None:
 def address(tensor: Tensor | None) -> int:
     """The tensor's address as the bindings take it, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def block(fields: Sequence[str], values: Mapping[str, int]) -> bytes:
+    """The argument block that a kernel reads (csrc/common/problem_block.h): a value per field.
+
+    Raises:
+        KeyError: a field has no value.
+        struct.error: a value has no field, or does not fit into 64 bits.
+    """
+    return struct.pack(f"{len(values)}q", *(values[name] for name in fields))
 
 
 def empty(shape: Sequence[int]) -> Tensor:

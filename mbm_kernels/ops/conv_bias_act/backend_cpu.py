@@ -5,7 +5,6 @@ MBM_WINOGRAD=0; every other one is direct.
 """
 
 import functools
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -176,7 +175,7 @@ class _Native:
             "winograd_forward": int(self.winograd),
             "winograd_backward": int(self.winograd_backward),
         }
-        return struct.pack(f"{len(values)}q", *(values[name] for name in _fields()))
+        return native.block(_fields(), values)
 
 
 def _steps(p: Problem) -> tuple[int, int, int]:
