@@ -54,6 +54,7 @@ def _additive_attention(
             "v": empty(512, dtype=dtype),
             "key_lengths": empty(64, dtype=torch.int64) if masked else None,
             "mask": empty(64, 1, S, dtype=torch.bool) if masked else None,
+            "save": True,
         }
 
     return inputs
