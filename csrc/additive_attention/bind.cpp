@@ -77,29 +77,29 @@ void bind_additive_attention(py::module_& m) {
           MBM_CALL(additive_attention_fwd, args, num_threads);
         });
   // grads: of query, key, value, v; 0 for those not needed.
-  m.def("additive_attention_bwd",
-        [](const py::bytes& problem, const Inputs& inputs, Address weights,
-           const Rows& grad_context, const Rows& grad_weights, const std::array<Address, 4>& grads,
-           int num_threads) {
-          const auto p = mbm::read_block<Problem>(std::string_view(problem));
-          mbm::AdditiveAttentionBackward args{};
-          args.in = inputs_of(p, inputs);
-          args.weights = checked_ptr<const float>(weights, p.B * p.T * p.S, "weights");
-          const auto [context, context_b, context_t] = grad_context;
-          args.grad_context = optional_ptr<const float>(context, p.B * p.T * p.E, "grad_context");
-          args.grad_context_stride_b = context_b;
-          args.grad_context_stride_t = context_t;
-          const auto [given, given_b, given_t] = grad_weights;
-          args.grad_weights = optional_ptr<const float>(given, p.B * p.T * p.S, "grad_weights");
-          args.grad_weights_stride_b = given_b;
-          args.grad_weights_stride_t = given_t;
-          args.grad_query = optional_ptr<float>(grads[0], p.B * p.T * p.D, "grad_query");
-          args.grad_key = optional_ptr<float>(grads[1], p.B * p.S * p.D, "grad_key");
-          args.grad_value = optional_ptr<float>(grads[2], p.B * p.S * p.E, "grad_value");
-          args.grad_v = optional_ptr<float>(grads[3], p.D, "grad_v");
-          py::gil_scoped_release release;
-          MBM_CALL(additive_attention_bwd, args, num_threads);
-        });
+  m.def(
+      "additive_attention_bwd",
+      [](const py::bytes& problem, const Inputs& inputs, Address weights, const Rows& grad_context,
+         const Rows& grad_weights, const std::array<Address, 4>& grads, int num_threads) {
+        const auto p = mbm::read_block<Problem>(std::string_view(problem));
+        mbm::AdditiveAttentionBackward args{};
+        args.in = inputs_of(p, inputs);
+        args.weights = checked_ptr<const float>(weights, p.B * p.T * p.S, "weights");
+        const auto [context, context_b, context_t] = grad_context;
+        args.grad_context = optional_ptr<const float>(context, p.B * p.T * p.E, "grad_context");
+        args.grad_context_stride_b = context_b;
+        args.grad_context_stride_t = context_t;
+        const auto [given, given_b, given_t] = grad_weights;
+        args.grad_weights = optional_ptr<const float>(given, p.B * p.T * p.S, "grad_weights");
+        args.grad_weights_stride_b = given_b;
+        args.grad_weights_stride_t = given_t;
+        args.grad_query = optional_ptr<float>(grads[0], p.B * p.T * p.D, "grad_query");
+        args.grad_key = optional_ptr<float>(grads[1], p.B * p.S * p.D, "grad_key");
+        args.grad_value = optional_ptr<float>(grads[2], p.B * p.S * p.E, "grad_value");
+        args.grad_v = optional_ptr<float>(grads[3], p.D, "grad_v");
+        py::gil_scoped_release release;
+        MBM_CALL(additive_attention_bwd, args, num_threads);
+      });
 }
 
 const Binding registered(bind_additive_attention);

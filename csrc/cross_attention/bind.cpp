@@ -58,8 +58,8 @@ void bind_cross_attention(py::module_& m) {
     const auto [context, mean, heads] = outputs;
     mbm::CrossAttentionForward args{};
     args.in = inputs_of(p, inputs);
-    args.context = {checked_ptr<float>(context, p.B * p.N * p.T * p.E, "context"),
-                    p.N * p.T * p.E, p.T * p.E, p.E};
+    args.context = {checked_ptr<float>(context, p.B * p.N * p.T * p.E, "context"), p.N * p.T * p.E,
+                    p.T * p.E, p.E};
     args.mean = optional_ptr<float>(mean, p.B * p.T * p.S, "mean");
     args.heads = optional_ptr<float>(heads, p.B * p.N * p.T * p.S, "heads");
     py::gil_scoped_release release;
