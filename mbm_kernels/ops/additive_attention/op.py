@@ -172,11 +172,10 @@ def _serve(keys: AdditiveAttentionKeys, call: Call[Problem]) -> bool:
 
 def _kind(tensors: Tensors, backend: str, prepared: bool) -> tuple[Tensors, tuple[Any, ...]]:
     """The tensors that there are, and what a call is known by beside them."""
-    *floating, key_lengths, mask = tensors
-    kind = (backend, prepared, key_lengths is None, mask is None)
-    if key_lengths is None and mask is None:
+    kind = (backend, prepared, tensors[4] is None, tensors[5] is None)
+    if tensors[4] is None and tensors[5] is None:
         return tensors[:4], kind
-    return (*floating, *(t for t in (key_lengths, mask) if t is not None)), kind
+    return (*tensors[:4], *(t for t in tensors[4:] if t is not None)), kind
 
 
 def _check_lengths(tensors: Tensors, positions: int) -> None:
