@@ -87,10 +87,6 @@ def _native(p: Problem) -> _Native:
     return found  # type: ignore[no-any-return]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
 def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
     return fwd_prepared(p, given[:-1], None)
 
@@ -105,7 +101,7 @@ def fwd_prepared(
     context, weights = native.empty(p.context_shape), native.empty(p.weights_shape)
     native.cpu().additive_attention_fwd(
         plan.block,
-        _addresses(read),
+        native.addresses(read),
         0 if packed is None else packed.data_ptr(),
         (context.data_ptr(), weights.data_ptr()),
         torch.get_num_threads(),
@@ -130,11 +126,11 @@ def bwd(
     found = [native.empty(shape) if need else None for shape, need in described]
     native.cpu().additive_attention_bwd(
         plan.block,
-        _addresses(read),
+        native.addresses(read),
         weights.data_ptr(),
         context_rows,
         weights_rows,
-        _addresses(found),
+        native.addresses(found),
         torch.get_num_threads(),
     )
     if plan.plain:

@@ -108,10 +108,6 @@ def _native(p: Problem) -> _Native:
     return found  # type: ignore[no-any-return]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
 def fwd(p: Problem, *given: Any) -> tuple[Tensor | None, ...]:
     *tensors, save = given
     plan = _native(p)
@@ -123,8 +119,8 @@ def fwd(p: Problem, *given: Any) -> tuple[Tensor | None, ...]:
         heads = native.empty(p.heads_shape)
     native.cpu().cross_attention_fwd(
         plan.block,
-        _addresses(read),
-        _addresses((context, mean, heads)),
+        native.addresses(read),
+        native.addresses((context, mean, heads)),
         torch.get_num_threads(),
     )
     weights, saved = (heads, None) if p.need_weights == "heads" else (mean, heads)
@@ -158,11 +154,11 @@ def bwd(
     grad_mask = native.empty(p.heads_shape) if needs[3] and mask is not None else None
     native.cpu().cross_attention_bwd(
         plan.block,
-        _addresses(read),
+        native.addresses(read),
         native.address(heads),
         _heads(grad_context),
         _heads(grad_weights),
-        _addresses((*found, grad_mask)),
+        native.addresses((*found, grad_mask)),
         torch.get_num_threads(),
     )
     found.append(None if grad_mask is None else grad_mask.sum_to_size(mask.shape))
