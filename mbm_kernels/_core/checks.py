@@ -173,7 +173,7 @@ def lengths_kind(op: str, name: str, value: object, batch: int, like: Tensor) ->
 
 def length_values(op: str, name: str, value: Tensor, limit: int, letter: str) -> None:
     """Whether 0 <= length <= limit, where that can be looked at."""
-    if value.shape[0] > 0 and values_readable(value):
+    if values_readable(value) and value.shape[0] > 0:
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high > limit:
             got = f"values from {low} to {high}"
