@@ -154,6 +154,13 @@ def lengths(
     op: str, name: str, value: object, batch: int, limit: int, letter: str, like: Tensor
 ) -> Tensor:
     """int64 [B] with 0 <= length <= limit, on any device that has values where `like` has them."""
+    value = lengths_kind(op, name, value, batch, like)
+    length_values(op, name, value, limit, letter)
+    return value
+
+
+def lengths_kind(op: str, name: str, value: object, batch: int, like: Tensor) -> Tensor:
+    """As `lengths`, of which no value is read."""
     value = tensor(op, name, value, 1)
     if value.dtype != torch.int64:
         fail(op, name, value.dtype, "int64", "convert it with .long()", TypeError)
@@ -161,12 +168,16 @@ def lengths(
     if value.device.type == "meta" and like.device.type != "meta":
         devices = " or ".join(sorted({"cpu", str(like.device)}))
         fail(op, name, value.device, f"values, on {devices}", "make them there")
-    if batch > 0 and values_readable(value):
+    return value
+
+
+def length_values(op: str, name: str, value: Tensor, limit: int, letter: str) -> None:
+    """Whether 0 <= length <= limit, where that can be looked at."""
+    if values_readable(value) and value.shape[0] > 0:
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high > limit:
             got = f"values from {low} to {high}"
             fail(op, name, got, f"0 <= length <= {letter} = {limit}", "clamp or correct them")
-    return value
 
 
 def mask(

@@ -31,6 +31,16 @@ def attend_mask(
     return mask & inside.view(inside.size(0), *(1,) * between, positions)
 
 
+def expanded_strides(
+    shape: Sequence[int] | None, strides: Sequence[int] | None, rank: int
+) -> tuple[int, ...]:
+    """Strides of a mask expanded to `rank` dimensions, 0 where it is broadcast; 0 without one."""
+    if shape is None or strides is None:
+        return (0,) * rank
+    own = (0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
+    return (*(0,) * (rank - len(shape)), *own)
+
+
 def readable(tensors: Sequence[Tensor | None]) -> bool:
     """Whether looking at values is free: real CPU tensors, nothing tracing."""
     given = [x for x in tensors if x is not None]

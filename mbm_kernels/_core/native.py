@@ -112,6 +112,11 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """`address` of each."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def fingerprint(tensor: Tensor) -> int:
     """A 64-bit hash of every byte of a CPU tensor (csrc/common/fingerprint.h).
 

@@ -1,12 +1,14 @@
 """The C++ kernels of csrc/additive_attention: float32 inside, 16-bit floats cast around them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native
+from mbm_kernels._core import masks, native
+from mbm_kernels.ops.additive_attention.problem import Problem
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -31,7 +33,7 @@ class PreparedKey(NamedTuple):
 
 
 def prepare_key(key: Tensor) -> PreparedKey:
-    """key [B, S, D], which `fwd` is given beside it: it reads both."""
+    """key [B, S, D], which `fwd_prepared` is given beside it: it reads both."""
     _converted, rows = _rows(key)  # alive until the call is over
     packed = native.empty((native.cpu().additive_attention_packed_key_size(*key.shape),))
     native.cpu().additive_attention_pack_key(
@@ -40,89 +42,97 @@ def prepare_key(key: Tensor) -> PreparedKey:
     return PreparedKey(packed, native.isa())
 
 
-class _Inputs:
-    """What forward and backward both pass first; keeps the converted tensors alive."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        v: Tensor,
-        key_lengths: Tensor | None,
-        mask: Tensor | None,
-    ):
-        batch, steps, features = query.shape
-        positions = key.size(1)
-        self.sizes = (batch, steps, positions, features, value.size(2))
-        self.query, query_rows = _rows(query)
-        self.key, key_rows = _rows(key)
-        self.value, value_rows = _rows(value)
-        self.v = native.dense(v)
-        self.key_lengths = None if key_lengths is None else key_lengths.cpu().contiguous()
-        self.mask = None if mask is None else mask.expand(batch, steps, positions)
-        self.args = (
-            self.sizes,
-            query_rows,
-            key_rows,
-            value_rows,
-            self.v.data_ptr(),
-            native.address(self.key_lengths),
-            (0, 0, 0, 0) if self.mask is None else (self.mask.data_ptr(), *self.mask.stride()),
-        )
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    return tuple(native.cpu().additive_attention_problem_fields())
 
 
-def fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    prepared: PreparedKey | None = None,
+class _Native:
+    """What the kernels are told about a problem, and which inputs they read as they are."""
+
+    __slots__ = ("all_as_is", "as_is", "block", "plain", "shapes")
+
+    def __init__(self, p: Problem):
+        rows = ((p.T, p.D), (p.S, p.D), (p.S, p.E))
+        self.shapes = (*((p.B, *shape) for shape in rows), (p.D,))
+        described = zip(p.dtypes, p.strides, strict=True)
+        self.as_is = [d is torch.float32 and s[-1] == 1 for d, s in described]
+        self.all_as_is = all(self.as_is) and not p.has_lengths
+        self.plain = p.dtype is torch.float32  # results are as written
+        values = {letter: getattr(p, letter) for letter in "BTSDE"}
+        for i, (name, row) in enumerate((("query", "t"), ("key", "s"), ("value", "s"))):
+            count, columns = rows[i]
+            strides = p.strides[i] if self.as_is[i] else (count * columns, columns, 1)
+            values |= {f"{name}_b": strides[0], f"{name}_{row}": strides[1]}
+        strides = masks.expanded_strides(p.mask_shape, p.mask_strides, 3)
+        values |= {f"mask_{axis}": stride for axis, stride in zip("bts", strides, strict=True)}
+        self.block = native.block(_fields(), values)
+
+    def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The inputs as the kernels read them."""
+        if self.all_as_is:
+            return tensors
+        *floating, key_lengths, mask = tensors
+        if key_lengths is not None:
+            key_lengths = key_lengths.cpu().contiguous()
+        described = zip(floating, self.as_is, self.shapes, strict=True)
+        read = [x if as_is else native.empty(s).copy_(x) for x, as_is, s in described]
+        return (*read, key_lengths, mask)
+
+
+def _native(p: Problem) -> _Native:
+    found = p.derived.get("cpu")
+    if found is None:
+        found = p.derived["cpu"] = _Native(p)
+    return found  # type: ignore[no-any-return]
+
+
+def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
+    return fwd_prepared(p, given[:-1], None)
+
+
+def fwd_prepared(
+    p: Problem, tensors: Sequence[Any], prepared: PreparedKey | None
 ) -> tuple[Tensor, Tensor]:
-    """`prepared` is what `prepare_key` made of `key`; of another ISA it is left alone."""
-    inputs = _Inputs(query, key, value, v, key_lengths, mask)
-    batch, steps, positions, _, value_features = inputs.sizes
+    """`prepared` is what `prepare_key` made of the key; of another ISA it is left alone."""
+    plan = _native(p)
+    read = plan.read(tensors)  # alive until the call is over
     packed = prepared.packed if prepared is not None and prepared.isa == native.isa() else None
-    context = native.empty((batch, steps, value_features))
-    weights = native.empty((batch, steps, positions))
+    context, weights = native.empty(p.context_shape), native.empty(p.weights_shape)
     native.cpu().additive_attention_fwd(
-        *inputs.args,
-        native.address(packed),
-        context.data_ptr(),
-        weights.data_ptr(),
+        plan.block,
+        native.addresses(read),
+        0 if packed is None else packed.data_ptr(),
+        (context.data_ptr(), weights.data_ptr()),
         torch.get_num_threads(),
     )
-    return context.to(query.dtype), weights.to(query.dtype)
+    if plan.plain:
+        return context, weights
+    return context.to(p.dtype), weights.to(p.dtype)
 
 
 def bwd(
-    grad_context: Tensor | None,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    weights: Tensor,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    inputs = _Inputs(query, key, value, v, key_lengths, mask)
-    grad_context, grad_context_rows = _rows(grad_context)
-    grad_weights, grad_weights_rows = _rows(grad_weights)
-    saved = native.dense(weights)
-    grads = [
-        native.empty(x.shape) if need else None
-        for x, need in zip((query, key, value, v), needs, strict=True)
-    ]
+    plan = _native(p)
+    read = plan.read(tensors)
+    (_context, context_rows), (_weights, weights_rows) = map(_rows, grads)  # alive, as above
+    weights = native.dense(saved[0])
+    described = zip(plan.shapes, needs, strict=True)
+    found = [native.empty(shape) if need else None for shape, need in described]
     native.cpu().additive_attention_bwd(
-        *inputs.args,
-        saved.data_ptr(),
-        grad_context_rows,
-        grad_weights_rows,
-        *map(native.address, grads),
+        plan.block,
+        native.addresses(read),
+        weights.data_ptr(),
+        context_rows,
+        weights_rows,
+        native.addresses(found),
         torch.get_num_threads(),
     )
-    return tuple(None if grad is None else grad.to(query.dtype) for grad in grads)
+    if plan.plain:
+        return tuple(found)
+    return tuple(None if grad is None else grad.to(p.dtype) for grad in found)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import masks, tracing
+from mbm_kernels._core import masks
+from mbm_kernels.ops.additive_attention.problem import Problem
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -13,13 +14,9 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 
 
 def fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
+    p: Problem, query: Tensor, key: Tensor, value: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
+    key_lengths, mask, save = rest
     attend = masks.attend_mask(mask, key_lengths, key.size(1), key.device)
     if attend is None:
         weights = torch.softmax(_scores(query, key, v, None), -1)
@@ -39,7 +36,7 @@ def fwd(
         values = value.unsqueeze(1).masked_fill(hidden, 0)  # [B, T, S, E]
         return torch.matmul(weights.unsqueeze(2), values).squeeze(2), weights
     context = torch.bmm(weights, value)
-    if tracing.may_need_grad((query, key, value, v)):
+    if save:
         context = masks.constant_where_empty(context, attend, looks)
     return context, weights
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mbm_kernels._core import autocast, checks, dispatch
 from mbm_kernels._core.tracing import is_plain, wants_gradient
+from mbm_kernels.ops.additive_attention import problem
 
 NAME = "additive_attention_keys"
-OP = "additive_attention"
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False, repr=False)
@@ -95,10 +95,10 @@ def additive_attention_keys(key: Tensor, *, backend: str = "auto") -> AdditiveAt
     batch, positions, features = key.shape
     sizes = {"B": batch, "T": 1, "S": positions, "D": features, "E": features}
     sizes |= {"elements": batch * positions * features, "training": 0}
-    chosen = dispatch.select(OP, backend, key.device, key.dtype, sizes)
+    chosen = dispatch.select(problem.NAME, backend, key.device, key.dtype, sizes)
     prepare = None
     if is_plain((key,)):
-        prepare = getattr(dispatch.load_backend(OP, chosen), "prepare_key", None)
+        prepare = getattr(dispatch.load_backend(problem.NAME, chosen), "prepare_key", None)
     dtype, key = key.dtype, key.detach()
     if prepare is None:
         snapshot = key.clone(memory_format=torch.contiguous_format)

@@ -2,29 +2,25 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, dispatch
+from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Calls, Checked
+from mbm_kernels._core.problem import Call, key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import is_plain, wants_gradient
-from mbm_kernels.ops.additive_attention import backend_torch, reference
+from mbm_kernels.ops.additive_attention import backend_torch, problem, reference
 from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys
+from mbm_kernels.ops.additive_attention.problem import CALLS, NAME, PROBLEMS, Problem
 
-NAME = "additive_attention"
+Tensors = tuple[Any, ...]  # query, key, value, v, key_lengths, mask
+Results = tuple[Tensor, Tensor]
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, steps, _ = query.shape
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, steps, _features = query.shape
     return (
         query.new_empty(batch, steps, value.size(2)),
         query.new_empty(batch, steps, key.size(1)),
@@ -49,13 +45,14 @@ OP = Op(
         outputs=("context", "weights"),
         saved=("weights",),
         differentiable=("query", "key", "value", "v"),
+        save="any",
     ),
     fake=_fake,
     reference=reference.additive_attention,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
-_calls: Calls[Checked] = Calls()
 
 
 def additive_attention(
@@ -104,68 +101,88 @@ def additive_attention(
     Source: Bahdanau, Cho, Bengio, "Neural machine translation by jointly learning to align and
     translate", 2015, section A.1.2.
     """
-    tensors: Any = (query, key, value, v) if mask is None else (query, key, value, v, mask)
-    kind = (backend, mask is None)
-    # The values of lengths are checked each time.
-    if key_lengths is None and (call := _calls.get(tensors, kind)):
-        return OP.run(call, (query, key, value, v, None, mask))  # type: ignore[no-any-return]
-    checks.tensor(NAME, "query", query, 3)
-    given = key._snapshot if isinstance(key, AdditiveAttentionKeys) else key
-    checks.tensor(NAME, "key", given, 3)
-    checks.tensor(NAME, "value", value, 3)
-    checks.tensor(NAME, "v", v, 1)
-    batch, steps, features = query.shape
-    positions = given.size(1)
-    checks.shape(NAME, "key", given, "B, S, D", (batch, positions, features))
-    checks.shape(NAME, "value", value, "B, S, E", (batch, positions, value.size(2)))
-    checks.shape(NAME, "v", v, "D", (features,))
-    if key_lengths is not None:
-        checks.lengths(NAME, "key_lengths", key_lengths, batch, positions, "S", query)
-    if mask is not None:
-        checks.mask(NAME, "mask", mask, "B, T, S", (batch, steps, positions))
-        checks.same_device(NAME, "mask", mask, "query", query)
-    sizes = {"B": batch, "T": steps, "S": positions, "D": features, "E": value.size(2)}
-    sizes["elements"] = batch * steps * positions * features
     if isinstance(key, AdditiveAttentionKeys):
-        for name, tensor in (("query", query), ("value", value), ("v", v)):
-            if wants_gradient(tensor):
-                got = f"AdditiveAttentionKeys where a gradient by {name} is wanted"
-                remedy = "pass the key itself, or call under torch.no_grad()"
-                checks.fail(NAME, "key", got, "a tensor: keys are a snapshot", remedy)
-        query, value, v = autocast.cast(query, value, v)
-        if _serves(key, query, value, v, key_lengths, mask, backend, sizes):
-            run = dispatch.load_backend(NAME, key.backend).fwd
-            context, weights = run(query, given, value, v, key_lengths, mask, key._prepared)
-            return context, weights
-        given = key.key()
-        (given,) = autocast.cast(given)
+        return _attend_to_keys(key, (query, key._snapshot, value, v, key_lengths, mask), backend)
+    return _attend((query, key, value, v, key_lengths, mask), backend)
+
+
+def _attend(tensors: Tensors, backend: str) -> Results:
+    given, kind = _kind(tensors, backend, False)
+    call = CALLS.get(given, kind)
+    if call is not None:
+        _check_lengths(tensors, call.problem.S)
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    known = key_of(tensors, ())
+    found = PROBLEMS.get(known)
+    if found is None:
+        problem.check(*tensors)
+        _check_lengths(tensors, tensors[1].size(1))
+        tensors = autocast.cast(*tensors)
+        _check_dtypes(tensors)
+        found = PROBLEMS.put(known, problem.build(*tensors))
     else:
-        query, given, value, v = autocast.cast(query, key, value, v)
-    checks.same_floating(NAME, (("query", query), ("key", given), ("value", value), ("v", v)))
-    if key_lengths is None and given is key:
-        checked = Checked((), query.device, query.dtype, dict(sizes))
-        _calls.remember(checked, backend, tensors, kind)
-    context, weights = OP(backend, query, given, value, v, key_lengths, mask, sizes=sizes)
-    return context, weights
+        _check_lengths(tensors, found.S)
+    if known is None or any(t.is_neg() for t in given):
+        return OP(backend, *tensors, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+    call = Call(found, backend, given, kind)
+    CALLS.put(call, given)
+    return OP.run(call, tensors)  # type: ignore[no-any-return]
 
 
-def _serves(
-    keys: AdditiveAttentionKeys,
-    query: Tensor,
-    value: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    backend: str,
-    sizes: dict[str, int],
-) -> bool:
+def _attend_to_keys(keys: AdditiveAttentionKeys, tensors: Tensors, backend: str) -> Results:
+    """`tensors` with the keys' snapshot, which is float32 where something is prepared."""
+    given, kind = _kind(tensors, backend, True)
+    call = CALLS.get(given, kind)
+    if call is not None and _serve(keys, call):
+        _check_lengths(tensors, call.problem.S)
+        run = dispatch.load_backend(NAME, keys.backend).fwd_prepared
+        return run(call.problem, tensors, keys._prepared)  # type: ignore[no-any-return]
+    problem.check(*tensors)
+    _check_lengths(tensors, tensors[1].size(1))
+    query, snapshot, value, v, *hiding = tensors
+    for name, tensor in (("query", query), ("value", value), ("v", v)):
+        if wants_gradient(tensor):
+            got = f"AdditiveAttentionKeys where a gradient by {name} is wanted"
+            remedy = "pass the key itself, or call under torch.no_grad()"
+            checks.fail(NAME, "key", got, "a tensor: keys are a snapshot", remedy)
+    query, value, v = autocast.cast(query, value, v)
+    cast = (query, snapshot, value, v, *hiding)
+    same = all(x.dtype == keys.dtype and x.device == keys.device for x in (query, value, v))
+    if same and keys._prepared is not None and is_plain([x for x in cast if x is not None]):
+        call = Call(problem.find(*cast), backend, given, kind)
+        if _serve(keys, call):
+            if tracing.is_eager():
+                CALLS.put(call, given)
+            run = dispatch.load_backend(NAME, keys.backend).fwd_prepared
+            return run(call.problem, cast, keys._prepared)  # type: ignore[no-any-return]
+    (key,) = autocast.cast(keys.key())
+    cast = (query, key, value, v, *hiding)
+    _check_dtypes(cast)
+    return OP(backend, *cast, sizes=dict(problem.build(*cast).sizes))  # type: ignore[no-any-return]
+
+
+def _serve(keys: AdditiveAttentionKeys, call: Call[Problem]) -> bool:
     """Whether the call may be given what the keys have prepared."""
-    if keys._prepared is None:
+    if keys._prepared is None or keys.dtype != call.problem.dtype:
         return False
-    tensors = (query, value, v)
-    if any(x.dtype != keys.dtype or x.device != keys.device for x in tensors):
+    if call.differentiable and torch.is_grad_enabled():
         return False
-    if not is_plain([x for x in (*tensors, key_lengths, mask) if x is not None]):
-        return False
-    sizes["training"] = 0
-    return dispatch.select(NAME, backend, keys.device, keys.dtype, sizes) == keys.backend
+    return call.choose(NAME, False) == keys.backend
+
+
+def _kind(tensors: Tensors, backend: str, prepared: bool) -> tuple[Tensors, tuple[Any, ...]]:
+    """The tensors that there are, and what a call is known by beside them."""
+    kind = (backend, prepared, tensors[4] is None, tensors[5] is None)
+    if tensors[4] is None and tensors[5] is None:
+        return tensors[:4], kind
+    return (*tensors[:4], *(t for t in tensors[4:] if t is not None)), kind
+
+
+def _check_lengths(tensors: Tensors, positions: int) -> None:
+    """Their values, at each call."""
+    if tensors[4] is not None:
+        checks.length_values(NAME, "key_lengths", tensors[4], positions, "S")
+
+
+def _check_dtypes(tensors: Tensors) -> None:
+    checks.same_floating(NAME, zip(("query", "key", "value", "v"), tensors, strict=False))

@@ -3,16 +3,18 @@
 bfloat16 and float16 are computed in float32 and rounded on store.
 """
 
+import functools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native
-from mbm_kernels.ops.cross_attention.saved import empty_saved
+from mbm_kernels._core import masks, native
+from mbm_kernels.ops.cross_attention.problem import Problem
 
-_NONE = (0, 0, 0, 0)
+_CPU = torch.device("cpu")
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -26,129 +28,140 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
 
 
-def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
-    if x is None:
-        return _NONE
-    strides = x.stride()
-    return x.data_ptr(), strides[0], strides[1], strides[2]
+def _heads(x: Tensor | None) -> tuple[int, ...]:
+    """Address and the strides of batch, heads and rows."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
 
 
-def _mask(
-    mask: Tensor | None, shape: tuple[int, ...]
-) -> tuple[Tensor | None, tuple[int, int, int, int, int, bool]]:
-    if mask is None:
-        return None, (0, 0, 0, 0, 0, False)
-    added = mask.dtype is not torch.bool
-    mask = (mask.to(torch.float32) if added else mask).expand(shape)
-    strides = mask.stride()
-    return mask, (mask.data_ptr(), strides[0], strides[1], strides[2], strides[3], added)
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    return tuple(native.cpu().cross_attention_problem_fields())
 
 
-class _Inputs:
-    """What forward and backward both pass first; keeps the converted tensors alive."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_lengths: Tensor | None,
-        mask: Tensor | None,
-        scale: float,
-    ):
-        batch, heads, steps, features = query.shape
-        positions = key.size(2)
-        self.weights_shape = (batch, heads, steps, positions)
-        self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
-        self.key_lengths = None if key_lengths is None else key_lengths.cpu().contiguous()
-        self.mask, mask_args = _mask(mask, self.weights_shape)
-        self.args = (
-            (*self.weights_shape, features, value.size(3)),
-            scale,
-            _heads(self.query),
-            _heads(self.key),
-            _heads(self.value),
-            native.address(self.key_lengths),
-            mask_args,
-        )
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
-def fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    need_weights: str | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = _Inputs(query, key, value, key_lengths, mask, scale)
-    batch, count, steps, positions = inputs.weights_shape
-    dtype = query.dtype
-    context = inputs.query.new_empty((batch, count, steps, value.size(3)))
-    saved = empty_saved(query, key, value, need_weights, save)
-    weights, heads = saved, saved  # not returned and not kept: addresses 0, as of any empty tensor
-    if need_weights == "mean":
-        weights = inputs.query.new_empty((batch, steps, positions))
-    elif need_weights == "heads":
-        weights = heads = inputs.query.new_empty(inputs.weights_shape)
+class _Native:
+    """What the kernels are told about a problem, and which inputs they read as they are."""
+
+    __slots__ = ("all_as_is", "as_is", "block", "grad_strides", "mask_as_is", "plain", "shapes")
+
+    def __init__(self, p: Problem):
+        rows = ((p.T, p.D), (p.S, p.D), (p.S, p.E))
+        self.shapes = [(p.B, p.N, *shape) for shape in rows]
+        described = list(zip(self.shapes, p.strides, p.dtypes, strict=True))
+        self.as_is = [
+            dtype is torch.float32 and (strides[3] == 1 or shape[3] == 1)
+            for shape, strides, dtype in described
+        ]
+        self.mask_as_is = p.mask_dtype in (None, torch.bool, torch.float32)
+        self.all_as_is = all(self.as_is) and self.mask_as_is and not p.has_lengths
+        self.plain = p.dtype is torch.float32  # results are as written
+        # In the order of the inputs' own dimensions, so that splitting heads needs no copy
+        # backward.
+        self.grad_strides = [_like(shape, strides) for shape, strides, _ in described]
+        self.block = native.block(_fields(), self._values(p))
+
+    def _values(self, p: Problem) -> dict[str, int]:
+        values = {letter: getattr(p, letter) for letter in "BNTSDE"}
+        values["scale_bits"] = struct.unpack("q", struct.pack("d", p.scale))[0]
+        for i, name in enumerate(("query", "key", "value")):
+            read = p.strides[i] if self.as_is[i] else _contiguous(self.shapes[i])
+            axes = "bnt" if name == "query" else "bns"
+            for prefix, strides in ((name, read), (f"grad_{name}", self.grad_strides[i])):
+                values |= {f"{prefix}_{x}": n for x, n in zip(axes, strides, strict=False)}
+        own = p.mask_strides
+        if p.mask_shape is not None and not self.mask_as_is:
+            own = _contiguous(p.mask_shape)
+        strides = masks.expanded_strides(p.mask_shape, own, 4)
+        values |= {f"mask_{x}": n for x, n in zip("bnts", strides, strict=True)}
+        values["mask_added"] = int(p.mask_dtype not in (None, torch.bool))
+        values["mean_weights"] = int(p.need_weights == "mean")
+        return values
+
+    def read(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """The inputs as the kernels read them."""
+        if self.all_as_is:
+            return tensors
+        *given, key_lengths, mask = tensors
+        if key_lengths is not None:
+            key_lengths = key_lengths.cpu().contiguous()
+        if not self.mask_as_is:
+            mask = native.empty(mask.shape).copy_(mask)
+        described = zip(given, self.as_is, self.shapes, strict=True)
+        read = [x if as_is else native.empty(s).copy_(x) for x, as_is, s in described]
+        return (*read, key_lengths, mask)
+
+
+def _like(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a gradient: those of torch.empty_like, with contiguous rows."""
+    found = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+    return found if found[3] == 1 else _contiguous(shape)
+
+
+def _native(p: Problem) -> _Native:
+    found = p.derived.get("cpu")
+    if found is None:
+        found = p.derived["cpu"] = _Native(p)
+    return found  # type: ignore[no-any-return]
+
+
+def fwd(p: Problem, *given: Any) -> tuple[Tensor | None, ...]:
+    *tensors, save = given
+    plan = _native(p)
+    read = plan.read(tensors)  # alive until the call is over
+    context, mean, heads = native.empty(p.context_shape), None, None
+    if p.need_weights == "mean":
+        mean = native.empty(p.weights_shape)
+    if p.need_weights == "heads" or (save and p.saves_heads):
+        heads = native.empty(p.heads_shape)
     native.cpu().cross_attention_fwd(
-        *inputs.args,
-        _heads(context),
-        weights.data_ptr() if need_weights == "mean" else 0,
-        heads.data_ptr(),
+        plan.block,
+        native.addresses(read),
+        native.addresses((context, mean, heads)),
         torch.get_num_threads(),
     )
-    if need_weights is None:
-        weights = query.new_empty(0)
-    if dtype is not torch.float32:
-        context, weights = context.to(dtype), weights.to(dtype)
-    return context, weights, saved
+    weights, saved = (heads, None) if p.need_weights == "heads" else (mean, heads)
+    if plan.plain:
+        return context, weights, saved
+    return context.to(p.dtype), None if weights is None else weights.to(p.dtype), saved
 
 
 def bwd(
-    grad_context: Tensor | None,
-    grad_weights: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    weights: Tensor,
-    saved: Tensor,
-    scale: float,
-    need_weights: str | None,
+    p: Problem,
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    inputs = _Inputs(query, key, value, key_lengths, mask, scale)
-    heads = native.dense(weights if need_weights == "heads" else saved)
-    if grad_context is not None:
-        grad_context = _rows(grad_context)
-    share = 1.0
+    plan = _native(p)
+    read = plan.read(tensors)
+    heads = native.dense(saved[0] if p.need_weights == "heads" else saved[1])
+    grad_context, grad_weights = (None if grad is None else _rows(grad) for grad in grads)
+    if p.need_weights is None:
+        grad_weights = None
     if grad_weights is not None:
-        if need_weights == "mean":
-            share, grad_weights = 1 / query.size(1), grad_weights.unsqueeze(1)
-        grad_weights = _rows(grad_weights).expand(inputs.weights_shape)
-    # In the order of the inputs' own dimensions, so that splitting heads needs no copy backward.
-    grads = [
-        torch.empty_like(x, dtype=torch.float32) if need else None
-        for x, need in zip((query, key, value), needs, strict=False)
+        if p.need_weights == "mean":
+            grad_weights = grad_weights.unsqueeze(1)
+        grad_weights = grad_weights.expand(p.heads_shape)
+    found: list[Tensor | None] = [
+        torch.empty_strided(shape, strides, dtype=torch.float32, device=_CPU) if need else None
+        for shape, strides, need in zip(plan.shapes, plan.grad_strides, needs, strict=False)
     ]
-    grads = [g if g is None or g.stride(3) == 1 else native.empty(g.shape) for g in grads]
-    grad_mask = native.empty(inputs.weights_shape) if needs[3] and mask is not None else None
+    mask = tensors[4]
+    grad_mask = native.empty(p.heads_shape) if needs[3] and mask is not None else None
     native.cpu().cross_attention_bwd(
-        *inputs.args,
-        heads.data_ptr(),
+        plan.block,
+        native.addresses(read),
+        native.address(heads),
         _heads(grad_context),
         _heads(grad_weights),
-        share,
-        *map(_heads, grads),
-        native.address(grad_mask),
+        native.addresses((*found, grad_mask)),
         torch.get_num_threads(),
     )
-    if grad_mask is not None and mask is not None:
-        grads.append(grad_mask.sum_to_size(mask.shape))
-    else:
-        grads.append(None)
-    return tuple(None if grad is None else grad.to(query.dtype) for grad in grads)
+    found.append(None if grad_mask is None else grad_mask.sum_to_size(mask.shape))
+    if plan.plain:
+        return tuple(found)
+    return tuple(None if grad is None else grad.to(p.dtype) for grad in found)

@@ -2,40 +2,29 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Calls, Checked
+from mbm_kernels._core.problem import Call, key_of
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.cross_attention import backend_torch, reference
-from mbm_kernels.ops.cross_attention.saved import empty_saved
+from mbm_kernels.ops.cross_attention import backend_torch, problem, reference
+from mbm_kernels.ops.cross_attention.problem import CALLS, NAME, NEED_WEIGHTS, PROBLEMS, Problem
 
-NAME = "cross_attention"
-NEED_WEIGHTS = (None, "mean", "heads")
+Tensors = tuple[Any, ...]  # query, key, value, key_lengths, mask
+Results = Tensor | tuple[Tensor, Tensor]
 
 
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_lengths: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    need_weights: str | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, steps, _ = query.shape
-    shapes = {
-        None: (0,),
-        "mean": (batch, steps, key.size(2)),
-        "heads": (batch, heads, steps, key.size(2)),
-    }
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, save = args[0], args[-1]
+    p = problem.find(*args[:-1])
+    saved = p.heads_shape if save and p.saves_heads else (0,)
     return (
-        query.new_empty(batch, heads, steps, value.size(3)),
-        query.new_empty(shapes[need_weights]),
-        empty_saved(query, key, value, need_weights, save),
+        query.new_empty(p.context_shape),
+        query.new_empty((0,) if p.need_weights is None else p.weights_shape),
+        query.new_empty(saved, dtype=torch.float32),
     )
 
 
@@ -69,9 +58,8 @@ OP = Op(
     reference=reference.cross_attention,
     torch_fwd=backend_torch.fwd,
     products=_products,
+    problem=problem.find,
 )
-_calls: Calls[Checked] = Calls()
-_remembered = checks.Remembered()
 
 
 def cross_attention(
@@ -84,7 +72,7 @@ def cross_attention(
     scale: float | None = None,
     need_weights: str | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Results:
     """Attention whose scores are scale * query . key, optionally with its weights.
 
     Equivalent to:
@@ -125,51 +113,54 @@ def cross_attention(
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    kind = (backend, scale, need_weights, mask is None)
-    # The values of lengths are checked each time.
-    if key_lengths is None and (call := _calls.get(tensors, kind)):
-        both = OP.run(call, (query, key, value, None, mask))
+    tensors: Tensors = (query, key, value, key_lengths, mask)
+    given = tensors[:3]
+    if key_lengths is not None or mask is not None:
+        given = (*given, *(t for t in tensors[3:] if t is not None))
+    kind = (backend, scale, need_weights, key_lengths is None, mask is None)
+    call = CALLS.get(given, kind)
+    if call is not None:
+        _check_lengths(tensors, call.problem.S)
+        both = OP.run(call, tensors)
         return both[0] if need_weights is None else both  # type: ignore[no-any-return]
-    known = _remembered.key(query, key, value)
-    found = _remembered.get(known)
-    sizes = _check_shapes(query, key, value) if found is None else found
+    known = key_of(tensors, (scale, need_weights))
+    found = PROBLEMS.get(known)
+    if found is None:
+        tensors, found = _checked(tensors, scale, need_weights)
+        PROBLEMS.put(known, found)
+    else:
+        _check_lengths(tensors, found.S)
+    if known is None or any(t.is_neg() for t in given):
+        both = OP(backend, *tensors, *found.options, sizes=dict(found.sizes))
+    else:
+        call = Call(found, backend, given, kind)
+        CALLS.put(call, given)
+        both = OP.run(call, tensors)
+    return both[0] if need_weights is None else both  # type: ignore[no-any-return]
+
+
+def _checked(
+    tensors: Tensors, scale: float | None, need_weights: str | None
+) -> tuple[Tensors, Problem]:
+    """The tensors as autocast wants them and their problem; raises for what does not fit."""
+    problem.check_shapes(*tensors[:3])
     checks.choice(NAME, "need_weights", need_weights, NEED_WEIGHTS)
     if scale is None:
-        scale = max(sizes["D"], 1) ** -0.5
+        scale = max(tensors[0].size(3), 1) ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         expected = "None or a number"
         checks.fail(NAME, "scale", checks.describe(scale), expected, "scale the query", TypeError)
-    if key_lengths is not None:
-        checks.lengths(NAME, "key_lengths", key_lengths, sizes["B"], sizes["S"], "S", query)
-    if mask is not None:
-        shape = (sizes["B"], sizes["N"], sizes["T"], sizes["S"])
-        checks.mask(NAME, "mask", mask, "B, N, T, S", shape, floating=True)
-        checks.same_device(NAME, "mask", mask, "query", query)
-    query, key, value, mask = autocast.cast(query, key, value, mask)
+    problem.check_hiding(*tensors[:2], *tensors[3:])
+    _check_lengths(tensors, tensors[1].size(2))
+    tensors = autocast.cast(*tensors)
+    query, key, value, _, mask = tensors
     added = mask if mask is not None and mask.is_floating_point() else None
-    if found is None or added is not None:
-        named = (("query", query), ("key", key), ("value", value), ("mask", added))
-        checks.same_floating(NAME, named)
-        _remembered.put(known, sizes)
-    sizes["weights"] = int(need_weights is not None)
-    sizes["masked"] = int(mask is not None or key_lengths is not None)
-    if key_lengths is None:
-        options = (float(scale), need_weights)
-        checked = Checked(options, query.device, query.dtype, dict(sizes))
-        _calls.remember(checked, backend, tensors, kind)
-    context, weights = OP(
-        backend, query, key, value, key_lengths, mask, float(scale), need_weights, sizes=sizes
-    )
-    return context if need_weights is None else (context, weights)
+    named = (("query", query), ("key", key), ("value", value), ("mask", added))
+    checks.same_floating(NAME, named)
+    return tensors, problem.build(tensors, float(scale), need_weights)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
-    checks.tensor(NAME, "query", query, 4)
-    checks.tensor(NAME, "key", key, 4)
-    checks.tensor(NAME, "value", value, 4)
-    B, N, T, D = query.shape
-    S, E = key.size(2), value.size(3)
-    checks.shape(NAME, "key", key, "B, N, S, D", (B, N, S, D))
-    checks.shape(NAME, "value", value, "B, N, S, E", (B, N, S, E))
-    return {"B": B, "N": N, "T": T, "S": S, "D": D, "E": E, "elements": B * N * T * S * D}
+def _check_lengths(tensors: Tensors, positions: int) -> None:
+    """Their values, at each call."""
+    if tensors[3] is not None:
+        checks.length_values(NAME, "key_lengths", tensors[3], positions, "S")
