@@ -163,9 +163,11 @@ def test_only_needed_gradients_are_made(needed, expected, monkeypatch, launched)
 POOLS = [(3, 2, 1), (2, 3, 0), ((2, 3), (1, 2), (1, 1)), (5, 2, 2), (5, 5, 1), (3, 1, 1)]
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+OF_ALL_KINDS = [(CHANNELS_LAST, a) for a in (None, "relu", "leaky_relu", "silu")]
+
+
+@pytest.mark.parametrize(("layout", "activation"), [*OF_ALL_KINDS, (NCHW, "relu")], ids=str)
 @pytest.mark.parametrize("max_pool", POOLS, ids=str)
-@pytest.mark.parametrize("layout", [CHANNELS_LAST, NCHW], ids=str)
 def test_pools_of_any_kind_are_torchs(max_pool, layout, activation):
     """Ties, NaN and windows of -infinity included."""
     x = torch.randint(-3, 4, (2, 3, 11, 12), device=DEVICE).float()
