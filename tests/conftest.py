@@ -1,5 +1,9 @@
 import os
 
+# Before torch is imported: a thread that spins at a barrier takes the core of another worker, for
+# three times as long in all on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
@@ -10,7 +14,9 @@ if not torch.cuda.is_available():
 
 from mbm_kernels._core import cost, dispatch, native
 from mbm_kernels.bench import timing
-from mbm_kernels.testing import grid
+from mbm_kernels.testing import grid, interpreter
+
+interpreter.patch_language_once()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -187,7 +187,7 @@ class TestSnapshot:
     @pytest.mark.parametrize("write", [in_place, by_numpy, by_data, by_another_mapping])
     @pytest.mark.parametrize("backend", ["auto", *ON_CPU])
     def test_a_replaced_picture(self, write, backend, tmp_path):
-        pictures, positions, features = (64, 49, 128) if backend in ("auto", "cpu") else (6, 3, 16)
+        pictures, positions, features = (64, 49, 128) if backend in ("auto", "cpu") else (3, 2, 16)
         size, path = pictures * positions * features, str(tmp_path / "key")
         key = torch.from_file(path, shared=True, size=size).view(pictures, positions, features)
         key.copy_(torch.randn(key.shape))

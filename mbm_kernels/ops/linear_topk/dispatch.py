@@ -19,8 +19,14 @@ def _amounts(p: Sizes) -> dict[str, float]:
     }
 
 
+def _rows(p: Sizes) -> str:
+    return "rows few" if p["R"] < 8 else "rows many"
+
+
 def cpu(p: Sizes) -> Work:
-    return Work("rows few" if p["R"] < 8 else "rows many", _amounts(p))
+    return Work(_rows(p), _amounts(p))
 
 
-torch = cpu  # the same work, at its own constants
+def torch(p: Sizes) -> Work:
+    """argmax reads the logits once; topk copies each with its index first, on one thread a row."""
+    return Work(f"{_rows(p)}, {'argmax' if p['k'] == 1 else 'topk'}", _amounts(p))
