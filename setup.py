@@ -24,7 +24,7 @@ CSRC = ROOT / "csrc"
 INCLUDE = "-Icsrc"
 
 CXXFLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-g0"),
+    *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-g0"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     # -Wno-psabi: vector arguments change ABI between builds, which namespaces already separate.
     *("-Wall", "-Wextra", "-Wno-psabi"),

@@ -35,7 +35,7 @@ ARMS = ("distilled", "alone")
 def study(seeds: list[int], out: Path) -> dict[str, Any]:
     """Trains, scores and writes; returns what was written."""
     chosen = preset(DATA)
-    sets = data.load(DATA, seed=0)
+    sets = data.load(DATA, seed=0, image_size=chosen.image_size)
     splits = [name for name in sets if name != "train"]
     tokenizer = WordTokenizer.train(sets["train"].captions)
     validation = None if chosen.validation is None else sets[chosen.validation]

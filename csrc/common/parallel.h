@@ -2,8 +2,6 @@
 // ThreadSanitizer, which reports false races in libgomp). One thread opens no parallel region.
 #pragma once
 
-#include <sched.h>
-
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -87,8 +85,8 @@ inline void parallel_for(int num_threads, int64_t n, int64_t grain, const Body& 
   });
 }
 
-// A sense-counting barrier for teams of a few threads: spins, then yields, since a container may
-// run two threads on one core.
+// A sense-counting barrier for teams of a few threads: spins for as long as a partner that runs may
+// take, then sleeps in the kernel, since a partner may have lost its core to another process.
 class Barrier {
  public:
   // `team` is what parallel_region passed to the body: OpenMP may grant fewer threads than asked.
@@ -97,22 +95,22 @@ class Barrier {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
+      phase_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 2000) {
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
 #if defined(__x86_64__)
-        _mm_pause();
+      _mm_pause();
 #endif
-      } else {
-        sched_yield();
-      }
     }
+    phase_.wait(phase, std::memory_order_acquire);
   }
 
  private:
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
+  static constexpr int kSpins = 2000;  // about 30 us
 };
 
 }  // namespace

@@ -81,7 +81,7 @@ def train(
     chosen = preset(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
     settings = _changed(settings, steps, batch_size, learning_rate)
-    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    sets = data.load(name, seed=seed, root=data_root, image_size=chosen.image_size, limit=limit)
     done = train_teacher(
         sets["train"],
         WordTokenizer.train(sets["train"].captions),
@@ -116,7 +116,9 @@ def distill(
     chosen = preset(name)
     settings = _changed(chosen.student, steps, batch_size, learning_rate)
     taught_by = checkpoint.load(teacher, layers=layers)
-    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    sets = data.load(
+        name, seed=seed, root=data_root, image_size=taught_by.model.image_size, limit=limit
+    )
     done = train_student(
         sets["train"],
         taught_by.tokenizer,
@@ -148,7 +150,9 @@ def evaluate_command(
     """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
     chosen = preset(name)
     found = checkpoint.load(path, layers=layers)
-    sets = data.load(name, seed=seed, root=data_root, limit=limit)
+    sets = data.load(
+        name, seed=seed, root=data_root, image_size=found.model.image_size, limit=limit
+    )
     scores = {}
     for each in split or [one for one in sets if one != "train"]:
         if each not in sets:

@@ -63,7 +63,9 @@ def run(
     demo = Demo(name, attention, seed, {}, WordTokenizer.train(["-"]))
     with locked(out, "demo"):
         with _clock(demo, "data", console):
-            demo.sets = data.load(name, seed=seed, root=root, limit=limit)
+            demo.sets = data.load(
+                name, seed=seed, root=root, image_size=chosen.image_size, limit=limit
+            )
             demo.tokenizer = WordTokenizer.train(demo.sets["train"].captions)
         teacher = _train(demo, chosen, out, steps, console)
         with _clock(demo, "baselines", console):
