@@ -112,9 +112,6 @@ class Op:
         chosen = call.choose(self.name, training)
         if dispatch._watching > 0:
             dispatch.note(chosen)
-        if self.problem is None:
-            outputs = self._run_explicit(chosen, (*tensors, *call.problem.options), training)
-            return outputs[0] if self.returns_one else outputs[: len(self.public)]
         if training and chosen != "torch":
             function = self.autograd.problem_function
             if self.spec.has_lists:
@@ -134,36 +131,20 @@ class Op:
     def run_first(
         self,
         calls: Calls[Any],
+        problem: Problem,
         given: tuple[str, Sequence[Tensor], tuple[Any, ...]],
         tensors: Sequence[Any],
-        options: Sequence[Any],
     ) -> Any:
         """Runs a call that `calls` does not know, its arguments checked, and keeps it if it can.
 
         It takes the way of those after it, that checkpoints may run it again by either. `given` are
-        the backend, tensors and options by which `calls` knows it; `tensors` and `options` are the
-        inputs and options of the operation.
+        the backend, tensors and options by which `calls` knows it; `tensors` are the operation's
+        inputs, whose problem is `problem`.
         """
-        assert self.problem is not None
-        problem, (backend, known, how) = self.problem(*tensors, *options), given
-        call = calls.remember(problem, backend, known, how)
+        call = calls.remember(problem, *given)
         if call is not None:
             return self.run(call, tensors)
-        return self(backend, *tensors, *options, sizes=dict(problem.sizes))
-
-    def _run_explicit(self, backend: str, args: Sequence[Any], training: bool) -> tuple[Any, ...]:
-        """Like `_call`, for plain tensors."""
-        if self.saves_each:
-            wanted = (args[i] for i in self.autograd.diff_positions)
-            args = (*args, [training and w is not None and w.requires_grad for w in wanted])
-        elif self.spec.save is not None:
-            args = (*args, training)
-        if not training or backend == "torch":
-            return self._alone(backend, args)
-        function = self.autograd.function
-        if self.spec.has_lists:
-            function, args = self.autograd.for_lists(args), arguments.flat(args)
-        return as_tuple(autograd.apply(function, (*args, backend)))
+        return self(given[0], *tensors, *problem.options, sizes=dict(problem.sizes))
 
     def problem_fwd(
         self, backend: str, problem: Problem, tensors: Sequence[Any], save: Sequence[Any]

@@ -14,7 +14,6 @@ What is not plain eager code neither looks a problem up nor keeps one.
 import functools
 import marshal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -50,16 +49,6 @@ class Problem(Protocol):
 
 P = TypeVar("P", bound=Problem)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Checked:
-    """What an operation without a descriptor of its own keeps of a call that passed its checks."""
-
-    options: tuple[Any, ...]
-    device: torch.device
-    dtype: torch.dtype
-    sizes: dict[str, int]
 
 
 class Problems(Generic[P]):

@@ -122,11 +122,7 @@ def _attend(tensors: Tensors, backend: str) -> Results:
         found = PROBLEMS.put(known, problem.build(*tensors))
     else:
         _check_lengths(tensors, found.S)
-    if known is None or any(t.is_neg() for t in given):
-        return OP(backend, *tensors, sizes=dict(found.sizes))  # type: ignore[no-any-return]
-    call = Call(found, backend, given, kind)
-    CALLS.put(call, given)
-    return OP.run(call, tensors)  # type: ignore[no-any-return]
+    return OP.run_first(CALLS, found, (backend, given, kind), tensors)  # type: ignore[no-any-return]
 
 
 def _attend_to_keys(keys: AdditiveAttentionKeys, tensors: Tensors, backend: str) -> Results:

@@ -88,10 +88,11 @@ def concat_linear(
         return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
     problem.check_shapes((inputs, weight, bias))
     cast = autocast.cast(*inputs, weight, bias)
-    parts, (weight, bias) = list(cast[: len(inputs)]), cast[len(inputs) :]
+    parts = list(cast[: len(inputs)])
+    checked = (parts, *cast[len(inputs) :])
     named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
-    checks.same_floating(NAME, (*named, ("weight", weight), ("bias", bias)))
-    y: Tensor = OP.run_first(CALLS, (backend, tensors, kind), (parts, weight, bias), ())
+    checks.same_floating(NAME, (*named, ("weight", checked[1]), ("bias", checked[2])))
+    y: Tensor = OP.run_first(CALLS, problem.find(*checked), (backend, tensors, kind), checked)
     return y
 
 

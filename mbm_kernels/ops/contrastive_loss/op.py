@@ -110,7 +110,8 @@ def contrastive_loss(
         image, text = autocast.cast(image, text)
         checks.same_floating(NAME, (("image", image), ("text", text)))
         tensors = (image, text, scale, bias)
-        loss = OP.run_first(CALLS, (backend, given, options), tensors, (kind,))
+        found = problem.find(*tensors, kind)
+        loss = OP.run_first(CALLS, found, (backend, given, options), tensors)
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Call, key_of
+from mbm_kernels._core.problem import key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
@@ -132,11 +132,7 @@ def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor
     if found is None:
         tensors, found = _checked(tensors, options)
         PROBLEMS.put(key, found)
-    if key is None or any(t.is_neg() for t in given):
-        return OP(backend, *tensors, *found.options, sizes=dict(found.sizes))  # type: ignore[no-any-return]
-    call = Call(found, backend, given, kind)
-    CALLS.put(call, given)
-    return OP.run(call, tensors)  # type: ignore[no-any-return]
+    return OP.run_first(CALLS, found, (backend, given, kind), tensors)  # type: ignore[no-any-return]
 
 
 def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem]:

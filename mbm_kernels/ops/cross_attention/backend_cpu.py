@@ -4,7 +4,6 @@ bfloat16 and float16 are computed in float32 and rounded on store.
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ class _Native:
 
     def _values(self, p: Problem) -> dict[str, int]:
         values = {letter: getattr(p, letter) for letter in "BNTSDE"}
-        values["scale_bits"] = struct.unpack("q", struct.pack("d", p.scale))[0]
+        values["scale_bits"] = native.float_bits(p.scale)
         for i, name in enumerate(("query", "key", "value")):
             read = p.strides[i] if self.as_is[i] else _contiguous(self.shapes[i])
             axes = "bnt" if name == "query" else "bns"

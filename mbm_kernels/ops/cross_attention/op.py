@@ -8,7 +8,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Call, key_of
+from mbm_kernels._core.problem import key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.cross_attention import backend_torch, problem, reference
 from mbm_kernels.ops.cross_attention.problem import CALLS, NAME, NEED_WEIGHTS, PROBLEMS, Problem
@@ -130,12 +130,7 @@ def cross_attention(
         PROBLEMS.put(known, found)
     else:
         _check_lengths(tensors, found.S)
-    if known is None or any(t.is_neg() for t in given):
-        both = OP(backend, *tensors, *found.options, sizes=dict(found.sizes))
-    else:
-        call = Call(found, backend, given, kind)
-        CALLS.put(call, given)
-        both = OP.run(call, tensors)
+    both = OP.run_first(CALLS, found, (backend, given, kind), tensors)
     return both[0] if need_weights is None else both  # type: ignore[no-any-return]
 
 

@@ -122,7 +122,8 @@ def linear_cross_entropy(
     else:
         checked, explicit = _checked(given, options)
         result_dtype = head.result_dtype(hidden)
-        loss = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
+        found = problem.find(*checked, *explicit)
+        loss = OP.run_first(CALLS, found, (backend, given, kind), checked)
     if reduction == "none" and target.dim() != 1:
         loss = loss.reshape(target.shape)
     return loss if loss.dtype is result_dtype else loss.to(result_dtype)

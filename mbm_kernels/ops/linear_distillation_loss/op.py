@@ -173,7 +173,8 @@ def linear_distillation_loss(
         result_dtype = head.result_dtype(student_hidden)
         numbers = (float(temperature), float(hard_weight), divergence, float(beta))
         explicit = (*numbers, ignore_index, reduction)
-        results = OP.run_first(CALLS, (backend, given, kind), checked, explicit)
+        found = problem.find(*checked, *explicit)
+        results = OP.run_first(CALLS, found, (backend, given, kind), checked)
     if reduction == "none" and target.dim() != 1:
         results = tuple(x.reshape(target.shape) for x in results)
     loss, hard, soft = (x if x.dtype is result_dtype else x.to(result_dtype) for x in results)

@@ -94,8 +94,9 @@ def linear_topk(
         problem.check_k(k, classes)
         hidden, weight, bias = autocast.cast(hidden, weight, bias)
         checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
-        rows = head.rows_of(hidden)
-        values, ids = OP.run_first(CALLS, (backend, given, kind), (rows, weight, bias), (k,))
+        rows = (head.rows_of(hidden), weight, bias)
+        found = problem.find(*rows, k)
+        values, ids = OP.run_first(CALLS, found, (backend, given, kind), rows)
     if hidden.dim() == 2:
         return values, ids
     lead = hidden.shape[:-1]

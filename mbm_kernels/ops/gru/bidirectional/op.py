@@ -105,10 +105,10 @@ def gru_bidirectional(
         cast = (*autocast.cast(*tensors[:-1]), lengths)
         checks.same_floating(NAME, zip(OP.diff, cast[:-1], strict=True))
         found, training = problem.find(*cast, checked=True), tracing.may_need_grad(cast)
-        CALLS.remember(found, "cpu", given, kind)
+        call, tensors = CALLS.remember(found, "cpu", given, kind), cast
     sizes = {**found.sizes, "training": int(training)}
     if dispatch.select("gru", backend, found.device, found.dtype, sizes) != "cpu":
         return by_direction(tensors, backend)
     if call is not None:
         return OP.run(call, tensors)  # type: ignore[no-any-return]
-    return OP("cpu", *cast, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+    return OP("cpu", *tensors, sizes=dict(found.sizes))  # type: ignore[no-any-return]
