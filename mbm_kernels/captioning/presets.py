@@ -67,13 +67,13 @@ PRESETS = {
     # Without prior and word dropout no held-out pair is ever named: exact match 0 % on held_out.
     "scenes": Preset(
         teacher=TrainSettings(
-            steps=1500,
+            steps=1200,
             learning_rate=3e-3,
             word_dropout=0.3,
             neighbour_prior=True,
         ),
         student=TrainSettings(
-            steps=1200,
+            steps=1000,
             learning_rate=4e-3,
             word_dropout=0.3,
             neighbour_prior=True,

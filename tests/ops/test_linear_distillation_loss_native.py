@@ -80,7 +80,7 @@ def test_more_than_a_chunk_and_the_same_bits_for_any_threads(k, ht):
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 3, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(results(inputs))
     finally:

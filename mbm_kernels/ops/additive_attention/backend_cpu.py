@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import masks, native
+from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.additive_attention.problem import Problem
 
 
@@ -80,13 +81,6 @@ class _Native:
         return (*read, key_lengths, mask)
 
 
-def _native(p: Problem) -> _Native:
-    found = p.derived.get("cpu")
-    if found is None:
-        found = p.derived["cpu"] = _Native(p)
-    return found  # type: ignore[no-any-return]
-
-
 def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
     return fwd_prepared(p, given[:-1], None)
 
@@ -95,7 +89,7 @@ def fwd_prepared(
     p: Problem, tensors: Sequence[Any], prepared: PreparedKey | None
 ) -> tuple[Tensor, Tensor]:
     """`prepared` is what `prepare_key` made of the key; of another ISA it is left alone."""
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     read = plan.read(tensors)  # alive until the call is over
     packed = prepared.packed if prepared is not None and prepared.isa == native.isa() else None
     context, weights = native.empty(p.context_shape), native.empty(p.weights_shape)
@@ -118,7 +112,7 @@ def bwd(
     saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     read = plan.read(tensors)
     (_context, context_rows), (_weights, weights_rows) = map(_rows, grads)  # alive, as above
     weights = native.dense(saved[0])

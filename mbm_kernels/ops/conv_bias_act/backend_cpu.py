@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import env, native, packing
+from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.problem import NO_POOL, Problem
 
@@ -192,11 +193,8 @@ def _in_channels_last(p: Problem) -> bool:
 
 
 def _native(p: Problem) -> _Native:
-    key = "winograd" if env.winograd() else "direct"
-    found = p.derived.get(key)
-    if found is None:
-        found = p.derived[key] = _Native(p, key == "winograd")
-    return found  # type: ignore[no-any-return]
+    winograd = env.winograd()
+    return derived(p, ("cpu", winograd), lambda p: _Native(p, winograd))
 
 
 def _empty(shape: Sequence[int], like: _Map) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.conv_bias_act.problem import Problem
 
@@ -89,9 +90,7 @@ def fwd(
     residual: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, None, None]:
-    stock = p.derived.get("torch")
-    if stock is None:
-        stock = p.derived["torch"] = _Stock(p)
+    stock = derived(p, "torch", _Stock)
     if stock.convert:
         x = x.contiguous(memory_format=torch.channels_last)
     if stock.pad is not None:

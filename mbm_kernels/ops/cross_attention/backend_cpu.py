@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import masks, native
+from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.cross_attention.problem import Problem
 
 _CPU = torch.device("cpu")
@@ -100,16 +101,9 @@ def _like(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     return found if found[3] == 1 else _contiguous(shape)
 
 
-def _native(p: Problem) -> _Native:
-    found = p.derived.get("cpu")
-    if found is None:
-        found = p.derived["cpu"] = _Native(p)
-    return found  # type: ignore[no-any-return]
-
-
 def fwd(p: Problem, *given: Any) -> tuple[Tensor | None, ...]:
     *tensors, save = given
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     read = plan.read(tensors)  # alive until the call is over
     context, mean, heads = native.empty(p.context_shape), None, None
     if p.need_weights == "mean":
@@ -135,7 +129,7 @@ def bwd(
     saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     read = plan.read(tensors)
     heads = native.dense(saved[0] if p.need_weights == "heads" else saved[1])
     grad_context, grad_weights = (None if grad is None else _rows(grad) for grad in grads)

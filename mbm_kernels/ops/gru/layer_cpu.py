@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
+from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.gru import packed
 from mbm_kernels.ops.gru.problem import PER_DIRECTION, Problem, result_shapes
 from mbm_kernels.ops.gru_cell import precision
@@ -43,13 +44,6 @@ class _Native:
         self.block = native.block(_fields(), values)
 
 
-def _native(p: Problem) -> _Native:
-    found = p.derived.get("cpu")
-    if found is None:
-        found = p.derived["cpu"] = _Native(p)
-    return found  # type: ignore[no-any-return]
-
-
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
     return [values[i : i + PER_DIRECTION] for i in range(0, len(values), PER_DIRECTION)]
 
@@ -58,7 +52,7 @@ def fwd(
     p: Problem, x: Tensor, h0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     *weights, lengths, save = rest
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     layers = [packed.forward(*each) for each in _by_direction(weights)]
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y_shape, state_shape, reserve_shape = plan.shapes
@@ -89,7 +83,7 @@ def bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     x, h0, *weights, lengths = tensors
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     grad_y = None if grads[0] is None else precision.rows(grads[0])
     grad_h_n = native.dense(grads[1])
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
+from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.gru_cell import precision
 from mbm_kernels.ops.gru_cell.problem import Problem, weight_shapes
 
@@ -38,16 +39,9 @@ class _Native:
         self.block = native.block(_fields(), values)
 
 
-def _native(p: Problem) -> _Native:
-    found = p.derived.get("cpu")
-    if found is None:
-        found = p.derived["cpu"] = _Native(p)
-    return found  # type: ignore[no-any-return]
-
-
 def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
     *weights, save = rest
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     given = (plan.x(x), native.dense(h), *_plain(weights[:2]), *map(native.dense, weights[2:]))
     h_new = native.empty(plan.state_shape)
     reserve = native.empty(plan.reserve_shape) if save else None
@@ -71,7 +65,7 @@ def bwd(
     saved: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    plan = _native(p)
+    plan = derived(p, "cpu", _Native)
     x, h = tensors[:2]
     grad_h_new = h.new_zeros(h.shape) if grads[0] is None else grads[0]
     rest = (*_plain(tensors[2:4]), native.dense(saved[0]), native.dense(grad_h_new))
