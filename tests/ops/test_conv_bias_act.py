@@ -183,7 +183,7 @@ class TestConvBiasAct(OpSuite):
 
     def compare(self, evaluate, inputs, backend, *, gradient):
         channels = inputs["weight"].shape[:2]
-        winograd = backend == "cpu" and min(channels) >= backend_cpu.WINOGRAD_CHANNELS
+        winograd = backend == "cpu" and min(channels) >= geometry.WINOGRAD_CHANNELS
         self.extra = backend_cpu.WINOGRAD_ERROR if winograd else 0.0
         super().compare(evaluate, inputs, backend, gradient=gradient)
 

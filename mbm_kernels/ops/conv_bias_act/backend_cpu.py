@@ -18,7 +18,6 @@ from mbm_kernels.ops.conv_bias_act.problem import NO_POOL, Problem
 
 # Largest error beside the direct sum's, times max|result|; measured 4e-7 to 2.6e-6 (README).
 WINOGRAD_ERROR = 5e-6
-WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
 _CPU = torch.device("cpu")
 LARGEST_POOL = 128  # places of a window that fit into seven bits
 
@@ -143,11 +142,9 @@ class _Native:
         self.grad_weight = _Map(p.weight_shape, False)
         self.bias_as_is = p.dtype is torch.float32 and p.bias_strides in (None, (1,))
         self.plain = p.dtype is torch.float32 and not p.unbatched  # results are as written
-        self.winograd_backward = (
-            winograd
-            and (*kernel, *p.stride, *p.dilation, p.groups) == (3, 3, 1, 1, 1, 1, 1)
-            and min(channels, out_channels) >= WINOGRAD_CHANNELS
-        )
+        sizes = (*kernel, *p.stride, *p.dilation, p.groups)
+        takes = geometry.takes_winograd(sizes, channels, out_channels)
+        self.winograd_backward = winograd and takes
         self.winograd = self.winograd_backward and p.pool in (NO_POOL, (2, 2, 2, 2, 0, 0))
         self.fresh = self.winograd and _fresh(batch, p.conv, out_channels)
         self.fresh_backward = self.winograd_backward and _fresh(batch, (height, width), channels)

@@ -1,9 +1,9 @@
 """The work of a convolution: which kernel runs, by each backend, and how much of what it does."""
 
 from mbm_kernels._core.cost import Sizes, Work, padded, share
+from mbm_kernels.ops.conv_bias_act import geometry
 
 TRANSCENDENTAL = 4  # the activations of geometry.ACTIVATIONS from here on take exp or erf
-WINOGRAD_CHANNELS = 16
 FEW_CHANNELS = 4  # of an image or its gray version
 TILE = 4  # pixels a side of Winograd's output
 IN_TILE = 36  # products of a tile, of a channel in and one out
@@ -57,9 +57,8 @@ def torch(p: Sizes) -> Work:
 
 def _cpu_kernel(p: Sizes) -> str:
     square = p["R"] == p["S"]
-    plain = p["dilation"] == 1 and p["groups"] == 1 and p["pool"] < OTHER_POOL
-    wide = min(p["C"], p["K"]) >= WINOGRAD_CHANNELS
-    if plain and wide and square and p["R"] == 3 and p["stride"] == 1:
+    sizes = (p["R"], p["S"], *[p["stride"]] * 2, *[p["dilation"]] * 2, p["groups"])
+    if p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"]):
         return "winograd"
     if p["C"] <= FEW_CHANNELS and p["groups"] == 1:
         fused = not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL

@@ -25,6 +25,7 @@ ACTIVATIONS = (
 BY_PLACE = (None, "relu", "relu6", "leaky_relu")  # f' has at most two values
 # Pools that predicted times tell apart, by their index; any other has the index after these.
 POOLS = (None, (2, 2, 2, 2, 0, 0), (3, 3, 2, 2, 1, 1))
+WINOGRAD_CHANNELS = 16  # below, the transforms take longer than the products they save
 MOST_PADDING = 2**29  # of each side; kernels count its pixels in 32 bits
 
 
@@ -191,3 +192,9 @@ def _is_int(value: Any) -> bool:
     return (isinstance(value, int) or type(value).__name__ == "SymInt") and not isinstance(
         value, bool
     )
+
+
+def takes_winograd(sizes: tuple[int, ...], channels: int, out_channels: int) -> bool:
+    """Whether the cpu backend multiplies in Winograd's domain, by kernel, stride and dilation, each
+    for (Y, X), and groups."""
+    return sizes == (3, 3, 1, 1, 1, 1, 1) and min(channels, out_channels) >= WINOGRAD_CHANNELS
