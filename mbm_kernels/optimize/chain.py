@@ -1,0 +1,186 @@
+"""Convolution -> BatchNorm -> residual -> activation -> pool, run as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mbm_kernels.nn import counterparts
+from mbm_kernels.ops.conv_bias_act import conv_bias_act
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+NAMES = (
+    {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "silu": "SiLU"}
+    | {"gelu": "GELU", "gelu_tanh": "GELU", "hardswish": "Hardswish", "sigmoid": "Sigmoid"}
+    | {"tanh": "Tanh"}
+)
+
+Pool = tuple[Any, Any, Any]  # kernel, stride, padding
+
+
+@dataclass(eq=False)
+class Chain:
+    """The modules of one place in a container's forward, and what their functions were.
+
+    name: the convolution's path in the model. holders: of each module, the dictionary that its
+    container finds it in, and its key there.
+    """
+
+    name: str
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    residual: bool
+    activation: str | None
+    pool: Pool | None
+    modules: tuple[nn.Module, ...]
+    holders: tuple[tuple[dict[str, Any], str], ...]
+    backend: str = "auto"
+    kinds: tuple[type, ...] = field(init=False)
+    _folded: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.kinds = tuple(type(m) for m in self.modules)
+
+    @property
+    def was(self) -> str:
+        """The classes that it stands for."""
+        names = ["Conv2d"]
+        names += ["BatchNorm2d"] if self.norm is not None else []
+        names += ["add"] if self.residual else []
+        names += [NAMES[self.activation]] if self.activation is not None else []
+        names += ["MaxPool2d"] if self.pool is not None else []
+        return " + ".join(names)
+
+    def why_not(self) -> str | None:
+        """Why its modules must run one by one, as they stand now; None where they need not."""
+        for module, kind, (owner, key) in zip(self.modules, self.kinds, self.holders, strict=True):
+            if owner.get(key) is not module:
+                return f"{key!r} was replaced by another module"
+            if type(module) is not kind or "forward" in vars(module):
+                return f"the class or the forward of {key!r} was changed"
+            if counterparts.has_hooks(module):
+                return f"a hook sits on {key!r}"
+        norm = self.norm
+        if norm is not None:
+            if norm.training:
+                return "its BatchNorm2d is in training mode"
+            if torch.is_grad_enabled() and self._has_gradients():
+                return "gradients are recorded; call the model under torch.no_grad()"
+        return None
+
+    def _has_gradients(self) -> bool:
+        return any(
+            p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
+        conv, image = self.conv, x
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            image = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        try:
+            return conv_bias_act(
+                image,
+                weight,
+                bias,
+                stride=conv.stride,
+                padding=padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+                residual=residual,
+                activation=self.activation,
+                max_pool=self.pool,
+                backend=self.backend,
+            )
+        except (TypeError, ValueError):  # a residual that broadcasts; errors in PyTorch's words
+            return self.stock(x, residual)
+
+    def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same by PyTorch, module by module."""
+        y = self.conv(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        if residual is not None:
+            y = y + residual
+        if self.activation is not None:
+            y = ACTIVATIONS[self.activation](y)
+        return y if self.pool is None else F.max_pool2d(y, *self.pool)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with the BatchNorm in them.
+
+        They are made again when a tensor that they come from is another one, or was written in a
+        way that torch counts, and after each call that recorded gradients or trained.
+        """
+        conv, norm = self.conv, self.norm
+        assert norm is not None
+        sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean)
+        state = [_version(t) for t in (*sources, norm.running_var)]
+        kept = self._folded
+        if kept is None or kept[0] != state:
+            with torch.no_grad(), torch.inference_mode(False):
+                kept = self._folded = (state, *_fold(conv, norm))
+        return kept[1], kept[2]
+
+    def forget(self) -> None:
+        """Drops the folded weights: torch's fused optimizers write without counting."""
+        self._folded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_folded": None}
+
+
+def _version(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor._version)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """In float64, rounded once."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() if conv.bias is None else conv.bias.double() - mean.double()
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    layout = torch.preserve_format
+    return (
+        weight.to(conv.weight.dtype).contiguous(memory_format=layout),
+        shift.to(conv.weight.dtype),
+    )
+
+
+def why_not_folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> str | None:
+    """Why a BatchNorm cannot be folded into the convolution before it."""
+    if norm.running_mean is None or norm.running_var is None:
+        return "its BatchNorm2d keeps no running statistics"
+    given = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = [t for t in given if t is not None]
+    if any(t.dtype != conv.weight.dtype or t.device != conv.weight.device for t in tensors):
+        return "its BatchNorm2d has another dtype or device"
+    if any(t.is_inference() for t in tensors):
+        return "its tensors were made in inference mode, where PyTorch counts no writes"
+    if norm.num_features != conv.out_channels:
+        return "its BatchNorm2d has another number of channels"
+    return None

@@ -1,0 +1,191 @@
+"""Containers whose forward runs chains: the same instance, of a subclass of its own class.
+
+The forward that the class had is called instead wherever the rewritten one might not mean the same:
+in training, with other arguments than those traced, under a compiler or tracer, where a hook sits
+on a module of a chain or a module was replaced. The first call runs both and compares.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from mbm_kernels._core import tracing
+from mbm_kernels.nn import counterparts
+from mbm_kernels.optimize import outputs
+from mbm_kernels.optimize.chain import Chain
+
+PLAN = "_mbm_plan"
+# Of a first call, over the largest value: what no rounding explains.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(eq=False)
+class Plan:
+    """A rewritten forward.
+
+    arguments: names of the tensors it takes. source: its text, with `{name}_chain` of the module as
+    chains. inlined: the nn.Sequential whose modules it calls itself, and how many they are.
+    """
+
+    arguments: tuple[str, ...]
+    source: str
+    names: dict[str, Any]  # of the source's globals
+    chains: dict[str, Chain]  # by attribute
+    inlined: tuple[tuple[nn.Module, int], ...]
+    checked: bool = False
+    refused: str | None = None
+    _run: Callable[..., Any] | None = field(default=None, init=False, repr=False)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The arguments in order; None where they are not those that were traced."""
+        if kwargs:
+            named = dict(zip(self.arguments, args, strict=False))
+            if len(args) > len(self.arguments) or named.keys() & kwargs.keys():
+                return None
+            named |= kwargs
+            if named.keys() != set(self.arguments):
+                return None
+            args = tuple(named[name] for name in self.arguments)
+        elif len(args) != len(self.arguments):
+            return None
+        return args if all(type(a) in (Tensor, nn.Parameter) for a in args) else None
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why the rewritten forward cannot stand for the module's own at this moment."""
+        if self.refused is not None:
+            return self.refused
+        if module.training:
+            return "it is in training mode"
+        if not tracing.is_eager():
+            return "a compiler, a tracer, autocast or a mode is at work"
+        if torch_module._has_any_global_hook():
+            return "a hook sits on all modules"
+        for inlined, count in self.inlined:
+            if len(inlined._modules) != count or counterparts.has_hooks(inlined):
+                return "one of its nn.Sequential has hooks or other modules"
+        for chain in self.chains.values():
+            reason = chain.why_not()
+            if reason is not None:
+                return reason
+        return None
+
+    def run(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """The rewritten forward."""
+        if self._run is None:
+            scope = dict(self.names)
+            exec(compile(self.source, "<mbm_kernels.optimize>", "exec"), scope)
+            self._run = scope["forward"]
+        return self._run(module, *args)
+
+    def forget(self) -> None:
+        for chain in self.chains.values():
+            chain.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_run": None}
+        modules = {k: v.__name__ for k, v in self.names.items() if isinstance(v, ModuleType)}
+        state["names"] = {k: v for k, v in self.names.items() if k not in modules}
+        return {**state, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state.pop("_modules")
+        vars(self).update(state)
+        self.names |= {name: __import__(path, fromlist=["_"]) for name, path in modules.items()}
+
+
+class Fused(nn.Module):
+    """What a container's class is mixed with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan: Plan | None = vars(self).get(PLAN)
+        if plan is None:
+            return super().forward(*args, **kwargs)
+        given = plan.bound(args, kwargs)
+        if given is None:
+            return super().forward(*args, **kwargs)
+        if plan.why_not(self) is not None:
+            if self.training or torch.is_grad_enabled():
+                plan.forget()
+            return super().forward(*args, **kwargs)
+        if plan.checked:
+            return plan.run(self, given)
+        return self._first(plan, given)
+
+    def _first(self, plan: Plan, args: tuple[Any, ...]) -> Any:
+        """Both forwards, the class's own being right."""
+        with torch.random.fork_rng(devices=[]):
+            try:
+                found: Any = plan.run(self, outputs.detached(args))
+            except Exception as error:  # whatever a wrong trace leads to
+                found = error
+        expected = super().forward(*args)
+        if isinstance(found, Exception) or not _alike(found, expected):
+            plan.refused = "its forward, as traced, gives other results than as written"
+            warnings.warn(f"optimize: {type(self).__name__}: {plan.refused}", stacklevel=3)
+        plan.checked = True
+        return expected
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = super().__reduce_ex__(protocol)[2]
+        return _remade, (own_class(type(self)),), state
+
+    def unfuse(self) -> None:
+        """Makes the module what it was."""
+        vars(self).pop(PLAN, None)
+        for name in [n for n, v in vars(self).items() if isinstance(v, Chain)]:
+            del vars(self)[name]
+        module: nn.Module = self
+        module.__class__ = own_class(type(self))
+
+
+def fuse(module: nn.Module, plan: Plan) -> None:
+    """Gives a module the rewritten forward."""
+    vars(module)[PLAN] = plan
+    vars(module).update(plan.chains)
+    module.__class__ = _fused_class(type(module))
+
+
+def own_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    order = kind.__mro__
+    return order[order.index(Fused) + 1]
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of Fused and of `kind`, made for each module anew: pickles name `kind` alone."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (Fused, kind), names)
+
+
+def _remade(kind: type[nn.Module]) -> nn.Module:
+    made = _fused_class(kind)
+    return made.__new__(made)
+
+
+@torch.no_grad()
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two results have the same form and, but for rounding, the same values."""
+    if type(found) is not type(expected):
+        return False
+    ours, theirs = dict(outputs.tensors(found)), dict(outputs.tensors(expected))
+    if ours.keys() != theirs.keys():
+        return False
+    for path, expected_tensor in theirs.items():
+        tensor = ours[path]
+        if tensor.shape != expected_tensor.shape or tensor.dtype != expected_tensor.dtype:
+            return False
+        largest = float(expected_tensor.abs().max()) if tensor.numel() else 0.0
+        limit = TOLERANCE.get(tensor.dtype, 1e-1) * max(largest, 1e-30)
+        difference = (tensor - expected_tensor).abs()
+        if math.isfinite(largest) and not bool((difference <= limit).all()):
+            return False
+    return True
