@@ -24,12 +24,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-NAMES = (
-    {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "silu": "SiLU"}
-    | {"gelu": "GELU", "gelu_tanh": "GELU", "hardswish": "Hardswish", "sigmoid": "Sigmoid"}
-    | {"tanh": "Tanh"}
-)
-
+NAMES = {
+    "relu": "ReLU",
+    "relu6": "ReLU6",
+    "leaky_relu": "LeakyReLU",
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU",
+    "hardswish": "Hardswish",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+}
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
 
 
@@ -75,18 +80,9 @@ class Chain:
                 return f"the class or the forward of {key!r} was changed"
             if counterparts.has_hooks(module):
                 return f"a hook sits on {key!r}"
-        norm = self.norm
-        if norm is not None:
-            if norm.training:
-                return "its BatchNorm2d is in training mode"
-            if torch.is_grad_enabled() and self._has_gradients():
-                return "gradients are recorded; call the model under torch.no_grad()"
+        if self.norm is not None and self.norm.training:
+            return "its BatchNorm2d is in training mode"
         return None
-
-    def _has_gradients(self) -> bool:
-        return any(
-            p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
-        )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
@@ -164,11 +160,7 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     weight = conv.weight.double() * scale[:, None, None, None]
-    layout = torch.preserve_format
-    return (
-        weight.to(conv.weight.dtype).contiguous(memory_format=layout),
-        shift.to(conv.weight.dtype),
-    )
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 
 def why_not_folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> str | None:

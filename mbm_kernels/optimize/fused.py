@@ -1,8 +1,9 @@
 """Containers whose forward runs chains: the same instance, of a subclass of its own class.
 
 The forward that the class had is called instead wherever the rewritten one might not mean the same:
-in training, with other arguments than those traced, under a compiler or tracer, where a hook sits
-on a module of a chain or a module was replaced. The first call runs both and compares.
+in training, where gradients are recorded, with other arguments than those traced, under a compiler
+or tracer, where a hook sits on a module of a chain or a module was replaced. The first call runs
+both and compares.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Plan:
             return None
         return args if all(type(a) in (Tensor, nn.Parameter) for a in args) else None
 
-    def why_not(self, module: nn.Module) -> str | None:
+    def why_not(self, module: nn.Module, args: tuple[Any, ...]) -> str | None:
         """Why the rewritten forward cannot stand for the module's own at this moment."""
         if self.refused is not None:
             return self.refused
@@ -67,6 +68,8 @@ class Plan:
             return "it is in training mode"
         if not tracing.is_eager():
             return "a compiler, a tracer, autocast or a mode is at work"
+        if torch.is_grad_enabled() and _has_gradients(module, args):
+            return "gradients are recorded; call the model under torch.no_grad()"
         if torch_module._has_any_global_hook():
             return "a hook sits on all modules"
         for inlined, count in self.inlined:
@@ -112,7 +115,7 @@ class Fused(nn.Module):
         given = plan.bound(args, kwargs)
         if given is None:
             return super().forward(*args, **kwargs)
-        if plan.why_not(self) is not None:
+        if plan.why_not(self, given) is not None:
             if self.training or torch.is_grad_enabled():
                 plan.forget()
             return super().forward(*args, **kwargs)
@@ -152,6 +155,12 @@ def fuse(module: nn.Module, plan: Plan) -> None:
     vars(module)[PLAN] = plan
     vars(module).update(plan.chains)
     module.__class__ = _fused_class(type(module))
+
+
+def _has_gradients(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether anything in the module's forward may be differentiated; a traced forward has lost
+    where its author switched that off."""
+    return any(a.requires_grad for a in args) or any(p.requires_grad for p in module.parameters())
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:

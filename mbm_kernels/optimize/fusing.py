@@ -77,7 +77,13 @@ class Fusion:
             self.fused.append(container)
             self.candidates += [
                 ChainCandidate(
-                    chain.name, chain.was, "ConvBiasAct", "conv_bias_act", chain, module, attribute
+                    chain.name,
+                    chain.was,
+                    "mbm_kernels.conv_bias_act",
+                    "conv_bias_act",
+                    chain,
+                    module,
+                    attribute,
                 )
                 for attribute, chain in vars(module)[PLAN].chains.items()
             ]

@@ -132,7 +132,7 @@ class _Task:
                 self.report.replaced.append(verdict.row(candidate))
             else:
                 fusion.drop(candidate)
-                if verdict.reason:
+                if verdict.failed:
                     self.report.notes.append(f"{candidate.name}: not fused: {verdict.reason}")
         self.report.notes += [f"{f.name}: {reason}" for f, reason in refused.values()]
         self.report._changes = [*fusion.finish()]
@@ -151,10 +151,9 @@ class _Task:
                 continue
             known = counterparts.of(module)
             assert known is not None
-            candidate = ModuleCandidate(
-                shown, known.stock.__name__, known.ours.__name__, known.op, module
-            )
+            was = counterparts.label(module)
             counterparts.swap(module)
+            candidate = ModuleCandidate(shown, was, counterparts.label(module), known.op, module)
             self.report._changes.append(candidate)
             candidates.append(candidate)
         self._observe({c: (c.module, "forward") for c in candidates})
@@ -182,7 +181,7 @@ class _Task:
     def _keep(self, name: str, module: nn.Module, reason: str, failed: bool) -> None:
         if failed:
             self.failed.append(f"{name}: {reason}")
-        label = type(module).__name__
+        label = counterparts.label(module)
         self.report.kept.append(Row(name, label, label, "torch", reason))
 
     def _observe(self, places: Mapping[Any, tuple[Any, str]]) -> None:

@@ -6,11 +6,20 @@ import html
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 COLUMNS = ("module", "was", "now", "backend", "error", "ratio", "reason")
+# In the table of text, where the width counts.
+SHORT = {
+    "torch.nn.": "",
+    "mbm_kernels.nn.": "mbm.",
+    "mbm_kernels.": "mbm.",
+    " + ": "+",
+    "BatchNorm2d": "BN",
+    "MaxPool2d": "pool",
+}
 LEAST_WIDTH, MOST_WIDTH = 80, 140
 
 
@@ -103,27 +112,39 @@ class Report:
         )
 
     def __str__(self) -> str:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
+
+        def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+            found = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+            used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
+            for i in used:
+                found.add_column(columns[i], overflow="fold", no_wrap=i > 2 and i < 6)
+            for line in lines:
+                found.add_row(*(Text(line[i]) for i in used))
+            return found
 
         width = shutil.get_terminal_size((100, 24)).columns
         console = Console(width=min(max(width, LEAST_WIDTH), MOST_WIDTH), color_system=None)
         with console.capture() as capture:
             console.print(Text(self.title))
             if self.replaced:
-                table = Table("module", "was", "now", "backend", "error", "ratio", "why")
-                for row in self.replaced:
-                    table.add_row(*(Text(x) for x in _cells(row)))
-                console.print(table)
+                console.print(table(COLUMNS, [_cells(_short(r)) for r in self.replaced]))
             if self.kept:
-                table = Table("kept", "is", "why")
-                for names, was, reason in _grouped(self.kept):
-                    table.add_row(Text(names), Text(was), Text(reason))
-                console.print(table)
+                rows = [_short(r) for r in self.kept]
+                console.print(table(("kept", "is", "reason"), _grouped(rows)))
             for note in self.notes:
                 console.print(Text(note))
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _short(row: Row) -> Row:
+    was, now = row.was, row.now
+    for long, short in SHORT.items():
+        was, now = was.replace(long, short), now.replace(long, short)
+    return replace(row, was=was, now=now)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -137,7 +158,7 @@ def _grouped(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Names, class and reason; modules of one class that are kept for one reason share a line."""
     groups: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        ratio = "" if row.ratio is None else f" (measured {row.ratio:.2f}x)"
+        ratio = "" if row.ratio is None else f" ({row.ratio:.2f}x)"
         groups.setdefault((row.was, row.reason + ratio), []).append(row.name)
     return [("\n".join(names), was, reason) for (was, reason), names in groups.items()]
 

@@ -60,6 +60,8 @@ def trace(module: nn.Module) -> Traced:
     """
     if "forward" in vars(module):
         raise UntraceableError("its forward was replaced on the instance")
+    if hasattr(type(module).forward, "__wrapped__"):
+        raise UntraceableError("its forward is decorated")
     arguments = _required(module)
     tracer = _Tracer(arguments)
     before = dict(vars(module))
