@@ -111,7 +111,9 @@ def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanatio
 def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
     reasons = {name: counterparts.why_not(m) for name, m in counterparts.named(model).items()}
     modules = dict(model.named_modules())
-    swapped = [modules[name] for name, reason in reasons.items() if reason is None]
+    reserved = counterparts.in_chains(model)
+    free = [name for name, reason in reasons.items() if reason is None]
+    swapped = [modules[name] for name in free if modules[name] not in reserved]
     watched = {
         name: (module, "forward")
         for name, module in modules.items()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mbm_kernels._core import checks, env
+from mbm_kernels._core import checks
 from mbm_kernels._core.dispatch import why_not as backend_why_not
 from mbm_kernels.ops.conv_bias_act.module import Conv2d
 from mbm_kernels.ops.cross_attention.module import MultiheadAttention
@@ -67,13 +67,26 @@ def kernel_of(op: str, parameter: Tensor | None) -> tuple[str | None, str | None
     if parameter is None:
         return None, "it has no parameters"
     reasons = []
-    for backend in env.BACKENDS:
-        if backend != "torch":
-            reason = backend_why_not(op, backend, parameter.device, parameter.dtype)
-            if reason is None:
-                return backend, None
-            reasons.append(f"{backend}: {reason}")
+    for backend in ("cpu", "cuda", "triton"):
+        reason = backend_why_not(op, backend, parameter.device, parameter.dtype)
+        if reason is None:
+            return backend, None
+        reasons.append(f"{backend}: {reason}")
     return None, "; ".join(reasons)
+
+
+class RunsChains(nn.Module):
+    """A container that runs several of its modules as one operation, as long as they stay."""
+
+    def in_chains(self) -> set[nn.Module]:
+        """Those modules."""
+        raise NotImplementedError
+
+
+def in_chains(model: nn.Module) -> set[nn.Module]:
+    """The modules of a model that some container runs in chains: they keep their class."""
+    containers = (m for m in model.modules() if isinstance(m, RunsChains))
+    return {module for container in containers for module in container.in_chains()}
 
 
 def swap(module: nn.Module, backend: str = "auto") -> None:

@@ -143,8 +143,11 @@ class Chain:
         return {**vars(self), "_folded": None}
 
 
-def _version(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor._version)
+def _version(tensor: Tensor | None) -> tuple[int, Any] | None:
+    if tensor is None:
+        return None
+    # Writes to what was made in inference mode are not counted: never equal.
+    return tensor.data_ptr(), object() if tensor.is_inference() else tensor._version
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

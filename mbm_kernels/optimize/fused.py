@@ -8,6 +8,7 @@ both and compares.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -33,8 +34,9 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torc
 class Plan:
     """A rewritten forward.
 
-    arguments: names of the tensors it takes. source: its text, with `{name}_chain` of the module as
-    chains. inlined: the nn.Sequential whose modules it calls itself, and how many they are.
+    arguments: names of the tensors it takes. source: its text, in which the chains are attributes
+    of the module. inlined: the nn.Sequential whose modules it calls itself, and how many they are.
+    checked: the first call has compared it with the forward as written.
     """
 
     arguments: tuple[str, ...]
@@ -90,6 +92,7 @@ class Plan:
         return self._run(module, *args)
 
     def forget(self) -> None:
+        """Drops the folded weights."""
         for chain in self.chains.values():
             chain.forget()
 
@@ -105,37 +108,12 @@ class Plan:
         self.names |= {name: __import__(path, fromlist=["_"]) for name, path in modules.items()}
 
 
-class Fused(nn.Module):
+class Fused(counterparts.RunsChains):
     """What a container's class is mixed with."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan: Plan | None = vars(self).get(PLAN)
-        if plan is None:
-            return super().forward(*args, **kwargs)
-        given = plan.bound(args, kwargs)
-        if given is None:
-            return super().forward(*args, **kwargs)
-        if plan.why_not(self, given) is not None:
-            if self.training or torch.is_grad_enabled():
-                plan.forget()
-            return super().forward(*args, **kwargs)
-        if plan.checked:
-            return plan.run(self, given)
-        return self._first(plan, given)
-
-    def _first(self, plan: Plan, args: tuple[Any, ...]) -> Any:
-        """Both forwards, the class's own being right."""
-        with torch.random.fork_rng(devices=[]):
-            try:
-                found: Any = plan.run(self, outputs.detached(args))
-            except Exception as error:  # whatever a wrong trace leads to
-                found = error
-        expected = super().forward(*args)
-        if isinstance(found, Exception) or not _alike(found, expected):
-            plan.refused = "its forward, as traced, gives other results than as written"
-            warnings.warn(f"optimize: {type(self).__name__}: {plan.refused}", stacklevel=3)
-        plan.checked = True
-        return expected
+    def in_chains(self) -> set[nn.Module]:
+        plan: Plan = vars(self)[PLAN]
+        return {module for chain in plan.chains.values() for module in chain.modules}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(protocol)[2]
@@ -163,6 +141,36 @@ def _has_gradients(module: nn.Module, args: tuple[Any, ...]) -> bool:
     return any(a.requires_grad for a in args) or any(p.requires_grad for p in module.parameters())
 
 
+def _forward(
+    module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The rewritten forward of a module where it may run, else its `own`."""
+    plan: Plan | None = vars(module).get(PLAN)
+    given = None if plan is None else plan.bound(args, kwargs)
+    if plan is None or given is None:
+        return own(module, *args, **kwargs)
+    if plan.why_not(module, given) is not None:
+        if module.training or torch.is_grad_enabled():
+            plan.forget()
+        return own(module, *args, **kwargs)
+    return plan.run(module, given) if plan.checked else _first(module, own, plan, given)
+
+
+def _first(module: nn.Module, own: Callable[..., Any], plan: Plan, args: tuple[Any, ...]) -> Any:
+    """Both forwards, the class's own being right."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            found: Any = plan.run(module, outputs.detached(args))
+        except Exception as error:  # whatever a wrong trace leads to
+            found = error
+    expected = own(module, *args)
+    if isinstance(found, Exception) or not _alike(found, expected):
+        plan.refused = "its forward, as traced, gives other results than as written"
+        warnings.warn(f"optimize: {type(module).__name__}: {plan.refused}", stacklevel=3)
+    plan.checked = True
+    return expected
+
+
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a module had before it was fused."""
     order = kind.__mro__
@@ -171,7 +179,13 @@ def own_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of Fused and of `kind`, made for each module anew: pickles name `kind` alone."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    own: Callable[..., Any] = kind.forward
+
+    @functools.wraps(own)  # tracers read its arguments
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, own, args, kwargs)
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
     return type(kind.__name__, (Fused, kind), names)
 
 

@@ -51,7 +51,9 @@ class Fusion:
         self.notes: list[str] = []
         inlined: set[nn.Module] = set()
         for name, module in list(model.named_modules()):
-            if module not in inlined and _may_hold_chains(module):
+            if isinstance(module, Fused):
+                inlined.update(m for m, _ in vars(module)[PLAN].inlined)
+            elif module not in inlined and _may_hold_chains(module):
                 inlined.update(self._look_into(name, module, allowed))
 
     def _look_into(
@@ -118,7 +120,7 @@ def _may_hold_chains(module: nn.Module) -> bool:
     """Whether a module's forward is its author's, or nn.Sequential's, and calls convolutions."""
     sequential = tracing.is_sequential(module)
     own = sequential or not type(module).__module__.startswith("torch.")
-    return own and not isinstance(module, Fused) and _has_convolutions(module)
+    return own and _has_convolutions(module)
 
 
 def _has_convolutions(module: nn.Module) -> bool:

@@ -139,13 +139,16 @@ class _Task:
 
     def swap(self) -> None:
         """Modules become their counterparts; what is not kept of those is put back."""
-        fused = {row.name for row in self.report.replaced}
+        replaced = {row.name for row in self.report.replaced}
+        in_chains = counterparts.in_chains(self.model)
         candidates = []
         for name, module in counterparts.named(self.model).items():
             shown = name or "(model)"
-            if name in fused:
+            if name in replaced:
                 continue
             reason, failed = self._why_not(name, module)
+            if module in in_chains:
+                reason, failed = "it is in a chain that was fused; revert that first", False
             if reason is not None:
                 self._keep(shown, module, reason, failed)
                 continue

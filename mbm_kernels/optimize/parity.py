@@ -10,7 +10,7 @@ from torch import nn
 from mbm_kernels.nn import counterparts
 from mbm_kernels.optimize import errors, outputs
 from mbm_kernels.optimize.errors import Parity
-from mbm_kernels.optimize.fused import Fused
+from mbm_kernels.optimize.fused import PLAN, Fused
 from mbm_kernels.optimize.optimizing import optimize
 
 
@@ -35,6 +35,9 @@ def check_parity(model: nn.Module, *inputs: Any, backward: bool = True) -> Parit
     if all(type(m) is type(s) for m, s in zip(ours.modules(), stock.modules(), strict=True)):
         optimize(ours, mode="training" if ours.training else "inference")
     truth = copy.deepcopy(stock).double()
+    for module in ours.modules():
+        if isinstance(module, Fused):
+            vars(module)[PLAN].checked = True  # else the first call answers as written
 
     def values(form: nn.Module, args: tuple[Any, ...], by_torch: bool) -> errors.Values:
         parameters = dict(form.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +27,29 @@ class Traced:
     inlined: list[nn.Module]
 
 
+class _Symbol(torch.fx.Proxy):
+    """Records `x += y` as it is written; torch.fx would as `x = x + y`."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(self: torch.fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "imatmul"):
+    setattr(_Symbol, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
 class _Tracer(torch.fx.Tracer):
     def __init__(self, arguments: tuple[str, ...]):
         super().__init__()
         self.arguments = arguments
         self.inlined: list[nn.Module] = []
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Symbol(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if not is_sequential(m) or counterparts.has_hooks(m):

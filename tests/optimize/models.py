@@ -1,8 +1,12 @@
-"""Small models as their authors write them, in stock PyTorch."""
+"""Small models as their authors write them, in stock PyTorch, and what compares them."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import mbm_kernels
 
 
 class Block(nn.Module):
@@ -78,7 +82,7 @@ def warmed(model: nn.Module) -> nn.Module:
     """In eval mode, with statistics and scales that a BatchNorm has after training."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
                 module.weight.uniform_(0.5, 1.5)
@@ -100,3 +104,42 @@ def assert_same_objects(model: nn.Module, before) -> None:
         assert content.keys() == before[name][2].keys()
         for key, value in content.items():
             assert value is before[name][2][key], f"{name}.{key}"
+
+
+class OfBlocks(nn.Module):
+    """A forward written in a test, of modules given by name."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.written = forward
+
+    def forward(self, x):
+        return self.written(self, x)
+
+
+def conv(channels=4, **options):
+    return nn.Conv2d(channels, 4, 3, padding=1, **options)
+
+
+def check(model, *inputs, chains=None):
+    """Optimizes, compares with the model before in float64, and returns the report."""
+    warmed(model)
+    truth = copy.deepcopy(model).double()
+    doubled = [x.double() for x in inputs]
+    with torch.no_grad():
+        expected, stock = truth(*doubled), model(*inputs)
+        report = mbm_kernels.optimize(model)
+        fused = [row for row in report.replaced if row.now == "mbm_kernels.conv_bias_act"]
+        assert chains is None or len(fused) == chains, str(report)
+        for _ in range(2):  # the first call runs the model's own forward
+            found = model(*inputs)
+        for ours, exact, theirs in zip(*map(leaves, (found, expected, stock)), strict=True):
+            limit = 2 * (theirs - exact).abs().max() + 1e-5 * exact.abs().max()
+            assert (ours - exact).abs().max() <= limit
+    return report
+
+
+def leaves(value):
+    return list(value.values()) if isinstance(value, dict) else [value]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mbm_kernels
+from mbm_kernels.optimize.fused import PLAN
 from mbm_kernels.optimize.report import Report, Row
 from tests.conftest import raises
 from tests.optimize.models import GRUClassifier, ResNet, warmed
@@ -82,6 +83,14 @@ class TestParity:
         layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.5)
         assert mbm_kernels.check_parity(layer, torch.randn(3, 2, 16)).ok
         assert layer.dropout.p == layer.self_attn.dropout == 0.5
+
+    def test_chains_run_from_the_first_call(self):
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(1, 3, 8, 8)
+        mbm_kernels.optimize(model)
+        (chain,) = vars(model)[PLAN].chains.values()
+        assert mbm_kernels.check_parity(model, x).ok
+        chain.activation = "tanh"
+        assert not mbm_kernels.check_parity(model, x).ok
 
     def test_what_is_wrong(self, monkeypatch, predictions):
         from mbm_kernels.ops.gru_cell.module import GRUCell

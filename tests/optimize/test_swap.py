@@ -114,6 +114,22 @@ class TestRevert:
         report.revert()
         assert type(model[0]) is nn.Conv2d
 
+    def test_fused_then_optimized_for_training(self):
+        model = warmed(ResNet())
+        before = state(model)
+        first = mbm_kernels.optimize(model)
+        again = mbm_kernels.optimize(model)
+        second = mbm_kernels.optimize(model, mode="training")
+        assert not again.replaced
+        assert not second.replaced
+        assert {row.reason for row in second.kept} == {
+            "it is in a chain that was fused; revert that first"
+        }
+        second.revert()
+        again.revert()
+        first.revert()
+        assert_same_objects(model, before)
+
     def test_twice_optimized(self):
         model = convolution()
         first = mbm_kernels.optimize(model, mode="training")
