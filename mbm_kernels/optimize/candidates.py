@@ -19,6 +19,17 @@ Forward = Callable[..., Any]
 
 
 @dataclass(eq=False)
+class Copies:
+    """Forwards on copies without dropout, and the parameters of the copies in both dtypes."""
+
+    ours: Forward
+    stock: Forward
+    truth: Forward  # PyTorch's in float64
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    double_parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Candidate:
     """One module or chain; `calls` are those of the sample, of each kind one, with their number."""
 
@@ -36,28 +47,26 @@ class Candidate:
         """The forwards of ours and of PyTorch, on the parameters themselves."""
         raise NotImplementedError
 
-    def copies(self) -> tuple[Forward, Forward, Forward, dict[str, dict[str, nn.Parameter]]]:
-        """Forwards of ours, of PyTorch and of PyTorch in float64, on copies without dropout, and
-        the parameters of both copies."""
+    def copies(self) -> Copies:
+        """Both forms apart from the model."""
         raise NotImplementedError
 
     def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that training differentiates by."""
         raise NotImplementedError
 
     def parity(self, backward: bool) -> errors.Parity:
         """The errors in the first of the calls."""
         call = self.calls[0][0]
-        ours, stock, truth, parameters = self.copies()
+        made, winograd = self.copies(), self.op == "conv_bias_act"
 
-        def values(form: Forward, precise: bool, disabled: bool) -> errors.Values:
-            change = outputs.in_float64 if precise else outputs.detached
-            args, kwargs = change((call.args, call.kwargs))
-            own = parameters["float64" if precise else "own"]
-            return errors.values(form, args, kwargs, own, backward, disabled)
+        def values(form: Forward, by_torch: bool) -> errors.Values:
+            args, kwargs = outputs.detached((call.args, call.kwargs))
+            return errors.values(form, args, kwargs, made.parameters, backward, by_torch)
 
-        winograd = self.op == "conv_bias_act"
-        found = values(ours, False, False), values(stock, False, True), values(truth, True, True)
-        return errors.compare(*found, winograd=winograd)
+        args, kwargs = outputs.in_float64((call.args, call.kwargs))
+        truth = errors.values(made.truth, args, kwargs, made.double_parameters, backward, True)
+        return errors.compare(values(made.ours, False), values(made.stock, True), truth, winograd)
 
 
 @dataclass(eq=False)
@@ -77,14 +86,17 @@ class ModuleCandidate(Candidate):
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())
 
-    def copies(self) -> tuple[Forward, Forward, Forward, dict[str, dict[str, nn.Parameter]]]:
+    def copies(self) -> Copies:
         known = counterparts.of(self.module)
         assert known is not None
         own, precise = _clone(self.module), _clone(self.module).double()
-        parameters = {"own": dict(own.named_parameters())}
-        parameters["float64"] = dict(precise.named_parameters())
-        forms = _bound(known.ours, own), _bound(known.stock, own), _bound(known.stock, precise)
-        return (*forms, parameters)
+        return Copies(
+            _bound(known.ours, own),
+            _bound(known.stock, own),
+            _bound(known.stock, precise),
+            dict(own.named_parameters()),
+            dict(precise.named_parameters()),
+        )
 
     def why_not_undone(self) -> str | None:
         known = counterparts.of(self.module)
@@ -113,11 +125,11 @@ class ChainCandidate(Candidate):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {}
 
-    def copies(self) -> tuple[Forward, Forward, Forward, dict[str, dict[str, nn.Parameter]]]:
+    def copies(self) -> Copies:
         conv: Any = _clone(self.chain.conv).double()
         norm: Any = None if self.chain.norm is None else _clone(self.chain.norm).double()
         truth = replace(self.chain, conv=conv, norm=norm)
-        return self.chain, self.chain.stock, truth.stock, {"own": {}, "float64": {}}
+        return Copies(self.chain, self.chain.stock, truth.stock)
 
 
 def _bound(kind: type[nn.Module], module: nn.Module) -> Forward:

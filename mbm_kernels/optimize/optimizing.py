@@ -128,6 +128,7 @@ class _Task:
             if candidate.container in refused:
                 continue
             verdict = self.judge.judge(candidate, candidate.chain.conv.weight)
+            candidate.calls = []  # which hold activations
             if verdict.replaced:
                 self.report.replaced.append(verdict.row(candidate))
             else:
@@ -162,6 +163,7 @@ class _Task:
         self._observe({c: (c.module, "forward") for c in candidates})
         for candidate in candidates:
             verdict = self.judge.judge(candidate, counterparts.first_tensor(candidate.module))
+            candidate.calls = []
             if not verdict.replaced:
                 candidate.undo()
                 self.report._changes.remove(candidate)

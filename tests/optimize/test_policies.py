@@ -1,5 +1,8 @@
 """Which modules stay replaced, and what the report says of them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +85,15 @@ class TestAuto:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name])
         assert all(p.grad is None for p in model.parameters())
+
+    def test_the_sample_is_not_kept(self):
+        model, x = warmed(ResNet()), torch.randn(1, 3, 16, 16)
+        alive = weakref.ref(x)
+        report = mbm_kernels.optimize(model, sample_input=x)
+        del x
+        gc.collect()
+        assert report is not None
+        assert alive() is None
 
     def test_an_error_over_the_limit(self, predictions, words, monkeypatch):
         from mbm_kernels.ops.gru_cell.module import GRUCell
