@@ -131,7 +131,7 @@ def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str,
         path = name or type(modules[name]).__name__
         seen = distinct(made)
         rows += [row_of(path, call) for call in seen]
-        if known is not None and made and not seen:
+        if known is not None and made and not seen and modules[name] not in reserved:
             reason = reasons[name] or "PyTorch's own forward serves such a call"
             rows.append(Row(path, known.op, "torch", {}, _all_but_torch(reason), {}))
     return rows

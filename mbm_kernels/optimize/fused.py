@@ -109,7 +109,12 @@ class Plan:
 
 
 class Fused(counterparts.RunsChains):
-    """What a container's class is mixed with."""
+    """What a container's class is mixed with.
+
+    _mbm_own_class: the class that the container had before.
+    """
+
+    _mbm_own_class: type[nn.Module]
 
     def in_chains(self) -> set[nn.Module]:
         plan: Plan = vars(self)[PLAN]
@@ -117,7 +122,7 @@ class Fused(counterparts.RunsChains):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(protocol)[2]
-        return _remade, (own_class(type(self)),), state
+        return _remade, (type(self)._mbm_own_class,), state
 
     def unfuse(self) -> None:
         """Makes the module what it was."""
@@ -125,7 +130,7 @@ class Fused(counterparts.RunsChains):
         for name in [n for n, v in vars(self).items() if isinstance(v, Chain)]:
             del vars(self)[name]
         module: nn.Module = self
-        module.__class__ = own_class(type(self))
+        module.__class__ = type(self)._mbm_own_class
 
 
 def fuse(module: nn.Module, plan: Plan) -> None:
@@ -171,12 +176,6 @@ def _first(module: nn.Module, own: Callable[..., Any], plan: Plan, args: tuple[A
     return expected
 
 
-def own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before it was fused."""
-    order = kind.__mro__
-    return order[order.index(Fused) + 1]
-
-
 def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A subclass of Fused and of `kind`, made for each module anew: pickles name `kind` alone."""
     own: Callable[..., Any] = kind.forward
@@ -185,7 +184,12 @@ def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _forward(self, own, args, kwargs)
 
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "forward": forward}
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "forward": forward,
+        "_mbm_own_class": kind,
+    }
     return type(kind.__name__, (Fused, kind), names)
 
 
