@@ -111,13 +111,13 @@ def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanatio
 def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
     reasons = {name: counterparts.why_not(m) for name, m in counterparts.named(model).items()}
     modules = dict(model.named_modules())
-    reserved = counterparts.in_chains(model)
+    reserved = counterparts.in_chains(model)  # whose container says what they run
     free = [name for name, reason in reasons.items() if reason is None]
     swapped = [modules[name] for name in free if modules[name] not in reserved]
     watched = {
         name: (module, "forward")
         for name, module in modules.items()
-        if not isinstance(module, torch.jit.ScriptModule)
+        if not isinstance(module, torch.jit.ScriptModule) and module not in reserved
     }
     with (
         counterparts.swapped(swapped),
@@ -131,7 +131,7 @@ def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str,
         path = name or type(modules[name]).__name__
         seen = distinct(made)
         rows += [row_of(path, call) for call in seen]
-        if known is not None and made and not seen and modules[name] not in reserved:
+        if known is not None and made and not seen:
             reason = reasons[name] or "PyTorch's own forward serves such a call"
             rows.append(Row(path, known.op, "torch", {}, _all_but_torch(reason), {}))
     return rows

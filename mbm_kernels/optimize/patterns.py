@@ -71,6 +71,7 @@ class Site:
     modules: list[tuple[str, nn.Module]]  # by path in the container
     norm: nn.BatchNorm2d | None = None
     residual: Node | None = None
+    addition: Node | None = None  # of the residual
     activation: str | None = None
     pool: Pool | None = None
     stopped: list[str] = field(default_factory=list)  # why a module after it is not in it
@@ -78,6 +79,11 @@ class Site:
     @property
     def is_chain(self) -> bool:
         return any((self.norm, self.residual, self.activation, self.pool))
+
+    @property
+    def anchor(self) -> Node:
+        """Where the chain runs: once its inputs are there, and before they may be written."""
+        return self.conv if self.addition is None else self.addition
 
     @property
     def last(self) -> Node:
@@ -132,7 +138,7 @@ class _Growth:
         site = self.site
         while True:
             if len(site.last.users) != 1:
-                if len(site.last.users) > 1:
+                if len(site.last.users) > 1 and not (site.activation or site.pool):
                     site.stopped.append(f"what {site.last.name!r} returns is used elsewhere too")
                 return
             (node,) = site.last.users
@@ -149,7 +155,7 @@ class _Growth:
         target = node.target
         if target in ADDITIONS or target in ADDITIONS_IN_PLACE:
             return self._takes_addition(node, target in ADDITIONS_IN_PLACE)
-        if node.args[0] is not self.site.last:
+        if not node.args or node.args[0] is not self.site.last:
             return False
         if target in POOL_CALLS:
             options = _options(node, POOL_ARGUMENTS)
@@ -225,7 +231,7 @@ class _Growth:
         if not self._may_wait(node):
             site.stopped.append("what stands before the residual's addition may write its input")
             return False
-        site.residual = other
+        site.residual, site.addition = other, node
         return True
 
     def _may_wait(self, node: Node) -> bool:
@@ -311,17 +317,17 @@ def plan(traced: Traced, found: Sequence[tuple[Site, Chain]]) -> Plan:
     """The forward in which each site is a call of its chain."""
     graph = torch.fx.Graph()
     chains: dict[str, Chain] = {}
-    by_last = {site.last: (site, chain) for site, chain in found}
+    by_anchor = {site.anchor: (site, chain) for site, chain in found}
     within = {node for site, _ in found for node in site.nodes}
     copies: dict[Node, Node] = {}
     for node in traced.graph.nodes:
-        if node in by_last:
-            site, chain = by_last[node]
+        if node in by_anchor:
+            site, chain = by_anchor[node]
             attribute = f"_mbm_chain_{len(chains)}"
             chains[attribute] = chain
             args = [copies[site.conv.all_input_nodes[0]]]
             args += [] if site.residual is None else [copies[site.residual]]
-            copies[node] = graph.create_node("call_module", attribute, tuple(args))
+            copies[site.last] = graph.create_node("call_module", attribute, tuple(args))
         elif node not in within:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     code = graph.python_code("self")

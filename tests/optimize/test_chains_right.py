@@ -85,6 +85,15 @@ class TestRight:
         report = check(OfBlocks(forward, conv=conv()), torch.randn(1, 4, 8, 8), chains=0)
         assert "may write its input" in report.notes[0]
 
+    def test_an_input_written_before_the_activation(self):
+        def forward(self, x):
+            x = x * 2
+            y = self.conv(x)
+            x.add_(1)
+            return F.relu(y) + x
+
+        check(OfBlocks(forward, conv=conv()), torch.randn(1, 4, 8, 8), chains=1)
+
     @pytest.mark.parametrize("name", ["conv", "norm", "relu"])
     def test_hooks_in_a_chain(self, name):
         model = nn.Sequential()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mbm_kernels
+from mbm_kernels._core import timing
 from mbm_kernels._core.ratios import Ratio
 from mbm_kernels.optimize import measure
 from tests.optimize.models import GRUClassifier, ResNet, warmed
@@ -174,8 +175,7 @@ class TestMeasured:
     @pytest.mark.parametrize("mode", ["inference", "training"])
     def test_both_forms_run(self, mode, monkeypatch):
         monkeypatch.setattr(measure, "SECONDS", 0.0)
-        monkeypatch.setattr("mbm_kernels._core.timing.LEAST_SAMPLE_NS", 1)
-        monkeypatch.setattr("mbm_kernels._core.timing.WARM_UP_NS", 1)
+        monkeypatch.setattr(timing, "calibrate", lambda call, sampler: (1, 1e6))
         model = warmed(ResNet())
         report = mbm_kernels.optimize(
             model, mode=mode, policy="measured", sample_input=torch.randn(1, 3, 16, 16)
