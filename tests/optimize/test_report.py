@@ -1,15 +1,15 @@
 """The report as text, JSON and HTML; parity; explain for models; the command line."""
 
 import json
-import os
-import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
 import mbm_kernels
+from mbm_kernels import cli
 from mbm_kernels.optimize.fused import PLAN
 from mbm_kernels.optimize.report import Report, Row
 from tests.conftest import raises
@@ -163,28 +163,30 @@ def nothing():
 
 class TestCommandLine:
     @pytest.fixture
-    def run(self, tmp_path):
+    def run(self, tmp_path, monkeypatch, capsys):
+        """Ends with an exit code; returns it with what was printed."""
         (tmp_path / "models.py").write_text(MODEL_FILE)
+        monkeypatch.chdir(tmp_path)
 
         def run(*args):
-            return subprocess.run(
-                [sys.executable, "-m", "mbm_kernels", "optimize", *args],
-                capture_output=True,
-                text=True,
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
+            monkeypatch.setattr(sys, "argv", ["mbm-kernels", "optimize", *args])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            return ended.value.code, *capsys.readouterr()
 
-        return run
+        yield run
+        sys.modules.pop("models", None)
 
     def test_reports(self, run, tmp_path):
-        done = run("models.py:images", "--batch", "2", "--size", "16", "--html", "report.html")
-        assert done.returncode == 0, done.stderr
-        assert "mode inference, policy auto" in done.stdout
+        code, out, _ = run(
+            "models.py:images", "--batch", "2", "--size", "16", "--html", "report.html"
+        )
+        assert code == 0
+        assert "mode inference, policy auto" in out
         assert (tmp_path / "report.html").is_file()
-        done = run("models.py:words", "--mode", "training", "--policy", "always", "--json")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["replaced"][0]["backend"] == "cpu"
+        code, out, _ = run("models.py:words", "--mode", "training", "--policy", "always", "--json")
+        assert code == 0
+        assert json.loads(out)["replaced"][0]["backend"] == "cpu"
 
     @pytest.mark.parametrize(
         ("spec", "words"),
@@ -197,14 +199,11 @@ class TestCommandLine:
             ("models.py:nothing", "expected a torch.nn.Module"),
         ],
     )
-    def test_errors_of_one_line(self, run, spec, words, monkeypatch):
+    def test_errors_of_one_line(self, run, spec, words):
         package = spec.partition(":")[0]
-        if package in ("torchvision", "timm"):
-            from importlib.util import find_spec
-
-            if find_spec(package):
-                pytest.skip("it is installed")
-        done = run(spec)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert done.stderr.count("\n") == 1
+        if package in ("torchvision", "timm") and find_spec(package):
+            pytest.skip("it is installed")
+        code, _, err = run(spec)
+        assert code == 2
+        assert words in err
+        assert err.count("\n") == 1
