@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbm_kernels.bench import timing
+from mbm_kernels._core import timing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

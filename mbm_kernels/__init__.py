@@ -12,18 +12,28 @@ from mbm_kernels.ops import *  # noqa: F403
 from mbm_kernels.ops import PUBLIC as _ops
 from mbm_kernels.ops import AdditiveAttentionKeys as AdditiveAttentionKeys
 from mbm_kernels.ops import additive_attention_keys as additive_attention_keys
+from mbm_kernels.optimize import Parity as Parity
+from mbm_kernels.optimize import Report as Report
+from mbm_kernels.optimize import check_parity as check_parity
+from mbm_kernels.optimize import optimize as optimize
+from mbm_kernels.optimize import optimized as optimized
 
 __version__ = "0.1.0"
 __all__ = [
     "AdditiveAttentionKeys",
     "BackendUnavailableError",
     "Explanation",
+    "Parity",
+    "Report",
     "additive_attention_keys",
     "backends",
+    "check_parity",
     "disabled",
     "explain",
     "forget",
     "nn",
+    "optimize",
+    "optimized",
     "set_backend",
     *_ops,
 ]

@@ -57,6 +57,10 @@ def _mount() -> None:
         from mbm_kernels.bench.cli import bench
 
         app.command()(bench)
+    if asked in ("optimize", "--help"):
+        from mbm_kernels.optimize.cli import optimize
+
+        app.command()(optimize)
     if asked in ("calibrate", "--help"):
         from mbm_kernels.bench.calibrate_cli import calibrate
 

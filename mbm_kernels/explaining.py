@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from mbm_kernels._core import cost, dispatch, env
+from mbm_kernels.nn import counterparts, trial
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call of an operation.
+    """One call of an operation, `name` by a module of that path or the operation itself.
 
     backend: what runs. predicted_ms: by each backend whose time is predicted. why_not: for each
     other backend the reason. sizes: what the choice goes by.
@@ -49,10 +51,11 @@ class Explanation:
 
         table = Table("call", "backend", "runs", "predicted", "why not")
         for row in self.rows:
+            call = row.name if row.name == row.op else f"{row.name}: {row.op}"
             for backend in sorted(env.BACKENDS, key=lambda b: b != row.backend):
                 milliseconds = row.predicted_ms.get(backend)
                 table.add_row(
-                    row.name if backend == row.backend else "",
+                    call if backend == row.backend else "",
                     backend,
                     "yes" if backend == row.backend else "",
                     "" if milliseconds is None else _time(milliseconds),
@@ -65,34 +68,90 @@ class Explanation:
         return capture.get().rstrip()
 
 
-def explain(target: str, *inputs: Any, **options: Any) -> Explanation:
+def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanation:
     """Which backend a call takes, the predicted times, and why not the others.
 
-    The call is made once, so that its arguments are checked as they would be.
+    The call is made once, so that its arguments are checked as they would be. A model is called as
+    it is, in its mode and with gradients where they are enabled; each module of torch that has a
+    counterpart in `mbm_kernels.nn` is explained as if it were that. Its buffers and the random
+    generators are put back afterwards; its hooks run.
 
     Args:
-        target: an operation's name, such as "conv_bias_act".
-        inputs, options: its arguments, `backend` among them.
+        target: an operation's name, such as "conv_bias_act", a module or a model.
+        inputs, options: its arguments; of an operation, `backend` among them.
 
     Returns:
         An Explanation: print it, or read its `rows`.
 
     Raises:
         ValueError: for an unknown operation, and whatever the call itself raises.
+        TypeError: where `target` is neither a name nor a module.
 
     Example:
         print(explain("conv_bias_act", x, weight, stride=2, activation="relu"))
+        print(explain(model, images))
     """
-    dispatch.check_op(target)
-    function = getattr(importlib.import_module(f"mbm_kernels.ops.{target}"), target)
-    with dispatch.observed() as seen:
-        function(*inputs, **options)
+    if isinstance(target, nn.Module):
+        rows = _rows_of_model(target, inputs, options)
+    elif isinstance(target, str):
+        dispatch.check_op(target)
+        function = getattr(importlib.import_module(f"mbm_kernels.ops.{target}"), target)
+        with dispatch.observed() as seen:
+            function(*inputs, **options)
+        rows = [row_of(call.op, call) for call in seen]
+    else:
+        raise TypeError(
+            f"explain: target: got {type(target).__name__}; expected an operation's name or a "
+            "torch.nn.Module; pass one of them"
+        )
     table = cost.table()
-    rows = [_row(call) for call in seen]
     return Explanation(rows, table.source if table else None, torch.get_num_threads())
 
 
-def _row(call: dispatch.Observed) -> Row:
+def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
+    reasons = {name: counterparts.why_not(m) for name, m in counterparts.named(model).items()}
+    modules = dict(model.named_modules())
+    reserved = counterparts.in_chains(model)  # whose container says what they run
+    free = [name for name, reason in reasons.items() if reason is None]
+    swapped = [modules[name] for name in free if modules[name] not in reserved]
+    watched = {
+        name: (module, "forward")
+        for name, module in modules.items()
+        if not isinstance(module, torch.jit.ScriptModule) and module not in reserved
+    }
+    with (
+        counterparts.swapped(swapped),
+        trial.unchanged(model),
+        trial.recorded(watched, keep=False) as calls,
+    ):
+        model(*inputs, **options)
+    rows = []
+    for name, made in calls.items():
+        known = counterparts.of(modules[name])
+        path = name or type(modules[name]).__name__
+        seen = distinct(made)
+        rows += [row_of(path, call) for call in seen]
+        if known is not None and made and not seen:
+            reason = reasons[name] or "PyTorch's own forward serves such a call"
+            rows.append(Row(path, known.op, "torch", {}, _all_but_torch(reason), {}))
+    return rows
+
+
+def _all_but_torch(reason: str) -> dict[str, str]:
+    return {backend: reason for backend in env.BACKENDS if backend != "torch"}
+
+
+def distinct(calls: list[trial.Call]) -> list[dispatch.Observed]:
+    """The choices made in these calls, each kind of problem once."""
+    found: dict[Any, dispatch.Observed] = {}
+    for call in calls:
+        for seen in call.seen:
+            found.setdefault((seen.op, seen.dtype, *seen.sizes.items()), seen)
+    return list(found.values())
+
+
+def row_of(name: str, call: dispatch.Observed) -> Row:
+    """What is to be said of one choice."""
     op, chosen = call.op, call.chosen
     predicted = None
     if call.device.type == "cpu" and call.dtype is torch.float32:
@@ -104,9 +163,8 @@ def _row(call: dispatch.Observed) -> Row:
             why_not[backend] = dispatch.why_not(
                 op, backend, call.device, call.dtype, **call.sizes
             ) or _not_chosen(backend, call, predicted)
-    return Row(
-        op, op, chosen, {b: round(t / 1e6, 6) for b, t in times.items()}, why_not, call.sizes
-    )
+    rounded = {b: round(t / 1e6, 6) for b, t in times.items()}
+    return Row(name, op, chosen, rounded, why_not, call.sizes)
 
 
 def _not_chosen(backend: str, call: dispatch.Observed, predicted: cost.Predicted | None) -> str:

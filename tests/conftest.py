@@ -12,8 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     collect_ignore = ["gpu"]  # what is there needs the hardware
 
-from mbm_kernels._core import cost, dispatch, native
-from mbm_kernels.bench import timing
+from mbm_kernels._core import cost, dispatch, native, timing
 from mbm_kernels.testing import grid, interpreter
 
 interpreter.patch_language_once()

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbm_kernels._core import dispatch
-from mbm_kernels.bench import drawn, timing
+from mbm_kernels._core import dispatch, timing
+from mbm_kernels.bench import drawn
 
 SECONDS_EACH = 0.06
 MIN_ROUNDS, MAX_ROUNDS = 5, 12

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbm_kernels.bench import limits, machine, memory, statistics, timing
+from mbm_kernels._core import timing
+from mbm_kernels.bench import limits, machine, memory, statistics
 from mbm_kernels.bench.benchmark import (
     Benchmark,
     Case,

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import env, native
-from mbm_kernels.bench import timing
+from mbm_kernels._core import env, native, timing
 
 ABSENT = "absent"  # this torch has no such library
 WIDEST = env.ISAS[-1]

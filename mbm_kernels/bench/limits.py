@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mbm_kernels._core import native, processor
-from mbm_kernels.bench import machine, timing
+from mbm_kernels._core import native, processor, timing
+from mbm_kernels.bench import machine
 
 FMA_ITERATIONS = 200_000  # 0.6 ms at 4 GHz
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,17 +11,22 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
-Times = npt.NDArray[np.float64]
-RESAMPLES = 2000
+from mbm_kernels._core.ratios import AMBG as AMBG
+from mbm_kernels._core.ratios import FAST as FAST
+from mbm_kernels._core.ratios import FLOOR as FLOOR
+from mbm_kernels._core.ratios import LEAST_FLOOR as LEAST_FLOOR
+from mbm_kernels._core.ratios import SAME as SAME
+from mbm_kernels._core.ratios import SLOW as SLOW
+from mbm_kernels._core.ratios import Ratio as Ratio
+from mbm_kernels._core.ratios import Times as Times
+from mbm_kernels._core.ratios import medians, ratios_of
+from mbm_kernels._core.ratios import paired_ratio as paired_ratio
+
 RESAMPLES_OF_PROCESSES = 10_000  # their percentiles lie further out
-FLOOR = 0.05  # where no form was timed against itself
-LEAST_FLOOR = 0.01  # two forms differ by their code's alignment, a form and itself do not
 MOST_FLOOR = 0.10  # a machine that tells a form from itself by more measures nothing
 MOST_SPREAD = 2.0  # p80 / p20 of a form's samples
 MOST_SHARE = 1.10  # of a limit that nothing exceeds
-FAST, SLOW, SAME, AMBG = "FAST", "SLOW", "SAME", "AMBG"
 
 
 @dataclass(frozen=True)
@@ -50,63 +55,6 @@ class Summary:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Paired ratio stock / mbm, above 1 = faster, and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def floor(self) -> float:
-        """Of a form against itself: how far from 1 the machine alone brings a ratio."""
-        return max(
-            LEAST_FLOOR, math.exp(max(abs(math.log(self.low)), abs(math.log(self.high)))) - 1
-        )
-
-    def verdict(self, floor: float = FLOOR) -> str:
-        """FAST or SLOW where the whole interval clears the floor, SAME where it all lies inside;
-        else AMBG."""
-        if self.low > 1 + floor:
-            return FAST
-        if self.high < 1 / (1 + floor):
-            return SLOW
-        return SAME if self.low >= 1 / (1 + floor) and self.high <= 1 + floor else AMBG
-
-
-def _ratios(stock: Times, mbm: Times) -> Times:
-    if stock.shape != mbm.shape or stock.size == 0:
-        raise ValueError(
-            f"paired_ratio: got {stock.shape} and {mbm.shape} rounds; "
-            "expected the same number, at least 1; time both in the same rounds"
-        )
-    return stock / mbm
-
-
-def _medians(ratios: Times, count: int, generator: np.random.Generator) -> Times:
-    picks = generator.integers(0, ratios.size, (count, ratios.size))
-    found: Times = np.median(ratios[picks], axis=1)
-    return found
-
-
-def paired_ratio(stock: Times, mbm: Times, seed: int = 0) -> Ratio:
-    """The ratio of two forms timed in the same rounds of one process, with a bootstrap interval.
-
-    The same times give the same interval.
-
-    Args:
-        stock, mbm: [rounds], nanoseconds per call; entry i of both comes from round i.
-        seed: of the bootstrap's resampling.
-
-    Raises:
-        ValueError: when the lengths differ or there is no round.
-    """
-    ratios = _ratios(stock, mbm)
-    medians = _medians(ratios, RESAMPLES, np.random.default_rng(seed))
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return Ratio(float(np.median(ratios)), float(low), float(high))
-
-
 def ratio_over(stock: Sequence[Times], mbm: Sequence[Times], seed: int = 0) -> Ratio:
     """The ratio over processes: the geometric mean of their medians, with an interval that covers
     processes and rounds (one process alone: `paired_ratio`).
@@ -120,16 +68,16 @@ def ratio_over(stock: Sequence[Times], mbm: Sequence[Times], seed: int = 0) -> R
     """
     if len(stock) == 1:
         return paired_ratio(stock[0], mbm[0], seed)
-    each = [np.log(_ratios(s, m)) for s, m in zip(stock, mbm, strict=True)]
+    each = [np.log(ratios_of(s, m)) for s, m in zip(stock, mbm, strict=True)]
     generator = np.random.default_rng(seed)
     # [resample, place]: a process drawn twice brings rounds drawn twice.
     drawn = generator.integers(0, len(each), (RESAMPLES_OF_PROCESSES, len(each)))
-    medians = np.empty(drawn.shape)
+    resampled = np.empty(drawn.shape)
     for i, ratios in enumerate(each):
         here = drawn == i
-        medians[here] = _medians(ratios, int(here.sum()), generator)
+        resampled[here] = medians(ratios, int(here.sum()), generator)
     tail = 100 * expanded_tail(len(each))
-    low, high = np.percentile(medians.mean(axis=1), (tail, 100 - tail))
+    low, high = np.percentile(resampled.mean(axis=1), (tail, 100 - tail))
     centre = np.mean([np.median(ratios) for ratios in each])
     return Ratio(*(float(np.exp(x)) for x in (centre, low, high)))
 

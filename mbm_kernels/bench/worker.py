@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mbm_kernels.bench import cli, harness, timing
+from mbm_kernels._core import timing
+from mbm_kernels.bench import cli, harness
 
 
 def main(folder: Path, op: str, index: int) -> int:

@@ -73,7 +73,7 @@ PRESETS = {
             neighbour_prior=True,
         ),
         student=TrainSettings(
-            steps=1000,
+            steps=1200,
             learning_rate=4e-3,
             word_dropout=0.3,
             neighbour_prior=True,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mbm_kernels._core.timing import interleave
 from mbm_kernels.bench.statistics import Summary, paired_ratio
-from mbm_kernels.bench.timing import interleave
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.models import Captioner

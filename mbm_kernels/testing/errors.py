@@ -20,29 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FORWARD_FACTOR = 2.0
-GRADIENT_FACTOR = 3.0
-FLOOR_EPS = 4.0
-
-
-def max_abs(value: Tensor) -> float:
-    """The largest absolute value, 0 for an empty tensor; NaN and infinities are left out."""
-    finite = value.detach().double()
-    finite = finite[torch.isfinite(finite)]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The error that a result may have."""
-
-    factor: float
-    yardstick: float
-    floor: float
-
-    @property
-    def limit(self) -> float:
-        return self.factor * self.yardstick + self.floor
+from mbm_kernels._core.accuracy import FLOOR_EPS as FLOOR_EPS
+from mbm_kernels._core.accuracy import FORWARD_FACTOR as FORWARD_FACTOR
+from mbm_kernels._core.accuracy import GRADIENT_FACTOR as GRADIENT_FACTOR
+from mbm_kernels._core.accuracy import Budget as Budget
+from mbm_kernels._core.accuracy import max_abs as max_abs
 
 
 @dataclass(frozen=True)

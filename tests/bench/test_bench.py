@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import processor
+from mbm_kernels._core import processor, timing
 from mbm_kernels.bench import (
     Work,
     limits,
@@ -20,7 +20,6 @@ from mbm_kernels.bench import (
     memory,
     samples,
     statistics,
-    timing,
 )
 from tests.conftest import raises
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.fx.experimental import _config
 
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import dispatch, timing
 from mbm_kernels._core.op import OPS, as_tuple
-from mbm_kernels.bench import cli, machine, results, timing
+from mbm_kernels.bench import cli, machine, results
 from mbm_kernels.bench.benchmark import BOTH, FORWARD, Form, prepare
 from mbm_kernels.bench.gpu import check, goals, measure, processes
 from mbm_kernels.bench.gpu.processes import Clock, Failure, run_all

@@ -210,7 +210,10 @@ def test_image_size_scales_the_picture(size: int) -> None:
     scaled = torch.nn.functional.interpolate(
         base.images.float(), size=(size, size), mode="bilinear", antialias=True
     )
-    assert (scaled - other.images.float()).abs().mean() < 8
+    # The contour alone keeps its width in pixels: at 32, a tenth of all pixels differ by it.
+    difference = (scaled - other.images.float()).abs()
+    assert difference.median() < 5
+    assert difference.mean() < 9
 
 
 @pytest.mark.parametrize(

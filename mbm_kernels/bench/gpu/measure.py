@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import dispatch
-from mbm_kernels.bench import memory, timing
+from mbm_kernels._core import dispatch, timing
+from mbm_kernels.bench import memory
 from mbm_kernels.bench.benchmark import (
     Benchmark,
     Case,

@@ -34,8 +34,9 @@ SIZES = ("small", "large")
 RELATIONS = (("left of", "right of"), ("above", "below"))
 # Nominal radius in pixels of a 64-pixel image: the gap of 3.6 keeps the sizes apart.
 RADIUS = {"small": (6.2, 7.2), "large": (10.8, 12.0)}
-# A dark contour, in pixels outside and inside the edge. It shows the shape whatever the colour:
-# without it a model names a shape by its colour and calls each held-out pair by a pair it knows.
+# A dark contour, in pixels outside and inside the edge, at any size of the image. It shows the shape
+# whatever the colour: without it a model names a shape by its colour and calls each held-out pair
+# by a pair it knows.
 CONTOUR = (0.7, 0.5)
 CONTOUR_LEVEL = 44
 # (shape, colour) never drawn in train and val: each colour once, each shape at most twice.
@@ -199,7 +200,7 @@ def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArr
             )
             paints = (np.float32(CONTOUR_LEVEL), fill[rows, which][..., None])
             for edge, paint in zip((CONTOUR[0], -CONTOUR[1]), paints, strict=True):
-                cover = np.clip(0.5 - (signed - edge) * scale, 0, 1)[:, None]  # [M, 1, P]
+                cover = np.clip(0.5 - signed * scale + edge, 0, 1)[:, None]  # [M, 1, P]
                 canvas[rows] += cover * (paint - canvas[rows])
     canvas += 10 * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
     pixels: npt.NDArray[np.uint8] = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)

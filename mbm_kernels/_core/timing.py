@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from mbm_kernels.bench.statistics import Times
+from mbm_kernels._core.ratios import Times
 
 LEAST_SAMPLE_NS = 2_000_000  # perf_counter_ns and the loop cost under 0.1 us
 MIN_ROUNDS = 9

@@ -1,0 +1,172 @@
+"""Convolution -> BatchNorm -> residual -> activation -> pool, run as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mbm_kernels._core import packing
+from mbm_kernels.nn import counterparts
+from mbm_kernels.ops.conv_bias_act import conv_bias_act
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+NAMES = {
+    "relu": "ReLU",
+    "relu6": "ReLU6",
+    "leaky_relu": "LeakyReLU",
+    "silu": "SiLU",
+    "gelu": "GELU",
+    "gelu_tanh": "GELU",
+    "hardswish": "Hardswish",
+    "sigmoid": "Sigmoid",
+    "tanh": "Tanh",
+}
+Pool = tuple[Any, Any, Any]  # kernel, stride, padding
+
+
+@dataclass(eq=False)
+class Chain:
+    """The modules of one place in a container's forward, and what their functions were.
+
+    name: the convolution's path in the model. holders: of each module, the dictionary that its
+    container finds it in, and its key there.
+    """
+
+    name: str
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d | None
+    residual: bool
+    activation: str | None
+    pool: Pool | None
+    modules: tuple[nn.Module, ...]
+    holders: tuple[tuple[dict[str, Any], str], ...]
+    backend: str = "auto"
+    kinds: tuple[type, ...] = field(init=False)
+    _folded: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.kinds = tuple(type(m) for m in self.modules)
+
+    @property
+    def was(self) -> str:
+        """The classes that it stands for."""
+        names = ["Conv2d"]
+        names += ["BatchNorm2d"] if self.norm is not None else []
+        names += ["add"] if self.residual else []
+        names += [NAMES[self.activation]] if self.activation is not None else []
+        names += ["MaxPool2d"] if self.pool is not None else []
+        return " + ".join(names)
+
+    def why_not(self) -> str | None:
+        """Why its modules must run one by one, as they stand now; None where they need not."""
+        for module, kind, (owner, key) in zip(self.modules, self.kinds, self.holders, strict=True):
+            if owner.get(key) is not module:
+                return f"{key!r} was replaced by another module"
+            if type(module) is not kind or "forward" in vars(module):
+                return f"the class or the forward of {key!r} was changed"
+            if counterparts.has_hooks(module):
+                return f"a hook sits on {key!r}"
+        if self.norm is not None and self.norm.training:
+            return "its BatchNorm2d is in training mode"
+        return None
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
+        conv, image = self.conv, x
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            image = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
+        try:
+            return conv_bias_act(
+                image,
+                weight,
+                bias,
+                stride=conv.stride,
+                padding=padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+                residual=residual,
+                activation=self.activation,
+                max_pool=self.pool,
+                backend=self.backend,
+            )
+        except (TypeError, ValueError):  # a residual that broadcasts; errors in PyTorch's words
+            return self.stock(x, residual)
+
+    def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same by PyTorch, module by module."""
+        y = self.conv(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        if residual is not None:
+            y = y + residual
+        if self.activation is not None:
+            y = ACTIVATIONS[self.activation](y)
+        return y if self.pool is None else F.max_pool2d(y, *self.pool)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution with the BatchNorm in them.
+
+        On a CPU they are kept while a hash of every byte that they come from, taken at each call,
+        is the same; elsewhere they are made at each call.
+        """
+        conv, norm = self.conv, self.norm
+        assert norm is not None
+        if conv.weight.device.type != "cpu":
+            return _fold(conv, norm)
+        statistics = (norm.running_mean, norm.running_var)
+        sources = (conv.weight, conv.bias, norm.weight, norm.bias, *statistics)
+        state = [norm.eps, *map(packing.version_of, sources)]
+        kept = self._folded
+        if kept is None or kept[0] != state:
+            kept = self._folded = (state, *_fold(conv, norm))
+        return kept[1], kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_folded": None}
+
+
+@torch.no_grad()
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """In float64, rounded once."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean.double() if conv.bias is None else conv.bias.double() - mean.double()
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    weight = conv.weight.double() * scale[:, None, None, None]
+    return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def why_not_folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> str | None:
+    """Why a BatchNorm cannot be folded into the convolution before it."""
+    if norm.running_mean is None or norm.running_var is None:
+        return "its BatchNorm2d keeps no running statistics"
+    given = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    tensors = [t for t in given if t is not None]
+    if any(t.dtype != conv.weight.dtype or t.device != conv.weight.device for t in tensors):
+        return "its BatchNorm2d has another dtype or device"
+    if norm.num_features != conv.out_channels:
+        return "its BatchNorm2d has another number of channels"
+    return None

@@ -1,0 +1,109 @@
+"""`mbm-kernels optimize`: a model from a package or a file, and what `optimize` makes of it."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from mbm_kernels.optimize.optimizing import MODES, POLICIES
+from mbm_kernels.optimize.optimizing import optimize as optimize_model
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="torchvision:NAME, timm:NAME, or FILE.py:FUNCTION, a function without arguments that "
+        "returns the model, or the model and a tuple of its inputs.",
+        metavar="MODEL",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images in the sample.")]
+Size = Annotated[
+    int | None, typer.Option("--size", min=1, help="Pixels a side; without it 224 or timm's.")
+]
+Mode = Annotated[str, typer.Option("--mode", help=" or ".join(MODES))]
+Policy = Annotated[str, typer.Option("--policy", help=", ".join(POLICIES))]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Html = Annotated[Path | None, typer.Option("--html", help="Write the report to this file, too.")]
+
+
+def optimize(
+    model: Model,
+    batch: Batch = 1,
+    size: Size = None,
+    mode: Mode = "inference",
+    policy: Policy = "auto",
+    as_json: AsJson = False,
+    html: Html = None,
+) -> None:
+    """What a model's modules become, with what they gain, and which stay and why."""
+    torch.manual_seed(0)
+    made, inputs, pixels = _made(model)
+    if inputs is None:
+        side = size or pixels
+        inputs = (torch.randn(batch, 3, side, side),)
+    made.train(mode == "training")
+    report = optimize_model(made, mode=mode, policy=policy, sample_input=inputs)
+    if html is not None:
+        report.to_html(html)
+    typer.echo(report.to_json() if as_json else str(report))
+
+
+def _made(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None, int]:
+    """The model of a specification, its inputs if it comes with them, and its images' side."""
+    source, colon, name = spec.rpartition(":")
+    if not colon or not name:
+        raise ValueError(
+            f"MODEL: got {spec!r}; expected torchvision:NAME, timm:NAME or FILE.py:FUNCTION; "
+            "say which model of it"
+        )
+    if source == "torchvision":
+        models: Any = _package("torchvision").models
+        return models.get_model(name, weights=None), None, 224
+    if source == "timm":
+        found = _package("timm").create_model(name, pretrained=False)
+        return found, None, int(found.default_cfg["input_size"][-1])
+    return (*_from_file(Path(source), name), 224)
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ImportError(
+            f"MODEL: got a model of {name}, which is not installed; expected the package; "
+            f"run pip install {name}"
+        ) from None
+
+
+def _from_file(path: Path, function: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(
+            f"MODEL: got {str(path)!r}; expected torchvision, timm or a Python file; check the path"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise ValueError(f"MODEL: got {function!r}; expected a function of {path}; check the name")
+    found = make()
+    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"MODEL: got {type(model).__name__} from {function}(); expected a torch.nn.Module; "
+            "return the model, or the model and its inputs"
+        )
+    if inputs is not None and not isinstance(inputs, (tuple, list)):
+        inputs = (inputs,)
+    return model, None if inputs is None else tuple(inputs)

@@ -1,0 +1,211 @@
+"""Containers whose forward runs chains: the same instance, of a subclass of its own class.
+
+The forward that the class had is called instead wherever the rewritten one might not mean the same:
+in training, where gradients are recorded, with other arguments than those traced, under a compiler
+or tracer, where a hook sits on a module of a chain or a module was replaced. The first call runs
+both and compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from mbm_kernels._core import tracing
+from mbm_kernels.nn import counterparts
+from mbm_kernels.optimize import outputs
+from mbm_kernels.optimize.chain import Chain
+
+PLAN = "_mbm_plan"
+# Of a first call, over the largest value: what no rounding explains.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(eq=False)
+class Plan:
+    """A rewritten forward.
+
+    arguments: names of the tensors it takes. source: its text, in which the chains are attributes
+    of the module. inlined: the nn.Sequential whose modules it calls itself, and how many they are.
+    checked: the first call has compared it with the forward as written.
+    """
+
+    arguments: tuple[str, ...]
+    source: str
+    names: dict[str, Any]  # of the source's globals
+    chains: dict[str, Chain]  # by attribute
+    inlined: tuple[tuple[nn.Module, int], ...]
+    checked: bool = False
+    refused: str | None = None
+    _run: Callable[..., Any] | None = field(default=None, init=False, repr=False)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The arguments in order; None where they are not those that were traced."""
+        if kwargs:
+            named = dict(zip(self.arguments, args, strict=False))
+            if len(args) > len(self.arguments) or named.keys() & kwargs.keys():
+                return None
+            named |= kwargs
+            if named.keys() != set(self.arguments):
+                return None
+            args = tuple(named[name] for name in self.arguments)
+        elif len(args) != len(self.arguments):
+            return None
+        return args if all(type(a) in (Tensor, nn.Parameter) for a in args) else None
+
+    def why_not(self, module: nn.Module, args: tuple[Any, ...]) -> str | None:
+        """Why the rewritten forward cannot stand for the module's own at this moment."""
+        if self.refused is not None:
+            return self.refused
+        if module.training:
+            return "it is in training mode"
+        if not tracing.is_eager():
+            return "a compiler, a tracer, autocast or a mode is at work"
+        if torch.is_grad_enabled() and _has_gradients(module, args):
+            return "gradients are recorded; call the model under torch.no_grad()"
+        if torch_module._has_any_global_hook():
+            return "a hook sits on all modules"
+        for inlined, count in self.inlined:
+            if len(inlined._modules) != count or counterparts.has_hooks(inlined):
+                return "one of its nn.Sequential has hooks or other modules"
+        for chain in self.chains.values():
+            reason = chain.why_not()
+            if reason is not None:
+                return reason
+        return None
+
+    def run(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """The rewritten forward."""
+        if self._run is None:
+            scope = dict(self.names)
+            exec(compile(self.source, "<mbm_kernels.optimize>", "exec"), scope)
+            self._run = scope["forward"]
+        return self._run(module, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**vars(self), "_run": None}
+        modules = {k: v.__name__ for k, v in self.names.items() if isinstance(v, ModuleType)}
+        state["names"] = {k: v for k, v in self.names.items() if k not in modules}
+        return {**state, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state.pop("_modules")
+        vars(self).update(state)
+        self.names |= {name: __import__(path, fromlist=["_"]) for name, path in modules.items()}
+
+
+class Fused(counterparts.RunsChains):
+    """What a container's class is mixed with.
+
+    _mbm_own_class: the class that the container had before.
+    """
+
+    _mbm_own_class: type[nn.Module]
+
+    def in_chains(self) -> set[nn.Module]:
+        plan: Plan = vars(self)[PLAN]
+        return {module for chain in plan.chains.values() for module in chain.modules}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = super().__reduce_ex__(protocol)[2]
+        return _remade, (type(self)._mbm_own_class,), state
+
+    def unfuse(self) -> None:
+        """Makes the module what it was."""
+        vars(self).pop(PLAN, None)
+        for name in [n for n, v in vars(self).items() if isinstance(v, Chain)]:
+            del vars(self)[name]
+        module: nn.Module = self
+        module.__class__ = type(self)._mbm_own_class
+
+
+def fuse(module: nn.Module, plan: Plan) -> None:
+    """Gives a module the rewritten forward."""
+    vars(module)[PLAN] = plan
+    vars(module).update(plan.chains)
+    module.__class__ = _fused_class(type(module))
+
+
+def _has_gradients(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether anything in the module's forward may be differentiated; a traced forward has lost
+    where its author switched that off."""
+    return any(a.requires_grad for a in args) or any(p.requires_grad for p in module.parameters())
+
+
+def _forward(
+    module: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The rewritten forward of a module where it may run, else its `own`."""
+    plan: Plan | None = vars(module).get(PLAN)
+    given = None if plan is None else plan.bound(args, kwargs)
+    if plan is None or given is None:
+        return own(module, *args, **kwargs)
+    if plan.why_not(module, given) is not None:
+        return own(module, *args, **kwargs)
+    return plan.run(module, given) if plan.checked else _first(module, own, plan, given)
+
+
+def _first(module: nn.Module, own: Callable[..., Any], plan: Plan, args: tuple[Any, ...]) -> Any:
+    """Both forwards, the class's own being right."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            found: Any = plan.run(module, outputs.detached(args))
+        except Exception as error:  # whatever a wrong trace leads to
+            found = error
+    expected = own(module, *args)
+    if isinstance(found, Exception) or not _alike(found, expected):
+        plan.refused = "its forward, as traced, gives other results than as written"
+        warnings.warn(f"optimize: {type(module).__name__}: {plan.refused}", stacklevel=3)
+    plan.checked = True
+    return expected
+
+
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of Fused and of `kind`, made for each module anew: pickles name `kind` alone."""
+    own: Callable[..., Any] = kind.forward
+
+    @functools.wraps(own)  # tracers read its arguments
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, own, args, kwargs)
+
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "forward": forward,
+        "_mbm_own_class": kind,
+    }
+    return type(kind.__name__, (Fused, kind), names)
+
+
+def _remade(kind: type[nn.Module]) -> nn.Module:
+    made = _fused_class(kind)
+    return made.__new__(made)
+
+
+@torch.no_grad()
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two results have the same form and, but for rounding, the same values."""
+    if type(found) is not type(expected):
+        return False
+    ours, theirs = dict(outputs.tensors(found)), dict(outputs.tensors(expected))
+    if ours.keys() != theirs.keys():
+        return False
+    for path, expected_tensor in theirs.items():
+        tensor = ours[path]
+        if tensor.shape != expected_tensor.shape or tensor.dtype != expected_tensor.dtype:
+            return False
+        largest = float(expected_tensor.abs().max()) if tensor.numel() else 0.0
+        limit = TOLERANCE.get(tensor.dtype, 1e-1) * max(largest, 1e-30)
+        difference = (tensor - expected_tensor).abs()
+        if math.isfinite(largest) and not bool((difference <= limit).all()):
+            return False
+    return True
