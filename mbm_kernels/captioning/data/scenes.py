@@ -34,7 +34,7 @@ SIZES = ("small", "large")
 RELATIONS = (("left of", "right of"), ("above", "below"))
 # Nominal radius in pixels of a 64-pixel image: the gap of 3.6 keeps the sizes apart.
 RADIUS = {"small": (6.2, 7.2), "large": (10.8, 12.0)}
-# A dark contour, in pixels outside and inside the edge, at any size of the image. It shows the shape
+# A dark contour, in pixels outside and inside the edge at any size of image. It shows the shape
 # whatever the colour: without it a model names a shape by its colour and calls each held-out pair
 # by a pair it knows.
 CONTOUR = (0.7, 0.5)
