@@ -4,8 +4,8 @@ An `Op` is a `Spec`, which names the roles of its arguments and results, with a 
 reference and backends. Three ways lead into a backend:
 
 - Eager code with plain tensors, like a call before it (`_core/problem.py`): `run` calls the backend
-  with the problem found, under a lean autograd.Function where a gradient is wanted. An operation
-  without a problem descriptor hands over its explicit arguments, whose checks are saved.
+  with the problem found, under a lean autograd.Function where a gradient is wanted. A first call
+  whose arguments were checked goes the same way (`run_first`).
 - Eager code with plain tensors otherwise, and functorch: an autograd.Function of the explicit
   arguments, 3 to 5 times less overhead than a registered operation.
 - Everything else (compile, export, jit.trace, fake and meta tensors, dispatch modes):

@@ -1,5 +1,6 @@
 """OpSuite's tests of torch's tools: compilers, dispatch modes, checkpoints, FLOP counters."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
+from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.testing.inputs import Inputs, with_leaves
 
@@ -72,6 +74,28 @@ class ToolTests:
     cases: ClassVar[list[Any]]
     inputs: Callable[..., Inputs]
     run: Callable[..., tuple[Tensor, ...]]
+
+    def test_a_checkpoint_runs_a_first_call_again(self, backend: str) -> None:
+        """Whatever the first call of its kind saves, it saves again as one of those after it."""
+        try:
+            problem = importlib.import_module(f"{dispatch.package_of(self.op)}.problem")
+        except ModuleNotFoundError:
+            pytest.skip("an operation without a problem descriptor knows no calls")
+        problem.CALLS.clear()
+        inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
+
+        def call(*values: Any) -> tuple[Tensor, ...]:
+            return self.run(dict(zip(inputs, values, strict=True)), backend)
+
+        def gradients(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+            found = [o for o in outputs if o.requires_grad]
+            ones = [torch.ones_like(o) for o in found]
+            return torch.autograd.grad(found, list(leaves.values()), ones, allow_unused=True)
+
+        actual = gradients(checkpoint(call, *inputs.values(), use_reentrant=False))
+        for a, e in zip(actual, gradients(call(*inputs.values())), strict=True):
+            assert (a is None) == (e is None)
+            assert a is None or torch.equal(a.nan_to_num(), e.nan_to_num())  # type: ignore[union-attr]
 
     def _each_alone(self) -> Iterator[tuple[Inputs, dict[str, Tensor]]]:
         """The usual inputs with one leaf each time that requires a gradient."""
