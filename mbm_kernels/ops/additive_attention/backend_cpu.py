@@ -116,8 +116,7 @@ def bwd(
     read = plan.read(tensors)
     (_context, context_rows), (_weights, weights_rows) = map(_rows, grads)  # alive, as above
     weights = native.dense(saved[0])
-    described = zip(plan.shapes, needs, strict=True)
-    found = [native.empty(shape) if need else None for shape, need in described]
+    found = native.empty_where(plan.shapes, needs)
     native.cpu().additive_attention_bwd(
         plan.block,
         native.addresses(read),

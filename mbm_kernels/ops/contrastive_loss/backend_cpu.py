@@ -33,10 +33,10 @@ def _run(
     grad_loss = native.dense(grad_loss)
     native.cpu().contrastive_loss(
         derived(p, "cpu", _block),
-        tuple(map(native.address, dense)),
+        native.addresses(dense),
         native.address(grad_loss),
         native.address(loss),
-        tuple(map(native.address, gradients)),
+        native.addresses(gradients),
         torch.get_num_threads(),
     )
 

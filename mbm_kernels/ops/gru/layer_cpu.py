@@ -88,10 +88,8 @@ def bwd(
     grad_h_n = native.dense(grads[1])
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y, reserve = map(native.dense, saved)
-    found = [
-        native.empty(shape) if needed and tensor is not None else None
-        for shape, needed, tensor in zip(plan.grad_shapes, needs, tensors[:-1], strict=True)
-    ]
+    wanted = [need and x is not None for need, x in zip(needs, tensors[:-1], strict=True)]
+    found = native.empty_where(plan.grad_shapes, wanted)
     # Held until the call: their addresses alone would not keep them.
     layers = [
         (packed.recurrent(w_hh), packed.inputs(w_ih) if needs[0] else None)
@@ -99,10 +97,10 @@ def bwd(
     ]
     address = native.address
     strides = (0, 0) if grad_y is None else grad_y.stride()[:2]
-    addresses = tuple(map(address, found))
+    addresses = native.addresses(found)
     native.cpu().gru_backward(
         plan.block,
-        tuple(map(address, (x, h0, lengths, y, reserve))),
+        native.addresses((x, h0, lengths, y, reserve)),
         (address(grad_y), *strides, address(grad_h_n)),
         [tuple(map(address, layer)) for layer in layers],
         addresses[:2],

@@ -47,7 +47,7 @@ def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor | 
     reserve = native.empty(plan.reserve_shape) if save else None
     native.cpu().gru_cell_forward(
         plan.block,
-        tuple(map(native.address, given)),
+        native.addresses(given),
         (h_new.data_ptr(), native.address(reserve)),
         torch.get_num_threads(),
     )
@@ -70,14 +70,12 @@ def bwd(
     grad_h_new = h.new_zeros(h.shape) if grads[0] is None else grads[0]
     rest = (*_plain(tensors[2:4]), native.dense(saved[0]), native.dense(grad_h_new))
     given = (plan.x(x), native.dense(h), *rest)
-    found = [
-        native.empty(shape) if needed and tensor is not None else None
-        for shape, needed, tensor in zip(plan.grad_shapes, needs, tensors, strict=True)
-    ]
+    wanted = [need and x is not None for need, x in zip(needs, tensors, strict=True)]
+    found = native.empty_where(plan.grad_shapes, wanted)
     native.cpu().gru_cell_backward(
         plan.block,
-        tuple(map(native.address, given)),
-        tuple(map(native.address, found)),
+        native.addresses(given),
+        native.addresses(found),
         torch.get_num_threads(),
     )
     return tuple(precision.optional_rounded(grad, p.dtype) for grad in found)

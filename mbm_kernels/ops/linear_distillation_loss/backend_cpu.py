@@ -66,7 +66,7 @@ def _run(
     grads = [native.dense(grad) for grad in grad_results]
     native.cpu().linear_distillation_loss(
         derived(p, "cpu", _block),
-        *(tuple(map(native.address, given)) for given in (dense, grads, results, gradients)),
+        *(native.addresses(given) for given in (dense, grads, results, gradients)),
         torch.get_num_threads(),
     )
 
