@@ -5,6 +5,8 @@ from mbm_kernels._core.dispatch import backends as backends
 from mbm_kernels._core.dispatch import disabled as disabled
 from mbm_kernels._core.dispatch import set_backend as set_backend
 from mbm_kernels._core.errors import BackendUnavailableError as BackendUnavailableError
+from mbm_kernels._core.heap import warm_heap as warm_heap
+from mbm_kernels._core.heap import warm_if_asked as _warm_if_asked
 from mbm_kernels._core.packing import forget as forget
 from mbm_kernels.explaining import Explanation as Explanation
 from mbm_kernels.explaining import explain as explain
@@ -35,5 +37,7 @@ __all__ = [
     "optimize",
     "optimized",
     "set_backend",
+    "warm_heap",
     *_ops,
 ]
+_warm_if_asked()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import cost, env, native, processor
+from mbm_kernels._core import cost, env, heap, native, processor
 
 PACKAGES = ("torch", "triton", "numpy", "pybind11")
 
@@ -51,11 +51,23 @@ def collect() -> dict[str, Any]:
             "device": processor.name(),
             "constants": table.source if (table := cost.table()) else None,
         },
+        "heap": heap.report(),
         "gpu": gpu(),
         "ops": {op: mbm_kernels.backends(op) for op in mbm_kernels.ops.PUBLIC},
         "environment": env.in_force(),
         "unknown_environment": env.unknown(),
     }
+
+
+def heap_line(found: dict[str, Any]) -> str:
+    """What `heap.report` found, in words."""
+    size = f"{found['probe_bytes'] >> 20} MiB"
+    line = f"{found['state']}: {found['faults_per_call']} page faults to make a tensor of {size}"
+    if found["state"] == "warm":
+        return line
+    if found["why_not_warm"]:
+        return f"{line}; no warm_heap(): {found['why_not_warm']}"
+    return f"{line}, {found['faults_per_call_warm']} after warm_heap()"
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -78,6 +90,7 @@ def print_report(report: dict[str, Any]) -> None:
     facts.add_row("OpenMP runtimes", f"{len(runtimes)}: {', '.join(runtimes) or 'none seen'}{note}")
     constants = cpu["constants"] or "none: it takes PyTorch on CPUs"
     facts.add_row("auto's constants", f"{constants} (this CPU is {cpu['device']})")
+    facts.add_row("heap", heap_line(report["heap"]))
     device = report["gpu"]
     facts.add_row("GPU", device["name"] or f"none: {device['why_not']}")
     facts.add_row("CUDA kernels", device["extension"])

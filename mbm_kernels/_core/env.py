@@ -37,6 +37,7 @@ VARIABLES = (
         "MBM_SANITIZE",
         "address, thread or coverage instruments the CPU kernels, for tests (read by setup.py)",
     ),
+    Variable("MBM_WARM_HEAP", "1 keeps freed memory mapped from the import on: warm_heap()"),
     Variable("MBM_WINOGRAD", "0 turns Winograd's convolution off on CPUs"),
 )
 
@@ -83,6 +84,10 @@ def winograd() -> bool:
 
 def autotune() -> bool:
     return os.environ.get("MBM_AUTOTUNE") == "1"
+
+
+def warm_heap() -> bool:
+    return os.environ.get("MBM_WARM_HEAP") == "1"
 
 
 def cache_dir() -> Path:

@@ -16,6 +16,7 @@ from mbm_kernels.info import package_versions
 
 WARM_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 HEAPS = ("default", "warm")
+HEAP_VARIABLES = ("MALLOC_", "MBM_WARM_HEAP")
 MEASURED_CODE = ("csrc", "mbm_kernels", "setup.py", "benchmarks/*.py")
 
 
@@ -31,7 +32,7 @@ def gpu() -> str:
 
 def heap() -> str:
     """The heap mode of this process: "default", "warm", or "custom" for other malloc settings."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    given = {name: value for name, value in os.environ.items() if name.startswith(HEAP_VARIABLES)}
     if not given:
         return "default"
     return "warm" if given == WARM_HEAP else "custom"
@@ -50,7 +51,7 @@ def heap_environment(mode: str) -> dict[str, str]:
         raise ValueError(f"heap: got {mode!r}; expected one of {', '.join(HEAPS)}; fix the name")
     if mode == "warm" and platform.libc_ver()[0] != "glibc":
         raise ValueError("heap: got 'warm'; expected glibc, whose malloc it sets; use 'default'")
-    rest = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
+    rest = {name: v for name, v in os.environ.items() if not name.startswith(HEAP_VARIABLES)}
     return rest | (WARM_HEAP if mode == "warm" else {})
 
 
