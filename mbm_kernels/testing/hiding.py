@@ -34,6 +34,12 @@ class Hiding(OpSuite):
         """`inputs` with a NaN that some results read and others do not, in several places."""
         return []
 
+    def spoilt(self, inputs: Inputs, special: float) -> Inputs:
+        """`inputs` with that value wherever nothing reads."""
+        unread, _ = self.unread(inputs)
+        hidden = {name: inputs[name].masked_fill(place, special) for name, place in unread.items()}
+        return {**inputs, **hidden}
+
     def check_against_definition(
         self, given: Inputs, as_if: Inputs, backend: str, arriving: list[Tensor] | None = None
     ) -> Named:
@@ -69,9 +75,7 @@ class Hiding(OpSuite):
         inputs = self.inputs(hiding_case, torch.float32)
         unread, arriving = self.unread(inputs)
         assert any(bool(nowhere.any()) for nowhere in unread.values()), "hide something"
-        spoilt = dict(inputs)
-        for name, nowhere in unread.items():
-            spoilt[name] = inputs[name].masked_fill(nowhere, special)
+        spoilt = self.spoilt(inputs, special)
         with mode():
             found = self.check_against_definition(spoilt, inputs, backend, arriving)
         for name, nowhere in unread.items():

@@ -30,6 +30,7 @@ import mbm_kernels
 from mbm_kernels._core import native
 from mbm_kernels._core.op import OPS, as_tuple
 from mbm_kernels.testing import cases, strata
+from mbm_kernels.testing.hiding import Hiding
 from mbm_kernels.testing.inputs import Inputs, flat_tensors, map_tensors
 from mbm_kernels.testing.layouts import LAYOUTS, relayout
 from mbm_kernels.testing.suite import OpSuite
@@ -200,6 +201,9 @@ def record_common(recorder: Recorder) -> None:
             x, y = torch.linspace(-20, 20, size), torch.empty(size)
             native.cpu().vector_math(function, x.data_ptr(), y.data_ptr(), size)
             recorder.forget()
+    recorder.label = "peak and scratch memory"
+    native.cpu().peak_run(3, 2)
+    native.cpu().release_scratch(2)
 
 
 def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> None:
@@ -241,12 +245,22 @@ def suites(op: str) -> list[OpSuite]:
     return [suite() for suite in found if suite.op == op]
 
 
+def hidden(suite: Hiding) -> Iterator[tuple[str, Inputs, Callable[..., Any] | None]]:
+    """NaN where nothing reads, and where some results do."""
+    for case in suite.hiding_cases:
+        inputs = suite.inputs(case, torch.float32)
+        for spoilt in (suite.spoilt(inputs, torch.nan), *suite.partly_read(inputs)):
+            yield f"{case.why}, NaN", spoilt, type(suite).function
+
+
 def record_fixed(recorder: Recorder, op: str) -> None:
-    """The cases of the operation's tests, and its strata."""
+    """The cases of the operation's tests, with NaN behind its masks too, and its strata."""
     made: list[tuple[str, Inputs, Callable[..., Any] | None]] = []
     for suite in suites(op):
         for case in (*suite.cases, *suite.edge_cases):
             made.append((case.why, suite.inputs(case, torch.float32), type(suite).function))
+        if isinstance(suite, Hiding):
+            made += hidden(suite)
     made += [(what, inputs, None) for what, inputs in strata.of(op)]
     for i, (what, inputs, function) in enumerate(made):
         recorder.label = f"{op}: {what}"
