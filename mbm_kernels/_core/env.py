@@ -27,6 +27,7 @@ VARIABLES = (
         "cache folder",
     ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
+    Variable("MBM_DISABLE", "1 runs every operation's torch backend from the import on: disabled()"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
     Variable(
         "MBM_LOWERED",
@@ -84,6 +85,10 @@ def winograd() -> bool:
 
 def autotune() -> bool:
     return os.environ.get("MBM_AUTOTUNE") == "1"
+
+
+def disable() -> bool:
+    return os.environ.get("MBM_DISABLE") == "1"
 
 
 def warm_heap() -> bool:

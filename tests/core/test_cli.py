@@ -31,6 +31,24 @@ def test_info_json():
     assert report["gpu"]["name"] or report["gpu"]["why_not"]
 
 
+def test_disabled_from_the_import_on():
+    code = (
+        "import torch, mbm_kernels; from mbm_kernels._core import dispatch\n"
+        "with dispatch.watched() as seen:\n"
+        "    mbm_kernels.nn.Conv2d(3, 4, 3, backend='cpu')(torch.ones(1, 3, 8, 8))\n"
+        "    mbm_kernels.concat_linear([torch.ones(2, 3)], torch.ones(2, 3), backend='cpu')\n"
+        "print(set(seen))"
+    )
+    for value, backend in (("1", "torch"), ("0", "cpu")):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "MBM_DISABLE": value},
+        )
+        assert done.stdout.strip() == str({backend}), done.stderr
+
+
 def test_info_table():
     done = run("info", COLUMNS="120")
     assert done.returncode == 0, done.stderr
