@@ -188,7 +188,8 @@ class BuildNative(build_ext):
             for isa, (lanes, flags) in isas.items():
                 defines = [f"-DMBM_ISA={isa}", f"-DMBM_LANES={lanes}"]
                 objects.append(ninja.compile(source, isa, [*base, *sanitizer, *flags, *defines]))
-        objects.append(ninja.compile(CSRC / "common" / "isa.cpp", "any", [*base, *calls]))
+        for name in ("isa.cpp", "contention.cpp"):
+            objects.append(ninja.compile(CSRC / "common" / name, "any", [*base, *calls]))
         # -O1: the binding only converts arguments, and compiles twice as fast.
         binding = [*base, *calls, "-O1", *python_includes()]
         for source in sorted(CSRC.glob("*/bind.cpp")):

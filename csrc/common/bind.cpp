@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/contention.h"
 #include "common/fingerprint.h"
 #include "common/isa.h"
 #include "common/peak.h"
@@ -29,6 +30,8 @@ void bind_common(py::module_& m) {
     py::gil_scoped_release release;
     return MBM_CALL(fingerprint, data_ptr, bytes, num_threads);
   });
+  m.def("granted_team", mbm::granted_team);  // this and the next for tests
+  m.def("note_team", mbm::note_team);
   m.def("release_scratch", [](int num_threads) { MBM_CALL(release_scratch, num_threads); });
   m.def("peak_operations", [] { return MBM_CALL(peak_operations); });
   m.def("peak_run", [](int64_t iterations, int num_threads) {

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "common/contention.h"
+
 #if defined(MBM_STD_THREADS)
 #include <thread>
 #include <vector>
@@ -41,27 +43,38 @@ class FirstError {
   std::exception_ptr error_;
 };
 
-// body(thread, team): `team` threads run it once each, 1 <= team <= num_threads. Work must be
+// body(thread, team): `team` threads run it once each, 1 <= team <= num_threads; fewer than asked
+// where the cores are not free (contention.h), or OpenMP has no more. Work must be
 // cut by fixed chunks, never by `team`, wherever the order of a sum could change. A body that
 // meets the others at a barrier must not throw, hence not allocate: they would wait for ever.
 template <class Body>
 inline void parallel_region(int num_threads, const Body& body) {
-  if (num_threads <= 1) {
+  const int granted = num_threads <= 1 ? 1 : granted_team(num_threads);
+  if (granted <= 1) {
     body(0, 1);
     return;
   }
 #if defined(MBM_STD_THREADS)
   std::vector<std::thread> threads;
   FirstError error;
-  for (int t = 1; t < num_threads; ++t)
-    threads.emplace_back([&, t] { error.guard([&] { body(t, num_threads); }); });
-  error.guard([&] { body(0, num_threads); });
+  for (int t = 1; t < granted; ++t)
+    threads.emplace_back([&, t] { error.guard([&] { body(t, granted); }); });
+  error.guard([&] { body(0, granted); });
   for (auto& thread : threads) thread.join();
   error.rethrow();
 #elif defined(_OPENMP)
   FirstError error;
-#pragma omp parallel num_threads(num_threads)
-  error.guard([&] { body(omp_get_thread_num(), omp_get_num_threads()); });
+  const int64_t start = monotonic_ns();
+  int64_t done = start;  // when the caller was
+  take_barrier_sleep();
+#pragma omp parallel num_threads(granted)
+  {
+    const int thread = omp_get_thread_num();
+    error.guard([&] { body(thread, omp_get_num_threads()); });
+    if (thread == 0) done = monotonic_ns();
+  }
+  const int64_t end = monotonic_ns();
+  note_team(granted, end - start, end - done + take_barrier_sleep());
   error.rethrow();
 #else
   body(0, 1);
@@ -104,7 +117,9 @@ class Barrier {
       _mm_pause();
 #endif
     }
+    const int64_t start = monotonic_ns();
     phase_.wait(phase, std::memory_order_acquire);
+    add_barrier_sleep(monotonic_ns() - start);
   }
 
  private:

@@ -31,7 +31,9 @@ from mbm_kernels._core.errors import BackendUnavailableError
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
 
 _defaults: dict[str | None, str] = {}
-_disabled_depth = int(env.disable())  # a plain global: torch.compile can guard on it, not on a ContextVar
+_disabled_depth = int(
+    env.disable()
+)  # a plain global: torch.compile can guard on it, not on a ContextVar
 _disabled_lock = threading.Lock()
 
 

@@ -27,7 +27,7 @@ VARIABLES = (
         "cache folder",
     ),
     Variable("MBM_CUDA", "0 builds without the CUDA extension (read by setup.py)"),
-    Variable("MBM_DISABLE", "1 runs every operation's torch backend from the import on: disabled()"),
+    Variable("MBM_DISABLE", "1 runs every operation's torch backend, as disabled() does"),
     Variable("MBM_ISA", "force a CPU code path: baseline, avx2 or avx512"),
     Variable(
         "MBM_LOWERED",
