@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
@@ -100,6 +100,8 @@ def gru(
     if call := CALLS.get(given, kind):
         problem.check_lengths(NAME, x, lengths)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        return tracing.deferred(gru, locals())  # type: ignore[no-any-return]
     problem.check_shapes(NAME, tensors, 1)
     problem.check_lengths(NAME, x, lengths)
     if not isinstance(reverse, bool):
