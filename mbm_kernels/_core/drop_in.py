@@ -64,7 +64,7 @@ class DropIn(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _forget_if_swapped(self) -> None:
-        """Lets torch.utils.swap_tensors have the parameters: it refuses what has weak references."""
+        """Lets torch.utils.swap_tensors have the parameters; it refuses weak references to them."""
         if torch.__future__.get_swap_module_params_on_conversion():
             for parameter in self.parameters():
                 packing.forget(parameter)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -41,6 +42,19 @@ def is_eager() -> bool:
         or _autocast()
         or forward_ad._current_level >= 0
     )
+
+
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export is tracing."""
+    return torch.compiler.is_compiling() and _in_onnx_export()
+
+
+def _in_onnx_export() -> bool:
+    module = sys.modules.get("torch.onnx")  # importing it takes 0.3 s
+    return module is not None and module.is_in_onnx_export()
+
+
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:

@@ -196,4 +196,4 @@ def assert_same(actual: Any, expected: Any, **tolerances: float) -> None:
 
 
 each_case = pytest.mark.parametrize("name", ALL)
-each_backend = pytest.mark.parametrize("backend", ("cpu", "torch"))
+each_backend = pytest.mark.parametrize("backend", ["cpu", "torch"])

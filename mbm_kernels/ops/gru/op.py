@@ -9,7 +9,7 @@ from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.gru import backend_torch, problem, reference
+from mbm_kernels.ops.gru import backend_torch, onnx_form, problem, reference
 from mbm_kernels.ops.gru.problem import CALLS, NAME
 from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
 
@@ -42,6 +42,7 @@ OP = Op(
     opaque_torch=True,
     products=products,
     problem=problem.find,
+    onnx=onnx_form.gru,
 )
 
 
