@@ -21,6 +21,10 @@ def test_a_dynamic_batch_is_one_graph(name, backend):
         assert_same(program.module()(*inputs), model(*inputs))
 
 
+# Without optimisation, and without headers compiled for the models after it.
+QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+
+
 class Recurrent(torch.nn.Module):
     """A convolution, a GRU and attention by kernels."""
 
@@ -45,7 +49,9 @@ def test_aot_inductor(tmp_path):
             model, (torch.randn(4, 3, 4, 4),), dynamic_shapes=({0: batch},)
         )
         path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
+            program,
+            package_path=str(tmp_path / "model.pt2"),
+            inductor_configs=QUICK,
         )
         loaded = torch._inductor.aoti_load_package(path)
         for size in (2, 7):
