@@ -73,9 +73,9 @@ class DropIn(nn.Module):
 def refuse_script(module: nn.Module) -> NoReturn:
     """Raises what torch.jit.script of a module of ours means."""
     raise RuntimeError(
-        f"torch.jit.script: got mbm_kernels' {type(module).__name__}, which is no TorchScript; "
-        "expected torch.nn's own modules; call report.revert() first, or use torch.export or "
-        "torch.jit.trace"
+        f"torch.jit.script: got {type(module).__name__}, run by mbm_kernels, which is no "
+        "TorchScript; expected torch.nn's own modules; call report.revert() first, or use "
+        "torch.export or torch.jit.trace"
     )
 
 

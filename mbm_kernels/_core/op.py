@@ -264,6 +264,7 @@ class Op:
     def decomposed(self, *args: Any) -> Any:
         """All results of the registered forward's arguments, by what ONNX has."""
         from torch._subclasses.functional_tensor import dispatch_functionalize
+
         # Programs hold nothing in place, as the torch backend does.
         public = dispatch_functionalize(self._onnx_form)(args[:-1])[: len(self.public)]
         results = (*public, *as_tuple(self.fake(*args[:-1]))[len(public) :])

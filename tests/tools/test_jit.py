@@ -42,6 +42,16 @@ def test_a_trace_holds_for_other_images_and_sequences():
 @pytest.mark.parametrize("name", MODULES)
 def test_script_is_refused_with_the_remedy(name):
     model = torch.nn.Sequential(torch.nn.Identity(), MODULES[name].make("auto"))
-    with pytest.raises(RuntimeError, match=rf"jit\.script: got mbm_kernels' {name}.*revert\(\)"):
+    with pytest.raises(RuntimeError, match=rf"jit\.script: got {name}, run by .*revert\(\)"):
         torch.jit.script(model)
     assert type(model[1]) is getattr(nn, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_script_is_refused_of_chains():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+    report = mbm_kernels.optimize(model)
+    with pytest.raises(RuntimeError, match=r"jit\.script: got Sequential, run by .*revert\(\)"):
+        torch.jit.script(model)
+    report.revert()
+    torch.jit.script(model)

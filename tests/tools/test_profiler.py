@@ -1,7 +1,6 @@
 """torch.profiler and FlopCounterMode: what each operation shows of itself."""
 
 import pytest
-import torch
 from torch.profiler import profile
 
 from mbm_kernels._core import profiling

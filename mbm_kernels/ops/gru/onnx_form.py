@@ -9,9 +9,7 @@ from torch import Tensor
 from mbm_kernels.ops.gru.problem import PER_DIRECTION
 
 
-def gru(
-    x: Tensor, h0: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def gru(x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """The registered operation's arguments: weights, biases, lengths, reverse."""
     *weights, lengths, reverse = rest
     direction = "reverse" if reverse else "forward"
