@@ -103,7 +103,7 @@ def test_functional_call(module, inputs):
     assert_same(torch.func.functional_call(module, values, inputs), expected(*inputs))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")
 def test_ensemble(module, inputs):
     modules = [copy.deepcopy(module) for _ in range(3)]
     for each in modules:
