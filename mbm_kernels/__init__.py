@@ -1,6 +1,7 @@
 """Fused convolution, GRU, attention and distillation-loss kernels for multimodal models."""
 
 from mbm_kernels import nn as nn
+from mbm_kernels import onnx as onnx
 from mbm_kernels._core.dispatch import backends as backends
 from mbm_kernels._core.dispatch import disabled as disabled
 from mbm_kernels._core.dispatch import set_backend as set_backend
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "forget",
     "nn",
+    "onnx",
     "optimize",
     "optimized",
     "set_backend",

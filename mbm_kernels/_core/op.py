@@ -37,6 +37,7 @@ from mbm_kernels._core import (
     flops,
     profiling,
     registration,
+    tracing,
 )
 from mbm_kernels._core.arguments import as_tuple as as_tuple
 from mbm_kernels._core.problem import Call, Calls, Problem
@@ -63,6 +64,8 @@ class Op:
             name; None where there are none.
         problem: the problem descriptor of explicit inputs and options, for an operation whose
             backends take one.
+        onnx: what torch.onnx.export records, of inputs and options, if not `torch_fwd`: where ONNX
+            has an operator of its own, or its exporter gets `torch_fwd` wrong.
         package: where its modules are, if not in `mbm_kernels.ops.<name>`.
     """
 
@@ -77,6 +80,7 @@ class Op:
         ignored: Callable[[dict[str, Any]], Tensor] | None = None,
         products: Callable[..., list[flops.Product]] | None = None,
         problem: Callable[..., Problem] | None = None,
+        onnx: Callable[..., Any] | None = None,
         package: str | None = None,
     ):
         self.spec, self.name = spec, spec.name
@@ -87,6 +91,7 @@ class Op:
         self.ignored = ignored
         self.products = products
         self.problem = problem
+        self.onnx = onnx
         self.label = registration.label(spec.name)
         self.inputs, self.outputs = list(spec.forward_names), list(spec.results)
         self.public, self.diff = list(spec.outputs), list(spec.differentiable)
@@ -202,7 +207,11 @@ class Op:
         sizes["training"] = int(needs_grad)
         if reason := no_kernel(tensors, self.saves_each):
             backend = dispatch.without_kernels(self.name, backend, reason)
-        chosen = dispatch.select(self.name, backend, device, dtype, sizes)
+        if tracing.in_onnx_export():
+            dispatch.check_backend(self.name, backend)
+            chosen = "torch"
+        else:
+            chosen = dispatch.select(self.name, backend, device, dtype, sizes)
         if not torch.compiler.is_compiling():
             dispatch.note(chosen)
         if spec.save == "each":
@@ -221,6 +230,8 @@ class Op:
     def _call(
         self, backend: str, args: Sequence[Any], tensors: Sequence[Tensor], needs_grad: bool
     ) -> tuple[Any, ...]:
+        if tracing.in_onnx_export():
+            return self._onnx_form(args)
         if backend == "torch" and not (self.opaque_torch and torch.compiler.is_compiling()):
             return self._alone(backend, args)
         plain = is_plain(tensors)
@@ -243,6 +254,21 @@ class Op:
             return self.backend_fwd(backend, args)
         with profiling.event(self.label, args):
             return self.backend_fwd(backend, args)
+
+    def _onnx_form(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        if self.onnx is None:
+            return as_tuple(self.torch_fwd_explicit(*args))
+        count = len(self.spec.input_names) + len(self.spec.option_names)
+        return as_tuple(self.onnx(*args[:count]))
+
+    def decomposed(self, *args: Any) -> Any:
+        """All results of the registered forward's arguments, by what ONNX has."""
+        from torch._subclasses.functional_tensor import dispatch_functionalize
+
+        # Programs hold nothing in place, as the torch backend does.
+        public = dispatch_functionalize(self._onnx_form)(args[:-1])[: len(self.public)]
+        results = (*public, *as_tuple(self.fake(*args[:-1]))[len(public) :])
+        return results if len(results) > 1 else results[0]
 
     def torch_fwd_explicit(self, *args: Any) -> Any:
         """`torch_fwd` of the forward's explicit arguments."""

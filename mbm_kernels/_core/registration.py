@@ -1,4 +1,4 @@
-"""The torch.library side of an operation: schemas, kernels, fakes and the vmap rule of lists.
+"""The torch.library side of an operation: schemas, kernels, fakes and the vmap rule.
 
 What compilers, exporters, tracers and dispatch modes see is `torch.ops.mbm_kernels.<op>` and
 `<op>_backward`, whose arguments are explicit; the last one names the backend.
@@ -39,9 +39,9 @@ class Registration:
         packet = getattr(torch.ops, NAMESPACE)
         self.forward = getattr(packet, name).default
         self.backward = getattr(packet, f"{name}_backward").default
-        if self.spec.has_lists:  # torch's own loop over a batch takes no lists
-            for registered in (self.forward, self.backward):
-                torch.library.register_vmap(registered, arguments.looped(registered))
+        for registered in (self.forward, self.backward):
+            # torch's own loop over a batch takes no lists, and warns
+            torch.library.register_vmap(registered, arguments.looped(registered))
 
     def _define(self, name: str, schema: str, kernel: Any, fake: Any) -> None:
         declared, returned = schema.split(" -> ")

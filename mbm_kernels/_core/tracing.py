@@ -1,7 +1,9 @@
 """What else is at work around a call: compilers, tracers, dispatch modes, functorch, tangents."""
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +11,8 @@ import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from mbm_kernels._core import arguments
 
 
 def in_functorch() -> bool:
@@ -38,6 +42,19 @@ def is_eager() -> bool:
         or _autocast()
         or forward_ad._current_level >= 0
     )
+
+
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export is tracing."""
+    return torch.compiler.is_compiling() and _in_onnx_export()
+
+
+def _in_onnx_export() -> bool:
+    module = sys.modules.get("torch.onnx")  # importing it takes 0.3 s
+    return module is not None and module.is_in_onnx_export()
+
+
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -81,6 +98,34 @@ def leaf(forward: F) -> F:
         return forward(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def takes_over(given: Sequence[Any]) -> bool:
+    """Whether one of the arguments is no tensor but stands for one, as torch.fx's symbols do."""
+    for arg in given:
+        if isinstance(arg, (list, tuple)):
+            if takes_over(arg):
+                return True
+        elif not isinstance(arg, Tensor) and hasattr(type(arg), "__torch_function__"):
+            return True
+    return False
+
+
+def deferred(function: Callable[..., Any], local: Mapping[str, Any]) -> Any:
+    """What the `__torch_function__` of an argument makes of a call; torch.fx records one node.
+
+    `local` are the local variables of `function`, its arguments among them.
+    """
+    args, named = [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        value = local[parameter.name]
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if value is not parameter.default:
+                named[parameter.name] = value
+        else:
+            args.append(value)
+    relevant = [a for a in arguments.flat((*args, *named.values())) if takes_over((a,))]
+    return torch.overrides.handle_torch_function(function, relevant, *args, **named)
 
 
 def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:

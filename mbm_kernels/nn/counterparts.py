@@ -6,13 +6,14 @@ its class changes, to a subclass of the one that it had, and back.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mbm_kernels._core import checks
 from mbm_kernels._core.dispatch import why_not as backend_why_not
+from mbm_kernels._core.drop_in import refuse_script
 from mbm_kernels.ops.conv_bias_act.module import Conv2d
 from mbm_kernels.ops.cross_attention.module import MultiheadAttention
 from mbm_kernels.ops.gru.module import GRU
@@ -81,6 +82,9 @@ class RunsChains(nn.Module):
     def in_chains(self) -> set[nn.Module]:
         """Those modules."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
 
 def in_chains(model: nn.Module) -> set[nn.Module]:

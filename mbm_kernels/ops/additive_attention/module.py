@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys, additive_attention_keys
 from mbm_kernels.ops.additive_attention.op import additive_attention
 from mbm_kernels.ops.concat_linear.module import Linear
 
 
-class AdditiveAttention(nn.Module):
+class AdditiveAttention(DropIn):
     """Projects query and key to a common size and attends by v . tanh(query + key).
 
     The projections are torch.nn.Linear, run by concat_linear where it is measured to win.

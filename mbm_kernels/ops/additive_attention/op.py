@@ -112,6 +112,10 @@ def _attend(tensors: Tensors, backend: str) -> Results:
     if call is not None:
         _check_lengths(tensors, call.problem.S)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        names = ("query", "key", "value", "v", "key_lengths", "mask")
+        local = {**dict(zip(names, tensors, strict=True)), "backend": backend}
+        return tracing.deferred(additive_attention, local)  # type: ignore[no-any-return]
     known = key_of(tensors, ())
     found = PROBLEMS.get(known)
     if found is None:

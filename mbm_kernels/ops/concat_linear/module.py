@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.concat_linear.op import concat_linear, linear
 from mbm_kernels.ops.concat_linear.problem import NAME
 
 
-class Linear(nn.Linear):
+class Linear(DropIn, nn.Linear):
     """torch.nn.Linear, run by concat_linear where that is predicted to be faster."""
 
     @tracing.leaf
@@ -18,7 +19,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class ConcatLinear(nn.Linear):
+class ConcatLinear(DropIn, nn.Linear):
     """Linear over the concatenation of several inputs, without concatenating what is repeated.
 
     Parameters and state_dict are those of torch.nn.Linear(sum(in_features), out_features).

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, dispatch
+from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
@@ -80,12 +80,16 @@ def concat_linear(
     Source: the splitting of a product over concatenated operands is elementary algebra.
     """
     if not isinstance(inputs, (list, tuple)):
+        if tracing.takes_over((inputs,)):
+            return tracing.deferred(concat_linear, locals())  # type: ignore[no-any-return]
         expected = "a list or tuple of tensors"
         checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
     tensors = (*inputs, weight) if bias is None else (*inputs, weight, bias)
     kind = (backend, len(inputs), bias is None)
     if call := CALLS.get(tensors, kind):
         return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
+    if tracing.takes_over(tensors):
+        return tracing.deferred(concat_linear, locals())  # type: ignore[no-any-return]
     problem.check_shapes((inputs, weight, bias))
     cast = autocast.cast(*inputs, weight, bias)
     parts = list(cast[: len(inputs)])

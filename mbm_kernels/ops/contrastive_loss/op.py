@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
@@ -96,6 +96,8 @@ def contrastive_loss(
     options = (*how, bias is None)
     call = CALLS.get(given, options)
     if call is None:
+        if tracing.takes_over(given) or tracing.takes_over((scale, bias)):
+            return tracing.deferred(contrastive_loss, locals())  # type: ignore[no-any-return]
         checks.choice(NAME, "kind", kind, KINDS)
         problem.check_shapes(image, text)
     dtype = image.dtype

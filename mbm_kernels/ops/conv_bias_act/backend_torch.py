@@ -75,7 +75,9 @@ class _Stock:
             self.activate = self.activate_recorded = IN_PLACE[p.activation]
         elif p.activation is not None:
             self.activate_recorded = FRESH[p.activation]
-            self.activate = (FRESH if self.functorch else IN_PLACE_UNRECORDED)[p.activation]
+            # jit.trace compares what it records with and without gradients.
+            fresh = self.functorch or torch._C._get_tracing_state() is not None
+            self.activate = (FRESH if fresh else IN_PLACE_UNRECORDED)[p.activation]
 
     def activation(self, z: Tensor) -> Tensor:
         activate = self.activate_recorded if z.requires_grad else self.activate

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from mbm_kernels.ops.conv_bias_act.op import convolve
 from mbm_kernels.ops.conv_bias_act.problem import NAME
 
 
-class Conv2d(nn.Conv2d):
+class Conv2d(DropIn, nn.Conv2d):
     """torch.nn.Conv2d: the same constructor and state_dict, and `backend`.
 
     Padding modes other than "zeros" pad first, as torch does. `groups`, `dilation`, unbatched

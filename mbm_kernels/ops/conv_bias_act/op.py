@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.problem import key_of
@@ -127,6 +127,10 @@ def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor
     call = CALLS.get(given, kind)
     if call is not None:
         return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        names = (*OP.reference_inputs, "backend")
+        local = dict(zip(names, (*tensors, *options, backend), strict=True))
+        return tracing.deferred(conv_bias_act, local)  # type: ignore[no-any-return]
     key = key_of(tensors, options)
     found = PROBLEMS.get(key)
     if found is None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_kernels._core import checks, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.ops.concat_linear.op import linear
 from mbm_kernels.ops.cross_attention.op import cross_attention
@@ -14,7 +15,7 @@ from mbm_kernels.ops.cross_attention.op import cross_attention
 MODULE = "nn.MultiheadAttention"
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(DropIn, nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same constructor, state_dict and masks, and `backend`.
 
     As in torch a mask's True hides a position, and where weights are asked for a row with nothing

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.problem import key_of
@@ -123,6 +123,8 @@ def cross_attention(
         _check_lengths(tensors, call.problem.S)
         both = OP.run(call, tensors)
         return both[0] if need_weights is None else both  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        return tracing.deferred(cross_attention, locals())  # type: ignore[no-any-return]
     known = key_of(tensors, (scale, need_weights))
     found = PROBLEMS.get(known)
     if found is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from mbm_kernels._core import autocast, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
@@ -15,7 +16,7 @@ from mbm_kernels.ops.gru.op import gru
 NAME = "gru"
 
 
-class GRU(torch.nn.GRU):
+class GRU(DropIn, torch.nn.GRU):
     """torch.nn.GRU, the same constructor, parameters, inputs and errors, run by `mbm_kernels.gru`.
 
     Where every layer would run the torch backend, the call is torch.nn.GRU's own.
@@ -38,6 +39,11 @@ class GRU(torch.nn.GRU):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         traceable(cls)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._flat_weight_refs = []  # weak, so that torch.nn.GRU's own parameters cannot be swapped
+        super()._load_from_state_dict(*args, **kwargs)
+        self._init_flat_weights()
 
     @tracing.leaf
     def forward(  # type: ignore[override]

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
-from mbm_kernels.ops.gru import backend_torch, problem, reference
+from mbm_kernels.ops.gru import backend_torch, onnx_form, problem, reference
 from mbm_kernels.ops.gru.problem import CALLS, NAME
 from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
 
@@ -42,6 +42,7 @@ OP = Op(
     opaque_torch=True,
     products=products,
     problem=problem.find,
+    onnx=onnx_form.gru,
 )
 
 
@@ -100,6 +101,8 @@ def gru(
     if call := CALLS.get(given, kind):
         problem.check_lengths(NAME, x, lengths)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        return tracing.deferred(gru, locals())  # type: ignore[no-any-return]
     problem.check_shapes(NAME, tensors, 1)
     problem.check_lengths(NAME, x, lengths)
     if not isinstance(reverse, bool):

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.gru_cell.op import gru_cell
 
 NAME = "gru_cell"
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(DropIn, torch.nn.GRUCell):
     """torch.nn.GRUCell, the same constructor, parameters and errors, run by `mbm_kernels.gru_cell`.
 
     Where that would run the torch backend, the call is torch.nn.GRUCell's own.

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
@@ -86,6 +86,8 @@ def gru_cell(
     kind = (backend, b_ih is None, b_hh is None)
     if call := CALLS.get(given, kind):
         return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if tracing.takes_over(given):
+        return tracing.deferred(gru_cell, locals())  # type: ignore[no-any-return]
     problem.check(tensors)
     cast = autocast.cast(*tensors)
     checks.same_floating(NAME, zip(OP.diff, cast, strict=True))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec, typed
@@ -50,6 +50,7 @@ OP = Op(
     ignored=targets.ignored_rows,
     products=_products,
     problem=problem.find,
+    onnx=reference.linear_cross_entropy,  # torch 2.13's exporter drops label_smoothing
 )
 
 
@@ -120,6 +121,8 @@ def linear_cross_entropy(
         loss: Tensor = OP.run(call, rows)
         result_dtype = hidden.dtype
     else:
+        if tracing.takes_over(given):
+            return tracing.deferred(linear_cross_entropy, locals())  # type: ignore[no-any-return]
         checked, explicit = _checked(given, options)
         result_dtype = head.result_dtype(hidden)
         found = problem.find(*checked, *explicit)

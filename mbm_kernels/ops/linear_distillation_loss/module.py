@@ -1,15 +1,16 @@
 """Distillation through a linear head, as a module."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbm_kernels._core import dispatch, tracing
+from mbm_kernels._core.drop_in import DropIn
 from mbm_kernels.ops.linear_distillation_loss.op import (
     check_options,
     linear_distillation_loss,
 )
 
 
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(DropIn):
     """`mbm_kernels.linear_distillation_loss` with its options fixed; it has no parameters.
 
     Args:

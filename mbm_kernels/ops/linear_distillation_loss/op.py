@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec, typed
@@ -168,6 +168,8 @@ def linear_distillation_loss(
         results = OP.run(call, _flat(inputs))
         result_dtype = student_hidden.dtype
     else:
+        if tracing.takes_over(given) or tracing.takes_over((teacher_topk,)):
+            return tracing.deferred(linear_distillation_loss, locals())  # type: ignore[no-any-return]
         check_options(temperature, hard_weight, divergence, beta, reduction)
         checked = _flat(_checked(inputs, teacher_topk, ignore_index))
         result_dtype = head.result_dtype(student_hidden)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks
+from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
@@ -90,6 +90,8 @@ def linear_topk(
     if call is not None:
         values, ids = OP.run(call, (head.rows_of(hidden), weight, bias))
     else:
+        if tracing.takes_over(given):
+            return tracing.deferred(linear_topk, locals())  # type: ignore[no-any-return]
         classes, _ = head.check(NAME, hidden, weight, bias)
         problem.check_k(k, classes)
         hidden, weight, bias = autocast.cast(hidden, weight, bias)

@@ -10,6 +10,7 @@ from mbm_kernels._core import autocast, checks, dispatch, tracing
 from mbm_kernels._core.flops import Names, Product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
+from mbm_kernels.ops.gru import onnx_form
 from mbm_kernels.ops.gru.bidirectional import backend_torch, problem, reference
 from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
 from mbm_kernels.ops.gru.bidirectional.problem import CALLS, NAME
@@ -52,6 +53,7 @@ OP = Op(
     package=__package__,
     products=_products,
     problem=problem.find,
+    onnx=onnx_form.gru_bidirectional,
 )
 
 
@@ -107,6 +109,8 @@ def gru_bidirectional(
         found, training = problem.find(*cast, checked=True), tracing.may_need_grad(cast)
         call, tensors = CALLS.remember(found, "cpu", given, kind), cast
     sizes = {**found.sizes, "training": int(training)}
+    if tracing.in_onnx_export():
+        return OP(backend, *tensors, sizes=sizes)  # type: ignore[no-any-return]
     if dispatch.select("gru", backend, found.device, found.dtype, sizes) != "cpu":
         return by_direction(tensors, backend)
     if call is not None:
