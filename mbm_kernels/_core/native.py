@@ -117,6 +117,27 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def extent(tensor: Tensor) -> int:
+    """Bytes between a tensor's first and its last element.
+
+    Raises:
+        ValueError: the tensor's storage was freed or is too small for its shape.
+    """
+    found = int(tensor.nbytes)
+    if not tensor.is_contiguous() and found > 0:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        found = (last + 1) * tensor.element_size()
+    start = tensor.storage_offset() * tensor.element_size()
+    held = tensor.untyped_storage().nbytes()
+    if found > 0 and held < start + found:
+        raise ValueError(
+            f"weight: got a tensor of shape {tuple(tensor.shape)} whose storage holds {held} "
+            f"bytes; expected {start + found}; restore the storage before the call"
+        )
+    return found
+
+
 def fingerprint(tensor: Tensor) -> int:
     """A 64-bit hash of every byte of a CPU tensor (csrc/common/fingerprint.h).
 
@@ -125,19 +146,8 @@ def fingerprint(tensor: Tensor) -> int:
     Raises:
         ValueError: the tensor's storage was freed or is too small for its shape.
     """
-    extent = int(tensor.nbytes)
-    if not tensor.is_contiguous() and extent > 0:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in steps)
-        extent = (last + 1) * tensor.element_size()
-    start = tensor.storage_offset() * tensor.element_size()
-    held = tensor.untyped_storage().nbytes()
-    if extent > 0 and held < start + extent:
-        raise ValueError(
-            f"weight: got a tensor of shape {tuple(tensor.shape)} whose storage holds {held} "
-            f"bytes; expected {start + extent}; restore the storage before the call"
-        )
-    found: int = cpu().fingerprint(tensor.data_ptr(), extent, torch.get_num_threads())
+    held = extent(tensor)
+    found: int = cpu().fingerprint(tensor.data_ptr(), held, torch.get_num_threads())
     return found
 
 

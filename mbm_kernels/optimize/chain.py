@@ -57,7 +57,9 @@ class Chain:
     holders: tuple[tuple[dict[str, Any], str], ...]
     backend: str = "auto"
     kinds: tuple[type, ...] = field(init=False)
-    _folded: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _folded: tuple[Any, packing.State, Tensor, Tensor] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         self.kinds = tuple(type(m) for m in self.modules)
@@ -132,11 +134,14 @@ class Chain:
             return _fold(conv, norm)
         statistics = (norm.running_mean, norm.running_var)
         sources = (conv.weight, conv.bias, norm.weight, norm.bias, *statistics)
-        state = [norm.eps, *map(packing.version_of, sources)]
+        given = [x for x in sources if x is not None]
+        form = (norm.eps, *(x is None for x in sources))
         kept = self._folded
-        if kept is None or kept[0] != state:
-            kept = self._folded = (state, *_fold(conv, norm))
-        return kept[1], kept[2]
+        state = packing.state_of(given, None if kept is None else kept[1])
+        if kept is None or kept[0] != form or not state.same(kept[1]):
+            kept = (form, state, *_fold(conv, norm))
+        self._folded = (form, state, *kept[2:])
+        return kept[2], kept[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_folded": None}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import native, packing
+from mbm_kernels._core import native, packing, problem
 from tests.conftest import raises
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
@@ -52,7 +52,7 @@ def test_redone_into_the_same_memory_after_an_in_place_write(weight):
 
 def test_redone_when_another_tensor_changes_or_comes(weight):
     bias = torch.ones(6)
-    assert packed(weight, None).tolist() == [1] * 6
+    assert packed(weight).tolist() == [1] * 6
     assert packed(weight, bias).tolist() == [2] * 6
     bias.add_(4)
     assert packed(weight, bias).tolist() == [6] * 6
@@ -80,8 +80,14 @@ def test_an_id_used_again_is_another_weight():
         assert packed(torch.full((6,), float(value))).tolist() == [value] * 6
 
 
+@pytest.fixture(params=[True, False], ids=["guards", "kinds"])
+def guarded(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(problem, "_guards_hold", lambda: False)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows apart", "expanded"])
-def test_a_weight_written_through_data_is_seen(layout):
+def test_a_weight_written_through_data_is_seen(layout, guarded):
     """As averages of weights are: torch counts no version."""
     weight = {
         "contiguous": lambda: torch.rand(40, 9),
@@ -181,8 +187,9 @@ def test_inference_tensors_are_packed_once():
 
 def test_within_unchanged_a_weight_is_hashed_once(weight, monkeypatch):
     hashed = []
-    count = native.fingerprint
-    monkeypatch.setattr(native, "fingerprint", lambda x: hashed.append(x) or count(x))
+    alone, together = native.fingerprint, packing._hashes
+    monkeypatch.setattr(native, "fingerprint", lambda x: hashed.append(x) or alone(x))
+    monkeypatch.setattr(packing, "_hashes", lambda *given: hashed.append(0) or together(*given))
     with packing.unchanged():
         first = packed(weight)
         with packing.unchanged():

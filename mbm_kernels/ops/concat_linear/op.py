@@ -14,7 +14,7 @@ from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
 from mbm_kernels.ops.concat_linear import backend_torch, problem, reference
-from mbm_kernels.ops.concat_linear.problem import CALLS, NAME
+from mbm_kernels.ops.concat_linear.problem import NAME, PROBLEMS
 
 
 def _fake(*tensors: Any) -> Tensor:
@@ -84,7 +84,7 @@ def concat_linear(
         checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
     tensors = (*inputs, weight) if bias is None else (*inputs, weight, bias)
     kind = (backend, len(inputs), bias is None)
-    if call := CALLS.get(tensors, kind):
+    if call := PROBLEMS.call(tensors, kind):
         return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
     problem.check_shapes((inputs, weight, bias))
     cast = autocast.cast(*inputs, weight, bias)
@@ -92,7 +92,7 @@ def concat_linear(
     checked = (parts, *cast[len(inputs) :])
     named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
     checks.same_floating(NAME, (*named, ("weight", checked[1]), ("bias", checked[2])))
-    y: Tensor = OP.run_first(CALLS, problem.find(*checked), (backend, tensors, kind), checked)
+    y: Tensor = OP.run_first(PROBLEMS, problem.find(*checked), (backend, tensors, kind), checked)
     return y
 
 

@@ -9,11 +9,10 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
-from mbm_kernels.ops.conv_bias_act.problem import CALLS, NAME, PROBLEMS, Problem
+from mbm_kernels.ops.conv_bias_act.problem import NAME, PROBLEMS, Problem
 
 Tensors = tuple[Any, Any, Any, Any]  # x, weight, bias, residual
 
@@ -124,15 +123,11 @@ def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor
     else:
         given = tuple(t for t in tensors if t is not None)
         kind = (*options, backend, -len(given))
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
         return OP.run(call, tensors)  # type: ignore[no-any-return]
-    key = key_of(tensors, options)
-    found = PROBLEMS.get(key)
-    if found is None:
-        tensors, found = _checked(tensors, options)
-        PROBLEMS.put(key, found)
-    return OP.run_first(CALLS, found, (backend, given, kind), tensors)  # type: ignore[no-any-return]
+    checked, found = PROBLEMS.checked(tensors, options, _checked)
+    return OP.run_first(PROBLEMS, found, (backend, given, kind), checked)  # type: ignore[no-any-return]
 
 
 def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem]:

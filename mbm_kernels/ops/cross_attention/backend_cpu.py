@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import masks, native
+from mbm_kernels._core import native
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.cross_attention.problem import Problem
 
@@ -56,8 +56,8 @@ class _Native:
             dtype is torch.float32 and (strides[3] == 1 or shape[3] == 1)
             for shape, strides, dtype in described
         ]
-        self.mask_as_is = p.mask_dtype in (None, torch.bool, torch.float32)
-        self.all_as_is = all(self.as_is) and self.mask_as_is and not p.has_lengths
+        self.mask_as_is = p.hiding.dtype in (None, torch.bool, torch.float32)
+        self.all_as_is = all(self.as_is) and self.mask_as_is and not p.hiding.lengths
         self.plain = p.dtype is torch.float32  # results are as written
         # In the order of the inputs' own dimensions, so that splitting heads needs no copy
         # backward.
@@ -72,12 +72,12 @@ class _Native:
             axes = "bnt" if name == "query" else "bns"
             for prefix, strides in ((name, read), (f"grad_{name}", self.grad_strides[i])):
                 values |= {f"{prefix}_{x}": n for x, n in zip(axes, strides, strict=False)}
-        own = p.mask_strides
-        if p.mask_shape is not None and not self.mask_as_is:
-            own = _contiguous(p.mask_shape)
-        strides = masks.expanded_strides(p.mask_shape, own, 4)
+        own = None
+        if p.hiding.shape is not None and not self.mask_as_is:
+            own = _contiguous(p.hiding.shape)
+        strides = p.hiding.expanded_strides(4, own)
         values |= {f"mask_{x}": n for x, n in zip("bnts", strides, strict=True)}
-        values["mask_added"] = int(p.mask_dtype not in (None, torch.bool))
+        values["mask_added"] = int(p.hiding.dtype not in (None, torch.bool))
         values["mean_weights"] = int(p.need_weights == "mean")
         return values
 
