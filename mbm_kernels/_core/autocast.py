@@ -26,3 +26,8 @@ def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
         for t in tensors
     )
+
+
+def off_for_stock(device: torch.device) -> bool:
+    """Whether autocast is on and torch's own recurrent layers compute in their weights' dtype."""
+    return device.type == "cpu" and enabled(device)

@@ -103,6 +103,10 @@ class Op:
         OPS[spec.name] = self
         flops.count(self)
 
+    def choose(self, call: Call[Any]) -> str:
+        """The backend that `run` takes now."""
+        return call.choose(self.name, call.differentiable and torch.is_grad_enabled())
+
     def run(self, call: Call[Any], tensors: Sequence[Any]) -> Any:
         """Runs a call whose problem is known; `tensors` are the inputs, None where there is none.
 

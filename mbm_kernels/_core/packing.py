@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mbm_kernels._core import native, problem
 
-_entries: dict[tuple[int, Callable[..., None]], "_Entry"] = {}
+Key = tuple[Any, ...]  # of the owner's id and `pack`, of a view its offset too
+_entries: dict[Key, "_Entry"] = {}
 Version = tuple[Any, ...]
 
 
@@ -111,16 +113,22 @@ def packed(
         pack: pack(out, owner, *others) writes it. The buffer is written again when a weight
             changes, so that training touches no new pages each step, unless a kernel is
             about to read it. One form is kept for each owner and `pack`.
-        owner: the weight with whose life the entry ends.
+        owner: the weight with whose life the entry ends; of a view of a Parameter it is that
+            one's.
         others: further tensors packed with it; an entry made with others is redone.
 
     Raises:
         ValueError: the storage of a tensor was freed or is too small for its shape.
     """
     sources = (owner, *others)
-    entry = _entries.get((id(owner), pack))
+    key: Key = (id(owner), pack)
+    base = owner._base
+    if type(base) is Parameter:  # views of one are made anew at each call
+        key = (id(base), pack, owner.storage_offset())
+        owner = base
+    entry = _entries.get(key)
     if entry is None or entry.owner() is not owner:  # an id may be used again
-        entry = _new_entry(owner, pack)
+        entry = _new_entry(key, owner)
     kept = entry.kept
     if kept is None:
         return _fill(entry, state_of(sources), size, pack, sources)
@@ -175,8 +183,7 @@ def unchanged() -> Iterator[None]:
         _trusted.versions = None
 
 
-def _new_entry(owner: Tensor, pack: Callable[..., None]) -> _Entry:
-    key = (id(owner), pack)
+def _new_entry(key: Key, owner: Tensor) -> _Entry:
     drop = _entries.pop  # bound: at exit a module's names go before its weights
     entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)))
     return entry
@@ -233,7 +240,9 @@ def forget(weight: Tensor) -> None:
     same. It is for memory, and for `torch.utils.swap_tensors`, which refuses a tensor to which a
     weak reference is held.
     """
+    base = weight._base
+    owner = base if type(base) is Parameter else weight
     # A copy: another thread may add an entry, and the garbage collector drop one.
     for key in _entries.copy():
-        if key[0] == id(weight):
+        if key[0] == id(owner):
             _entries.pop(key, None)

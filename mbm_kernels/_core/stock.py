@@ -1,4 +1,4 @@
-"""Calls of our modules that PyTorch's own forward serves, recognised at the cost of a few guards."""
+"""Whether PyTorch's own forward serves a call of our modules, known at the cost of a guard."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from mbm_kernels._core import dispatch, problem, tracing
 
 
 class StockCalls:
-    """What a module knows of its latest calls whose choice was PyTorch.
+    """What a module knows of its latest calls: whether PyTorch serves them.
 
-    A call is one of them while its tensors are alike (problem.py says what a guard compares, of
-    modes, autocast and gradients too), its options are equal and nothing that the choice goes by
+    A call is like one of them while its tensors are alike (problem.py says what a guard compares,
+    of modes, autocast and gradients too), its options are equal and nothing that the choice goes by
     has changed. Copies and pickles of a module know nothing.
     """
 
@@ -22,29 +22,54 @@ class StockCalls:
     MOST = 8
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[Any, tuple[Any, ...], Any], ...] = ()
+        self._known: tuple[tuple[Any, tuple[Any, ...], Any, bool], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StockCalls, ()
 
-    def serve(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool:
-        """Whether this call is known; as many tensors come with equal options."""
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-            return False
-        if not self._known or dispatch._watching > 0:
-            return False
-        now = dispatch.moment()
-        for then, known, check in self._known:
-            if known == options and then == now and check(*tensors):
-                return True
-        return False
+    def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool | None:
+        """Whether PyTorch serves this call; None where no call like it is known.
 
-    def remember(self, tensors: Sequence[Tensor], options: tuple[Any, ...]) -> None:
-        """Keeps a call whose choice is PyTorch, if it is plain eager code."""
+        As many tensors come with equal options.
+        """
+        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+            return None
+        if dispatch._watching > 0:
+            return None
+        now = dispatch.moment()
+        for then, known, check, served in self._known:
+            if known == options and then == now and check(*tensors):
+                return served
+        return None
+
+    def remember(self, tensors: Sequence[Tensor], options: tuple[Any, ...], served: bool) -> None:
+        """Keeps a call, if it is plain eager code."""
         if not (tracing.is_eager() and tracing.is_plain(tensors)):
             return
         check = problem.guard(tensors)
         if check is not None:
             now = dispatch.moment()
             rest = [entry for entry in self._known if entry[0] == now]
-            self._known = ((now, options, check), *rest[: self.MOST - 1])
+            self._known = ((now, options, check, served), *rest[: self.MOST - 1])
+
+
+class ServedByStock(torch.nn.Module):
+    """A module of torch's that may answer a call itself: `super().forward` is PyTorch's own."""
+
+    _stock_calls: StockCalls | None = None  # of the instance, once there are any
+
+    def _served(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool | None:
+        """Whether PyTorch serves this call; None where no call like it is known."""
+        known = self._stock_calls
+        return None if known is None else known.find(tensors, options)
+
+    def _remember(
+        self, tensors: Sequence[Tensor], options: tuple[Any, ...], served: bool = True
+    ) -> None:
+        """Notes a call that PyTorch serves, or does not."""
+        if served:
+            dispatch.note("torch")
+        if self._stock_calls is None:
+            vars(self)["_stock_calls"] = StockCalls()
+        assert self._stock_calls is not None
+        self._stock_calls.remember(tensors, options, served)

@@ -98,14 +98,19 @@ def concat_linear(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, run by concat_linear where that is predicted to be faster."""
-    fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
-    if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
-        return F.linear(x, weight, bias)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    sizes = problem.sizes_of([x], x.shape[:-1], weight)
-    sizes["training"] = int(may_need_grad(tensors))
-    chosen = dispatch.select(NAME, "auto", x.device, x.dtype, sizes)
+    chosen, sizes = linear_choice(x, weight, bias)
     if chosen == "torch":
         return F.linear(x, weight, bias)
     y: Tensor = OP(chosen, [x], weight, bias, sizes=sizes)
     return y
+
+
+def linear_choice(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, dict[str, int]]:
+    """The backend that `linear` takes, and the sizes that it goes by."""
+    fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
+    if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
+        return "torch", {}
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    sizes = problem.sizes_of([x], x.shape[:-1], weight)
+    sizes["training"] = int(may_need_grad(tensors))
+    return dispatch.select(NAME, "auto", x.device, x.dtype, sizes), sizes

@@ -9,6 +9,7 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
+from mbm_kernels._core.problem import Call
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
@@ -116,6 +117,16 @@ def conv_bias_act(
 def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     """`conv_bias_act` of x, weight, bias and residual; options in the order of their names there:
     stride, padding, dilation, groups, activation, max_pool."""
+    call, tensors, found = described(tensors, options, backend)
+    if call is not None:
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    return OP(backend, *tensors, *found.options, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+
+
+def described(
+    tensors: Tensors, options: tuple[Any, ...], backend: str
+) -> tuple[Call[Problem] | None, Tensors, Problem]:
+    """The call that `convolve` runs where it is plain eager code, its tensors and its problem."""
     x, weight, bias, residual = tensors
     if residual is None:
         given: Any = (x, weight) if bias is None else (x, weight, bias)
@@ -125,9 +136,9 @@ def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor
         kind = (*options, backend, -len(given))
     call = PROBLEMS.call(given, kind)
     if call is not None:
-        return OP.run(call, tensors)  # type: ignore[no-any-return]
-    checked, found = PROBLEMS.checked(tensors, options, _checked)
-    return OP.run_first(PROBLEMS, found, (backend, given, kind), checked)  # type: ignore[no-any-return]
+        return call, tensors, call.problem
+    tensors, found = PROBLEMS.checked(tensors, options, _checked)
+    return PROBLEMS.remember(found, backend, given, kind), tensors, found
 
 
 def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem]:

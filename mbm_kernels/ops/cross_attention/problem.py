@@ -1,5 +1,7 @@
 """The problem descriptor of cross attention."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +80,13 @@ def check_hiding(
     masks.check(NAME, key_lengths, mask, query, "B, N, T, S", shape, floating=True)
 
 
+def sizes_of(sizes: Sequence[int], need_weights: str | None, masked: bool) -> dict[str, int]:
+    """What dispatch judges by, of B, N, T, S, D and E."""
+    named = dict(zip("BNTSDE", sizes, strict=True))
+    named["elements"] = math.prod(sizes[:5])
+    return {**named, "weights": int(need_weights is not None), "masked": int(masked)}
+
+
 def build(*args: Any) -> Problem:
     """The problem of the registered operation's inputs and options.
 
@@ -85,14 +94,12 @@ def build(*args: Any) -> Problem:
         TypeError, ValueError: the tensors do not fit together.
     """
     *given, key_lengths, mask, scale, need_weights = args
-    check_shapes(*given)
-    check_hiding(*given[:2], key_lengths, mask)
     query, key, value = given
+    check_shapes(query, key, value)
+    check_hiding(query, key, key_lengths, mask)
     B, N, T, D = query.shape
     S, E = key.size(2), value.size(3)
-    sizes = {"B": B, "N": N, "T": T, "S": S, "D": D, "E": E, "elements": B * N * T * S * D}
-    sizes["weights"] = int(need_weights is not None)
-    sizes["masked"] = int(mask is not None or key_lengths is not None)
+    masked = mask is not None or key_lengths is not None
     return Problem(
         scale=scale,
         need_weights=need_weights,
@@ -107,7 +114,7 @@ def build(*args: Any) -> Problem:
         strides=tuple(x.stride() for x in given),
         dtypes=tuple(x.dtype for x in given),
         hiding=masks.Hiding.of(key_lengths, mask),
-        sizes=sizes,
+        sizes=sizes_of((B, N, T, S, D, E), need_weights, masked),
     )
 
 

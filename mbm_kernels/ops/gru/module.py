@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from mbm_kernels._core import autocast, dispatch, tracing
+from mbm_kernels._core.stock import ServedByStock
 from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
@@ -15,10 +16,11 @@ from mbm_kernels.ops.gru.op import gru
 NAME = "gru"
 
 
-class GRU(torch.nn.GRU):
+class GRU(ServedByStock, torch.nn.GRU):
     """torch.nn.GRU, the same constructor, parameters, inputs and errors, run by `mbm_kernels.gru`.
 
-    Where every layer would run the torch backend, the call is torch.nn.GRU's own.
+    Where every layer would run the torch backend, the call is torch.nn.GRU's own. Under autocast on
+    a CPU it computes in the weights' dtype, as torch.nn.GRU.
 
     Args:
         *args: of torch.nn.GRU: input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -50,9 +52,20 @@ class GRU(torch.nn.GRU):
         Returns:
             The output, shaped as the input with directions * H features, and h_n, shaped as hx.
         """
-        if self._is_stock(input, hx):
-            found: tuple[Tensor | PackedSequence, Tensor] = super().forward(input, hx)
-            return found
+        given: Any = (input, *self._parameters.values())
+        given = given if hx is None else (*given, hx)
+        options = (self.backend, self.batch_first, hx is None, len(given))
+        served = self._served(given, options)
+        if served:
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        first = input.data if isinstance(input, PackedSequence) else input
+        if autocast.off_for_stock(first.device):
+            return self._without_autocast(input, hx)
+        if served is None:
+            served = self._is_stock(input, hx)
+            self._remember(given, options, served)
+            if served:
+                return super().forward(input, hx)  # type: ignore[no-any-return]
         if not torch.compiler.is_compiling():  # only dtypes are read from that list
             self._update_flat_weights()
         if isinstance(input, PackedSequence):
@@ -78,6 +91,14 @@ class GRU(torch.nn.GRU):
         y, h_n = self._run(x, hx, None)
         y = y.transpose(0, 1) if self.batch_first else y
         return (y, h_n) if batched else (y.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _without_autocast(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """In the weights' dtype, as stock answers on CPUs whatever autocast says."""
+        dtype: torch.dtype = getattr(self, self._all_weights[0][0]).dtype
+        with torch.autocast("cpu", enabled=False):
+            return GRU.forward(self, input.to(dtype), None if hx is None else hx.to(dtype))
 
     def _forward_packed(
         self, input: PackedSequence, hx: Tensor | None
@@ -129,7 +150,7 @@ class GRU(torch.nn.GRU):
             return False
         x = input.data if isinstance(input, PackedSequence) else input
         if autocast.enabled(x.device):
-            return False  # stock answers in float32 on the CPU, in half on CUDA; gru in half
+            return False
         if self.backend == "torch":
             return True
         if isinstance(input, PackedSequence):

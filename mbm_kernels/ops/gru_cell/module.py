@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import autocast, dispatch, tracing
+from mbm_kernels._core.stock import ServedByStock
 from mbm_kernels.ops.gru_cell.op import gru_cell
 
 NAME = "gru_cell"
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(ServedByStock, torch.nn.GRUCell):
     """torch.nn.GRUCell, the same constructor, parameters and errors, run by `mbm_kernels.gru_cell`.
 
-    Where that would run the torch backend, the call is torch.nn.GRUCell's own.
+    Where that would run the torch backend, the call is torch.nn.GRUCell's own. Under autocast on a
+    CPU it computes in the weights' dtype, as torch.nn.GRUCell.
 
     Args:
         *args: of torch.nn.GRUCell: input_size, hidden_size, bias, device, dtype.
@@ -33,8 +35,21 @@ class GRUCell(torch.nn.GRUCell):
     @tracing.leaf
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, C] or [C]; hx [B, H], [H] or None for zeros -> [B, H] or [H]."""
-        if self._is_stock(input, hx):
+        given: Any = (input, *self._parameters.values())
+        given = given if hx is None else (*given, hx)
+        options = (self.backend, hx is None, len(given))
+        served = self._served(given, options)
+        if served:
             return super().forward(input, hx)
+        if autocast.off_for_stock(input.device):
+            dtype = self.weight_ih.dtype
+            with torch.autocast("cpu", enabled=False):
+                return GRUCell.forward(self, input.to(dtype), None if hx is None else hx.to(dtype))
+        if served is None:
+            served = self._is_stock(input, hx)
+            self._remember(given, options, served)
+            if served:
+                return super().forward(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
@@ -48,7 +63,6 @@ class GRUCell(torch.nn.GRUCell):
 
     def _is_stock(self, input: Tensor, hx: Tensor | None) -> bool:
         """Whether torch.nn.GRUCell serves this call: the torch backend, or an error to raise."""
-        # Stock answers autocast in float32 on the CPU, in half on CUDA; gru_cell in half.
         lowered = autocast.enabled(input.device)
         if self.backend == "torch" and not lowered:
             return True
