@@ -28,6 +28,11 @@ def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument
     )
 
 
-def off_for_stock(device: torch.device) -> bool:
-    """Whether autocast is on and torch's own recurrent layers compute in their weights' dtype."""
+def lowers_stock(device: torch.device) -> bool:
+    """Whether autocast is on and torch's own recurrent layers answer in its dtype."""
+    return device.type != "cpu" and enabled(device)
+
+
+def spares_stock(device: torch.device) -> bool:
+    """Whether autocast is on and torch's own recurrent layers answer in their weights' dtype."""
     return device.type == "cpu" and enabled(device)

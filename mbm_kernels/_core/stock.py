@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 from mbm_kernels._core import dispatch, problem, tracing
@@ -32,19 +31,18 @@ class StockCalls:
 
         As many tensors come with equal options.
         """
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-            return None
-        if dispatch._watching > 0:
+        if torch.compiler.is_compiling() or dispatch._watching > 0:
             return None
         now = dispatch.moment()
         for then, known, check, served in self._known:
             if known == options and then == now and check(*tensors):
-                return served
+                return served if forward_ad._current_level < 0 else None
         return None
 
-    def remember(self, tensors: Sequence[Tensor], options: tuple[Any, ...], served: bool) -> None:
+    def remember(self, tensors: Sequence[Any], options: tuple[Any, ...], served: bool) -> None:
         """Keeps a call, if it is plain eager code."""
-        if not (tracing.is_eager() and tracing.is_plain(tensors)):
+        given = [x for x in tensors if x is not None]
+        if len(given) < len(tensors) or not (tracing.is_eager() and tracing.is_plain(given)):
             return
         check = problem.guard(tensors)
         if check is not None:
@@ -58,13 +56,8 @@ class ServedByStock(torch.nn.Module):
 
     _stock_calls: StockCalls | None = None  # of the instance, once there are any
 
-    def _served(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool | None:
-        """Whether PyTorch serves this call; None where no call like it is known."""
-        known = self._stock_calls
-        return None if known is None else known.find(tensors, options)
-
     def _remember(
-        self, tensors: Sequence[Tensor], options: tuple[Any, ...], served: bool = True
+        self, tensors: Sequence[Any], options: tuple[Any, ...], served: bool = True
     ) -> None:
         """Notes a call that PyTorch serves, or does not."""
         if served:

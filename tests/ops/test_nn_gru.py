@@ -141,7 +141,7 @@ def test_autocast(backend):
     x = torch.randn(T, B, C)
     with torch.autocast("cpu", torch.bfloat16):
         expected, actual = stock(x), ours(x)
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.02)
         assert torch.equal(ours(x.bfloat16())[0], ours(x.bfloat16().float())[0])
     assert actual[0].dtype == actual[1].dtype == torch.float32
 

@@ -1,5 +1,6 @@
 """torch.nn.Conv2d and Conv1d with a backend, and Conv2d with its epilogue."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from mbm_kernels.ops.conv_bias_act.problem import NAME
 
 class _Convolution(ServedByStock):
     """What our convolutions share: each is torch's of one or two dimensions with a backend."""
+
+    _conv_forward: Callable[..., Tensor]  # torch's own forward, of weight and bias as well
 
     def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any):
         dispatch.check_backend(f"nn.{type(self).__name__}", backend)
@@ -34,21 +37,27 @@ class _Convolution(ServedByStock):
         padding: Any = self._reversed_padding_repeated_twice
         return F.pad(x, padding, mode=str(self.padding_mode)), 0
 
-    def _forward(self, x: Tensor) -> Tensor:
-        """By the kernels, or torch's own forward where that is the choice."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, Y, X] or [C, Y, X] to [B, K, Y', X'] or [K, Y', X'], without Y of Conv1d."""
         weight, bias = self._weights()
-        given = (x, weight) if bias is None else (x, weight, bias)
         form: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        options = (self.backend, bias is None, form)
-        if self._served(given, options):
-            return super().forward(x)  # type: ignore[no-any-return]
+        known = self._stock_calls
+        if known is not None and known.find((x, weight), (self.backend, bias is None, form)):
+            return self._conv_forward(x, weight, bias)
+        return self._run(x)
+
+    @tracing.leaf
+    def _run(self, x: Tensor) -> Tensor:
+        """A call that torch's own forward is not known to serve."""
+        weight, bias = self._weights()
         image, kernel, explicit = self._image(x, weight)
         call, tensors, found = described((image, kernel, bias, None), explicit, self.backend)
         if call is None:
             y = OP(self.backend, *tensors, *found.options, sizes=dict(found.sizes))
         elif OP.choose(call) == "torch":
-            self._remember(given, options)
-            return super().forward(x)  # type: ignore[no-any-return]
+            form: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+            self._remember((x, weight), (self.backend, bias is None, form))
+            return self._conv_forward(x, weight, bias)
         else:
             y = OP.run(call, tensors)
         return self._result(y)
@@ -72,11 +81,6 @@ class Conv2d(_Convolution, nn.Conv2d):
     call is torch.nn.Conv2d's own.
     """
 
-    @tracing.leaf
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, Y, X] or [C, Y, X] -> [B, K, Y', X'] or [K, Y', X']."""
-        return self._forward(x)
-
     def _image(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         x, padding = self._padded(x)
         return x, weight, (self.stride, padding, self.dilation, self.groups, None, None)
@@ -88,11 +92,6 @@ class Conv1d(_Convolution, nn.Conv1d):
     A view of its input and of its weight goes through the kernels of `mbm_kernels.conv_bias_act` as
     an image of one row. Where that would run the torch backend, the call is torch.nn.Conv1d's own.
     """
-
-    @tracing.leaf
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, L] or [C, L] -> [B, K, L'] or [K, L']."""
-        return self._forward(x)
 
     def _image(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         checks.tensor("nn.Conv1d", "x", x, (2, 3))

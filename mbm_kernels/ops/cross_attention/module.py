@@ -12,6 +12,7 @@ from mbm_kernels._core.stock import ServedByStock
 from mbm_kernels.ops.concat_linear.op import linear, linear_choice
 from mbm_kernels.ops.cross_attention.multihead import (
     MODULE,
+    Flags,
     Inputs,
     Masks,
     Sizes,
@@ -64,7 +65,6 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
             if value not in ("auto", "torch"):
                 hooks[_MARK] = _marked
 
-    @tracing.leaf
     def forward(
         self,
         query: Tensor,
@@ -77,28 +77,72 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and returns as torch.nn.MultiheadAttention.forward."""
-        masks = (key_padding_mask, attn_mask)
         flags = (need_weights, average_attn_weights, is_causal)
-        given = (query, key, value, *self._weights()[:1], *(m for m in masks if m is not None))
-        form: Any = (self.training, self.dropout, torch.is_grad_enabled(), key is query)
-        form = (*form, value is key, key_padding_mask is None, attn_mask is None)
-        options = (self.backend, flags, form)
-        served = self._served(given, options)
-        if served is None:
-            served = self._is_stock((query, key, value), masks, flags)
-            if not query.is_nested:
-                self._remember(given, options, served)
+        masks = (key_padding_mask, attn_mask)
+        known = self._stock_calls
+        served = None
+        if known is not None:
+            served = known.find(*self._known_by((query, key, value), masks, flags))
         if served:
             return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
+                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
             )
+        if served is None:
+            return self._first(
+                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
+            )
+        return self._attend((query, key, value), masks, flags)
+
+    @tracing.leaf
+    def _first(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A call unlike those that are known."""
+        given, masks, flags = (
+            (query, key, value),
+            (key_padding_mask, attn_mask),
+            (need_weights, average_attn_weights, is_causal),
+        )
+        stock = self._is_stock(given, masks, flags)
+        if not query.is_nested:
+            self._remember(*self._known_by(given, masks, flags), stock)
+        if stock:
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
+            )
+        return self._attend(given, masks, flags)
+
+    def _known_by(
+        self, given: Inputs, masks: Masks, flags: Flags
+    ) -> tuple[list[Any], tuple[Any, ...]]:
+        """The tensors and options that a call is known by."""
+        (query, key, value), (padding, mask) = given, masks
+        tensors: list[Any] = [query]  # each once: guards refuse a tensor that comes twice
+        if key is not query:
+            tensors.append(key)
+        if value is not key and value is not query:
+            tensors.append(value)
+        if padding is not None:
+            tensors.append(padding)
+        if mask is not None:
+            tensors.append(mask)
+        same = (key is query, value is key, value is query, padding is None, mask is None)
+        weight = self._parameters.get("in_proj_weight")  # it stands for all weights
+        kind = None if weight is None else (weight.dtype, weight.requires_grad)
+        state = (self.backend, self.training, self.dropout, torch.is_grad_enabled())
+        return tensors, (flags, same, state, kind)
+
+    def _attend(self, given: Inputs, masks: Masks, flags: Flags) -> tuple[Tensor, Tensor | None]:
+        query, key, value = given
+        need_weights, average_attn_weights, _ = flags
         batched = query.dim() == 3
         # Sequences stay in the caller's order, [B, L, E] or [L, B, E]: projecting needs no copy.
         batch_first = self.batch_first or not batched
@@ -138,7 +182,7 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
             return (self.in_proj_weight,) * 3
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
-    def _is_stock(self, given: Inputs, masks: Masks, flags: tuple[bool, bool, bool]) -> bool:
+    def _is_stock(self, given: Inputs, masks: Masks, flags: Flags) -> bool:
         """Whether torch's own forward serves this call.
 
         Raises:

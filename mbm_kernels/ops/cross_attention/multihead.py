@@ -11,6 +11,7 @@ from mbm_kernels._core import checks
 MODULE = "nn.MultiheadAttention"
 Inputs = tuple[Tensor, Tensor, Tensor]  # query, key, value
 Masks = tuple[Tensor | None, Tensor | None]  # key_padding_mask, attn_mask
+Flags = tuple[bool, bool, bool]  # need_weights, average_attn_weights, is_causal
 Sizes = tuple[int, int, int, int]  # B, N, T, S
 
 

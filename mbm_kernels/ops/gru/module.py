@@ -20,7 +20,7 @@ class GRU(ServedByStock, torch.nn.GRU):
     """torch.nn.GRU, the same constructor, parameters, inputs and errors, run by `mbm_kernels.gru`.
 
     Where every layer would run the torch backend, the call is torch.nn.GRU's own. Under autocast on
-    a CPU it computes in the weights' dtype, as torch.nn.GRU.
+    a CPU its results have the weights' dtype, as torch.nn.GRU's.
 
     Args:
         *args: of torch.nn.GRU: input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -41,7 +41,6 @@ class GRU(ServedByStock, torch.nn.GRU):
         super().__init_subclass__(**kwargs)
         traceable(cls)
 
-    @tracing.leaf
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -52,20 +51,38 @@ class GRU(ServedByStock, torch.nn.GRU):
         Returns:
             The output, shaped as the input with directions * H features, and h_n, shaped as hx.
         """
-        given: Any = (input, *self._parameters.values())
-        given = given if hx is None else (*given, hx)
-        options = (self.backend, self.batch_first, hx is None, len(given))
-        served = self._served(given, options)
+        known = self._stock_calls
+        served = None if known is None else known.find(*self._known_by(input, hx))
         if served:
             return super().forward(input, hx)  # type: ignore[no-any-return]
-        first = input.data if isinstance(input, PackedSequence) else input
-        if autocast.off_for_stock(first.device):
-            return self._without_autocast(input, hx)
         if served is None:
-            served = self._is_stock(input, hx)
-            self._remember(given, options, served)
-            if served:
-                return super().forward(input, hx)  # type: ignore[no-any-return]
+            return self._first(input, hx)
+        return self._layers(input, hx)
+
+    @tracing.leaf
+    def _first(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """A call unlike those that are known."""
+        first = input.data if isinstance(input, PackedSequence) else input
+        if autocast.spares_stock(first.device):
+            return self._in_autocast(input, hx)
+        stock = self._is_stock(input, hx)
+        self._remember(*self._known_by(input, hx), stock)
+        if stock:
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        return self._layers(input, hx)
+
+    def _known_by(self, input: Any, hx: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The tensors and options that a call is known by; of the weights one stands for all."""
+        weight = self._parameters.get("weight_ih_l0")
+        kind = None if weight is None else (weight.dtype, weight.requires_grad)
+        given = (input,) if hx is None else (input, hx)
+        return given, (self.backend, self.batch_first, kind, hx is None, torch.is_grad_enabled())
+
+    def _layers(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if not torch.compiler.is_compiling():  # only dtypes are read from that list
             self._update_flat_weights()
         if isinstance(input, PackedSequence):
@@ -92,13 +109,16 @@ class GRU(ServedByStock, torch.nn.GRU):
         y = y.transpose(0, 1) if self.batch_first else y
         return (y, h_n) if batched else (y.squeeze(batch_dim), h_n.squeeze(1))
 
-    def _without_autocast(
+    def _in_autocast(
         self, input: Tensor | PackedSequence, hx: Tensor | None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """In the weights' dtype, as stock answers on CPUs whatever autocast says."""
+        """With results in the weights' dtype, as stock's on CPUs; kernels compute in it, too."""
         dtype: torch.dtype = getattr(self, self._all_weights[0][0]).dtype
+        input, hx = input.to(dtype), None if hx is None else hx.to(dtype)
+        if self._is_stock(input, hx):
+            return super().forward(input, hx)  # type: ignore[no-any-return]
         with torch.autocast("cpu", enabled=False):
-            return GRU.forward(self, input.to(dtype), None if hx is None else hx.to(dtype))
+            return GRU.forward(self, input, hx)
 
     def _forward_packed(
         self, input: PackedSequence, hx: Tensor | None
@@ -149,7 +169,7 @@ class GRU(ServedByStock, torch.nn.GRU):
         if torch.compiler.is_compiling() or tracing.in_functorch():
             return False
         x = input.data if isinstance(input, PackedSequence) else input
-        if autocast.enabled(x.device):
+        if autocast.lowers_stock(x.device):
             return False
         if self.backend == "torch":
             return True
