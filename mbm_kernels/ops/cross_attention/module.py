@@ -136,9 +136,9 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
             tensors.append(mask)
         same = (key is query, value is key, value is query, padding is None, mask is None)
         weight = self._parameters.get("in_proj_weight")  # it stands for all weights
-        kind = None if weight is None else (weight.dtype, weight.requires_grad)
-        state = (self.backend, self.training, self.dropout, torch.is_grad_enabled())
-        return tensors, (flags, same, state, kind)
+        trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
+        state = (self.backend, self.training, self.dropout, torch.is_grad_enabled(), trains)
+        return tensors, (flags, same, state)
 
     def _attend(self, given: Inputs, masks: Masks, flags: Flags) -> tuple[Tensor, Tensor | None]:
         query, key, value = given

@@ -76,9 +76,9 @@ class GRU(ServedByStock, torch.nn.GRU):
     def _known_by(self, input: Any, hx: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The tensors and options that a call is known by; of the weights one stands for all."""
         weight = self._parameters.get("weight_ih_l0")
-        kind = None if weight is None else (weight.dtype, weight.requires_grad)
+        trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
         given = (input,) if hx is None else (input, hx)
-        return given, (self.backend, self.batch_first, kind, hx is None, torch.is_grad_enabled())
+        return given, (self.backend, self.batch_first, hx is None, trains)
 
     def _layers(
         self, input: Tensor | PackedSequence, hx: Tensor | None

@@ -58,9 +58,9 @@ class GRUCell(ServedByStock, torch.nn.GRUCell):
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The tensors and options that a call is known by; of the weights one stands for all."""
         weight = self._parameters.get("weight_ih")
-        kind = None if weight is None else (weight.dtype, weight.requires_grad)
+        trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
         given = (input,) if hx is None else (input, hx)
-        return given, (self.backend, kind, hx is None, torch.is_grad_enabled())
+        return given, (self.backend, hx is None, trains)
 
     def _step(self, input: Tensor, hx: Tensor | None) -> Tensor:
         batched = input.dim() == 2
