@@ -58,9 +58,9 @@ def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
         ValueError: the storage of a tensor was freed or is too small for its shape.
     """
     if _trusted.versions is None:
-        if last is None or last.check is None or not _alike(last, sources):
-            kinds = tuple([_kind(x) for x in sources])
-            return _made(sources, kinds, None)
+        check = None if last is None else last.check
+        if last is None or check is None or len(sources) != len(last.kinds) or not check(*sources):
+            return _made(sources, tuple([_kind(x) for x in sources]), None)
         hashes = _hashes(sources, last.extents, last.spans)
     else:
         versions = [version_of(x) for x in sources]
@@ -70,10 +70,6 @@ def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
         if last is None or last.kinds != kinds:
             return _made(sources, kinds, hashes)
     return last if hashes == last.hashes else replace(last, hashes=hashes)
-
-
-def _alike(last: State, sources: Sequence[Tensor]) -> bool:
-    return len(sources) == len(last.kinds) and bool(last.check(*sources))
 
 
 def _made(sources: Sequence[Tensor], kinds: tuple[Any, ...], hashes: bytes | None) -> State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,29 +12,8 @@ from torch import Tensor, nn
 from mbm_kernels._core import packing
 from mbm_kernels.nn import counterparts
 from mbm_kernels.ops.conv_bias_act import conv_bias_act
+from mbm_kernels.ops.conv_bias_act.activations import TABLE
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-NAMES = {
-    "relu": "ReLU",
-    "relu6": "ReLU6",
-    "leaky_relu": "LeakyReLU",
-    "silu": "SiLU",
-    "gelu": "GELU",
-    "gelu_tanh": "GELU",
-    "hardswish": "Hardswish",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-}
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
 
 
@@ -70,7 +48,7 @@ class Chain:
         names = ["Conv2d"]
         names += ["BatchNorm2d"] if self.norm is not None else []
         names += ["add"] if self.residual else []
-        names += [NAMES[self.activation]] if self.activation is not None else []
+        names += [TABLE[self.activation].module] if self.activation is not None else []
         names += ["MaxPool2d"] if self.pool is not None else []
         return " + ".join(names)
 
@@ -119,7 +97,7 @@ class Chain:
         if residual is not None:
             y = y + residual
         if self.activation is not None:
-            y = ACTIVATIONS[self.activation](y)
+            y = TABLE[self.activation].fresh(y)
         return y if self.pool is None else F.max_pool2d(y, *self.pool)
 
     def folded(self) -> tuple[Tensor, Tensor]:

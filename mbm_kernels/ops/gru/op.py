@@ -95,10 +95,11 @@ def gru(
     cuDNN's form.
     """
     tensors = (x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
-    given = tuple(t for t in tensors if t is not None)
+    given = tuple([t for t in tensors if t is not None])
     kind = (reverse, backend, h0 is None, b_ih is None, b_hh is None, lengths is None)
     if call := PROBLEMS.call(given, kind):
-        problem.check_lengths(NAME, x, lengths)
+        if lengths is not None:
+            problem.check_lengths(NAME, x, lengths)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
     problem.check_shapes(NAME, tensors, 1)
     problem.check_lengths(NAME, x, lengths)

@@ -82,7 +82,7 @@ def gru_cell(
     cuDNN's form.
     """
     tensors = (x, h, w_ih, w_hh, b_ih, b_hh)
-    given = tuple(t for t in tensors if t is not None)
+    given = tuple([t for t in tensors if t is not None])
     kind = (backend, b_ih is None, b_hh is None)
     if call := PROBLEMS.call(given, kind):
         return OP.run(call, tensors)  # type: ignore[no-any-return]
