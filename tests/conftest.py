@@ -60,9 +60,11 @@ def predictions(monkeypatch):
         monkeypatch.setattr(cost, "table", lambda: table)
         monkeypatch.setattr(dispatch, "_defaults", {})
         dispatch._chosen.clear()
+        dispatch._choices_change()
 
     yield put
     dispatch._chosen.clear()
+    dispatch._choices_change()
 
 
 @pytest.fixture

@@ -387,7 +387,7 @@ def state() -> tuple[Any, ...]:
 
 def moment() -> tuple[Any, ...]:
     """What a call's choice depends on beside the call: it is kept while this is the same."""
-    return _epoch, env._raw.get(env._BACKEND), torch.get_num_threads(), cost.table()
+    return _epoch, env._raw.get(env._BACKEND), torch.get_num_threads()
 
 
 def backends(op: str) -> dict[str, str | None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from mbm_kernels._core import dispatch, problem, tracing
+from mbm_kernels._core import dispatch, env, problem, tracing
 
 
 class StockCalls:
@@ -33,7 +33,7 @@ class StockCalls:
         """
         if torch.compiler.is_compiling() or dispatch._watching > 0:
             return None
-        now = dispatch.moment()
+        now = dispatch._epoch, env._raw.get(env._BACKEND), torch.get_num_threads()  # moment()
         for then, known, check, served in self._known:
             if known == options and then == now and check(*tensors):
                 return served if forward_ad._current_level < 0 else None
