@@ -104,6 +104,11 @@ MOST_REMEMBERED = 4096
 def reload() -> None:
     """Forget what was chosen by the constants read before."""
     cost.reload()
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """What was chosen is chosen anew."""
     _chosen.clear()
     _choices_change()
 

@@ -14,7 +14,6 @@ What is not plain eager code neither looks a problem up nor keeps one.
 
 import functools
 import marshal
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -215,7 +214,10 @@ class Problems(Generic[P]):
 
 def _are_same(options: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     """Whether options that are equal have the same types too: True, 1 and 1.0 are equal."""
-    return all(map(operator.is_, options, known)) or _written(options) == _written(known)
+    for option, other in zip(options, known, strict=True):
+        if option is not other:
+            return _written(options) == _written(known)
+    return True
 
 
 def _written(options: tuple[Any, ...]) -> bytes:

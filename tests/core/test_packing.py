@@ -255,3 +255,49 @@ def test_a_failed_pack_is_not_kept(weight):
         packing.packed(size, broken, weight)
     fail = False
     assert packing.packed(size, broken, weight).tolist() == [1] * 6
+
+
+def test_views_of_a_parameter_are_packed_once_each():
+    """As the thirds of an attention's weight, and a convolution's of one dimension."""
+    weight = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
+    calls.clear()
+
+    def flat(out, weight):
+        calls.append(weight)
+        out.copy_(weight.flatten())
+
+    for _ in range(3):
+        for view in weight.chunk(3):
+            assert torch.equal(packing.packed(size, flat, view), view.detach().flatten())
+    assert len(calls) == 3
+    with torch.no_grad():
+        weight[2] += 1
+    assert torch.equal(packing.packed(size, flat, weight.chunk(3)[1]), weight[2:4].flatten())
+    packing.forget(weight.chunk(3)[0])
+    assert not [key for key in packing._entries if key[0] == id(weight)]
+
+
+def test_modules_loaded_in_inference_mode_are_packed_once(monkeypatch):
+    with torch.inference_mode():
+        conv = mbm_kernels.nn.Conv2d(4, 4, 3, backend="cpu")
+        gru = mbm_kernels.nn.GRU(4, 4, backend="cpu")
+        for module, x in ((conv, torch.randn(1, 4, 5, 5)), (gru, torch.randn(2, 1, 4))):
+            module(x)
+            with monkeypatch.context() as patched:
+                patched.setattr(packing, "_fill", None)  # what packs
+                first, again = module(x), module(x)
+            for a, b in zip(first, again, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_ranges_of_indices(strided):
+    def of(values):
+        index = torch.tensor(values, dtype=torch.int64)
+        return index.repeat_interleave(2)[::2] if strided else index
+
+    assert native.index_range(of([3, -100, 7]), -100) == (3, 7, 1)
+    assert native.index_range(of([3, -1, 7])) == (-1, 7, 0)
+    assert native.index_range(of([-100, -100]), -100) == (0, -1, 2)
+    assert native.index_range(of([])) == (0, -1, 0)
+    assert native.index_range(of([-(2**63), 5]))[:2] == (-(2**63), 5)
