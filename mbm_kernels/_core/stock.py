@@ -29,9 +29,9 @@ class StockCalls:
     def find(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> bool | None:
         """Whether PyTorch serves this call; None where no call like it is known.
 
-        As many tensors come with equal options.
+        As many tensors come with equal options. Not for compilers, which would guard what is known.
         """
-        if torch.compiler.is_compiling() or dispatch._watching > 0:
+        if dispatch._watching > 0:
             return None
         now = dispatch._epoch, env._raw.get(env._BACKEND), torch.get_num_threads()  # moment()
         for then, known, check, served in self._known:
@@ -60,6 +60,8 @@ class ServedByStock(torch.nn.Module):
         self, tensors: Sequence[Any], options: tuple[Any, ...], served: bool = True
     ) -> None:
         """Notes a call that PyTorch serves, or does not."""
+        if torch.compiler.is_compiling():
+            return
         if served:
             dispatch.note("torch")
         if self._stock_calls is None:

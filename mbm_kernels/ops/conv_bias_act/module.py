@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class _Convolution(ServedByStock):
         """[B, C, Y, X] or [C, Y, X] to [B, K, Y', X'] or [K, Y', X'], without Y of Conv1d."""
         weight, bias = self._weights()
         form: Any = (self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
-        known = self._stock_calls
+        known = None if torch.compiler.is_compiling() else self._stock_calls
         if known is not None and known.find((x, weight), (self.backend, bias is None, form)):
             return self._conv_forward(x, weight, bias)
         return self._run(x)

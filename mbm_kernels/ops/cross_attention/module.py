@@ -65,6 +65,7 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
             if value not in ("auto", "torch"):
                 hooks[_MARK] = _marked
 
+    @tracing.leaf  # here, for torch.fx may call it with fewer arguments
     def forward(
         self,
         query: Tensor,
@@ -79,7 +80,7 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
         """Arguments and returns as torch.nn.MultiheadAttention.forward."""
         flags = (need_weights, average_attn_weights, is_causal)
         masks = (key_padding_mask, attn_mask)
-        known = self._stock_calls
+        known = None if torch.compiler.is_compiling() else self._stock_calls
         served = None
         if known is not None:
             served = known.find(*self._known_by((query, key, value), masks, flags))
@@ -93,7 +94,6 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
             )
         return self._attend((query, key, value), masks, flags)
 
-    @tracing.leaf
     def _first(
         self,
         query: Tensor,

@@ -51,7 +51,7 @@ class GRU(ServedByStock, torch.nn.GRU):
         Returns:
             The output, shaped as the input with directions * H features, and h_n, shaped as hx.
         """
-        known = self._stock_calls
+        known = None if torch.compiler.is_compiling() else self._stock_calls
         served = None if known is None else known.find(*self._known_by(input, hx))
         if served:
             return super().forward(input, hx)  # type: ignore[no-any-return]
