@@ -98,16 +98,29 @@ def concat_linear(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, run by concat_linear where that is predicted to be faster."""
-    chosen, sizes = linear_choice(x, weight, bias)
-    if chosen == "torch":
-        return F.linear(x, weight, bias)
-    y: Tensor = OP(chosen, [x], weight, bias, sizes=sizes)
+    y: Tensor
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    kind = ("auto", 1, bias is None)  # as of concat_linear
+    call = PROBLEMS.call(tensors, kind)
+    if call is None:
+        chosen, sizes = linear_choice(x, weight, bias)
+        if not sizes or (bias is not None and bias.shape != weight.shape[:1]):
+            return F.linear(x, weight, bias)
+        if not torch.compiler.is_compiling():
+            call = PROBLEMS.remember(problem.find([x], weight, bias), "auto", tensors, kind)
+        if call is None and chosen == "torch":
+            return F.linear(x, weight, bias)
+        if call is None:
+            y = OP(chosen, [x], weight, bias, sizes=sizes)
+            return y
+    y = OP.run(call, ([x], weight, bias))
     return y
 
 
 def linear_choice(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, dict[str, int]]:
     """The backend that `linear` takes, and the sizes that it goes by."""
     fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
+    fits = fits and (bias is None or (bias.dtype is x.dtype and bias.device == x.device))
     if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
         return "torch", {}
     tensors = (x, weight) if bias is None else (x, weight, bias)
