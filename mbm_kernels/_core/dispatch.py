@@ -329,7 +329,8 @@ def disabled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Observed:
-    """One choice of a backend: `asked` by the caller, else "auto", and what was `chosen`."""
+    """One choice of a backend: `asked` by the caller, else "auto", and what was `chosen`; `reason`
+    where nothing was to choose."""
 
     op: str
     asked: str
@@ -337,6 +338,7 @@ class Observed:
     device: torch.device
     dtype: torch.dtype
     sizes: dict[str, int]
+    reason: str | None = None
 
 
 class _Watchers(threading.local):
@@ -359,6 +361,15 @@ def observed() -> Iterator[list[Observed]]:
         yield seen
     finally:
         _watchers.observed = before
+
+
+def observe(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], reason: str
+) -> None:
+    """Tells `observed` of a call that only PyTorch runs."""
+    seen = _watchers.observed
+    if seen is not None:
+        seen.append(Observed(op, "auto", "torch", device, dtype, sizes, reason))
 
 
 @contextmanager

@@ -244,6 +244,14 @@ def test_dropout_between_projections_by_the_kernel(mask, need_weights, monkeypat
         assert (a is None and e is None) or torch.allclose(a, e, atol=1e-5)
 
 
+def test_explain_says_why_dropout_is_torchs():
+    _, ours = twins(dropout=0.5)
+    rows = mbm_kernels.explain(ours.train(), *inputs(ours)).rows
+    (row,) = (row for row in rows if row.op == "cross_attention")
+    assert row.backend == "torch"
+    assert native.cpu_reason() or "dropout on the weights" in row.why_not["cpu"]
+
+
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 def test_a_named_backend_inside_a_fused_transformer_layer():
     layer = torch.nn.TransformerEncoderLayer(SIZE, HEADS, 16, batch_first=True).eval()

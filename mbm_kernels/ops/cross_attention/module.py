@@ -24,6 +24,7 @@ from mbm_kernels.ops.cross_attention.multihead import (
 from mbm_kernels.ops.cross_attention.op import cross_attention
 from mbm_kernels.ops.cross_attention.problem import NAME, sizes_of
 
+DROPS = "dropout on the weights is torch's only"
 _MARK = "mbm_kernels: a backend asked for by name"
 
 
@@ -229,14 +230,13 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
     ) -> bool:
         """Whether a kernel is the choice for the attention or for a projection."""
         query, key, value = given
-        if not self._drops():
-            kind = "heads" if need_weights else None
-            width = self.head_dim
-            named = sizes_of((*sizes, width, width), kind, masked)
-            named["training"] = int(trains)
-            chosen = dispatch.select(NAME, self.backend, query.device, query.dtype, named)
-            if chosen != "torch":
-                return True
+        kind = "heads" if need_weights else None
+        named = sizes_of((*sizes, self.head_dim, self.head_dim), kind, masked)
+        named["training"] = int(trains)
+        if self._drops():
+            dispatch.observe(NAME, query.device, query.dtype, named, DROPS)
+        elif dispatch.select(NAME, self.backend, query.device, query.dtype, named) != "torch":
+            return True
         products = [(query, self.out_proj.weight)]
         if not self._qkv_same_embed_dim:
             products += zip(given, self._weights(), strict=True)
@@ -255,7 +255,7 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
         """Why torch's own forward must serve this call; a named backend cannot do without."""
         query, key, value = given
         if named and self._drops():
-            return "dropout on the weights is torch's only"
+            return DROPS
         if query.is_nested or key.is_nested or value.is_nested:
             return "nested tensors are torch's only"
         if is_causal and attn_mask is None:
