@@ -79,46 +79,16 @@ class MultiheadAttention(ServedByStock, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and returns as torch.nn.MultiheadAttention.forward."""
+        given, masks = (query, key, value), (key_padding_mask, attn_mask)
         flags = (need_weights, average_attn_weights, is_causal)
-        masks = (key_padding_mask, attn_mask)
         known = None if torch.compiler.is_compiling() else self._stock_calls
-        served = None
-        if known is not None:
-            served = known.find(*self._known_by((query, key, value), masks, flags))
-        if served:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
-            )
+        served = None if known is None else known.find(*self._known_by(given, masks, flags))
         if served is None:
-            return self._first(
-                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
-            )
-        return self._attend((query, key, value), masks, flags)
-
-    def _first(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """A call unlike those that are known."""
-        given, masks, flags = (
-            (query, key, value),
-            (key_padding_mask, attn_mask),
-            (need_weights, average_attn_weights, is_causal),
-        )
-        stock = self._is_stock(given, masks, flags)
-        if not query.is_nested:
-            self._remember(*self._known_by(given, masks, flags), stock)
-        if stock:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, *flags[1:]
-            )
+            served = self._is_stock(given, masks, flags)
+            if not any(x.is_nested for x in given):
+                self._remember(*self._known_by(given, masks, flags), served)
+        if served:
+            return super().forward(*given, key_padding_mask, need_weights, attn_mask, *flags[1:])
         return self._attend(given, masks, flags)
 
     def _known_by(
