@@ -1,17 +1,23 @@
 """What a call costs beside its arithmetic: tiny cases of every operation and module against stock.
 
-    python -m benchmarks.study_overhead [NAME ...] [--rounds 60] [--calls 200]
+    python -m benchmarks.study_overhead [NAME ...] [--seconds 0.5] [--save]
 
-In each round every form of a case runs `calls` times, one form after the other, the order turned
-from round to round, on one thread. The time is the process's CPU time, in which other processes do
-not count; of the rounds the median stands in the table. "over" is ours less stock, which is what a
-good engineer would write with torch alone; "training" is a forward and a backward.
+In each round every form of a case runs for a few calls, one form after the other, the order turned
+from round to round, on one thread; inputs are made before. The time is the process's CPU time, in
+which other processes do not count. In the table stand the median of each form and the median over
+the rounds of ours less stock, which is what a good engineer would write with torch alone;
+"training" is a forward and a backward. A module stands for torch's own: "auto=torch" is what it
+costs where the choice is PyTorch. `--save` writes results/<device>/<date>-<commit>-overhead.jsonl.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,20 +27,41 @@ from torch import Tensor, nn
 
 import mbm_kernels
 from mbm_kernels import nn as ours
+from mbm_kernels._core import dispatch
+from mbm_kernels.bench import isa, machine, results
+from mbm_kernels.ops.linear_topk import linear_topk
 
-BACKENDS = ("auto", "torch", "cpu")
+HERE = Path(__file__).resolve().parent
 Form = Callable[[], Any]
 Given = tuple[str, tuple[Tensor, ...], Form, Callable[[str], Any]]
+
+# Microseconds: of a call by kernels without gradients; beyond stock in training, of the torch
+# backend, and of a module whose choice is PyTorch.
+CALL = {"conv_bias_act": 22, "gru": 20, "additive_attention": 22}
+OTHER_CALL, TRAINING, TORCH, STOCK_SERVES = 25, 15, 5, 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of a form and of stock; `over` is the median of their differences."""
+
+    name: str
+    form: str
+    training: bool
+    stock: float
+    ours: float
+    over: float
+    goal: str
+    reached: bool
 
 
 @dataclass(frozen=True)
 class Case:
-    """A stock form and ours for one backend, of the same inputs."""
+    """A stock form and ours of the same inputs, by the name of each."""
 
     name: str
-    backend: str
     stock: Form
-    ours: Form
+    ours: dict[str, Form]
     leaves: tuple[Tensor, ...]
 
     def trained(self, form: Form) -> Form:
@@ -120,6 +147,12 @@ def losses() -> Iterator[Given]:
         lambda: F.cross_entropy(F.linear(hidden, head), target),
         lambda backend: mbm_kernels.linear_cross_entropy(hidden, head, target, backend=backend),
     )
+    yield (
+        "linear_topk",
+        (hidden, head),
+        lambda: torch.log_softmax(F.linear(hidden, head), -1).topk(2),
+        lambda backend: linear_topk(hidden, head, k=2, backend=backend),
+    )
     teacher = torch.randn(4, 16)
 
     def distillation() -> Any:
@@ -140,13 +173,6 @@ def losses() -> Iterator[Given]:
             hidden, head, target, teacher_logits=teacher, backend=backend
         ),
     )
-    module = ours.LinearDistillationLoss()
-    yield (
-        "nn.LinearDistillationLoss",
-        (hidden, head),
-        distillation,
-        chosen(module, lambda: module(hidden, head, target, teacher_logits=teacher)),
-    )
     image, text, scale = leaf(4, 8), leaf(4, 8), torch.tensor(10.0)
 
     def infonce() -> Tensor:
@@ -161,63 +187,76 @@ def losses() -> Iterator[Given]:
     )
 
 
-def chosen(module: Any, form: Form) -> Callable[[str], Any]:
-    """A module's form that takes a backend: each call sets it, in 0.1 us."""
-
-    def run(backend: str) -> Any:
-        module.__dict__["backend"] = backend
-        return form()
-
-    return run
-
-
 def modules() -> Iterator[Given]:
-    def pair(stock: nn.Module, mine: nn.Module, *inputs: Any, act: bool = False) -> Any:
-        leaves = (*(i for i in inputs if isinstance(i, Tensor)), *stock.parameters())
-        mine.load_state_dict(stock.state_dict())
-        for name, parameter in stock.named_parameters():  # one leaf for both
-            owner, _, attribute = name.rpartition(".")
-            mine.get_submodule(owner)._parameters[attribute] = parameter  # type: ignore[assignment]
-        form = (lambda: torch.relu_(stock(*inputs))) if act else (lambda: stock(*inputs))
-        return f"nn.{type(mine).__name__}", leaves, form, chosen(mine, lambda: mine(*inputs))
+    def pair(name: str, stock: nn.Module, *inputs: Tensor, **options: Any) -> Given:
+        leaves = (*{id(x): x for x in inputs}.values(), *stock.parameters())
+        kind, arguments = options.pop("kind", getattr(ours, name)), options.pop("arguments")
+        mine = {}
+        for backend in ("auto", "cpu"):
+            mine[backend] = kind(*arguments, **options, backend=backend)
+            for path, parameter in stock.named_parameters():  # one leaf for all
+                owner, _, attribute = path.rpartition(".")
+                mine[backend].get_submodule(owner)._parameters[attribute] = parameter
+        return f"nn.{name}", leaves, lambda: stock(*inputs), lambda b: mine[b](*inputs)
 
-    x = leaf(1, 4, 8, 8)
-    yield pair(nn.Conv2d(4, 4, 3, padding=1), ours.Conv2d(4, 4, 3, padding=1), x)
-    fused = ours.ConvBiasAct(4, 4, 3, padding=1, activation="relu")
-    yield pair(nn.Conv2d(4, 4, 3, padding=1), fused, x, act=True)
+    x, row = leaf(1, 4, 8, 8), leaf(1, 4, 16)
+    yield pair("Conv2d", nn.Conv2d(4, 4, 3, padding=1), x, arguments=(4, 4, 3), padding=1)
+    yield pair("Conv1d", nn.Conv1d(4, 4, 3, padding=1), row, arguments=(4, 4, 3), padding=1)
     steps = leaf(2, 1, 8)
-    yield pair(nn.GRU(8, 8), ours.GRU(8, 8), steps)
-    yield pair(nn.GRUCell(8, 8), ours.GRUCell(8, 8), leaf(1, 8), leaf(1, 8))
-    sequence = leaf(2, 1, 8)
-    stock, mine = nn.MultiheadAttention(8, 2), ours.MultiheadAttention(8, 2)
-    yield pair(stock, mine, sequence, sequence, sequence)
-    joint, parts = nn.Linear(16, 8), (leaf(4, 8), leaf(4, 8))
-    name, leaves, _, form = pair(joint, ours.ConcatLinear((8, 8), 8), *parts)
-    yield name, leaves, lambda: joint(torch.cat(parts, -1)), form
+    yield pair("GRU", nn.GRU(8, 8), steps, arguments=(8, 8))
+    yield pair("GRUCell", nn.GRUCell(8, 8), leaf(1, 8), leaf(1, 8), arguments=(8, 8))
+    sequence, memory = leaf(2, 1, 8), leaf(2, 1, 8)
+    attention = nn.MultiheadAttention(8, 2)
+    yield pair("MultiheadAttention", attention, *[sequence] * 3, arguments=(8, 2))
+    name, *rest = pair("MultiheadAttention", attention, sequence, memory, memory, arguments=(8, 2))
+    yield f"{name}, memory", *rest
+
+
+def fused_modules() -> Iterator[Given]:
+    """Modules that torch has not: their stock form is a good engineer's."""
+    x, conv = leaf(1, 4, 8, 8), nn.Conv2d(4, 4, 3, padding=1)
+    act = {b: ours.ConvBiasAct(4, 4, 3, padding=1, activation="relu", backend=b) for b in FORMS}
+    parts, joint = (leaf(4, 8), leaf(4, 8)), nn.Linear(16, 8)
+    linear = {b: ours.ConcatLinear((8, 8), 8, backend=b) for b in FORMS}
+    for stock, made in ((conv, act), (joint, linear)):
+        for module in made.values():
+            module._parameters.update(stock._parameters)  # type: ignore[attr-defined]
+    leaves = (x, *conv.parameters())
+    yield "nn.ConvBiasAct", leaves, lambda: torch.relu_(conv(x)), lambda b: act[b](x)
+    leaves = (*parts, *joint.parameters())
+    yield (
+        "nn.ConcatLinear",
+        leaves,
+        lambda: joint(torch.cat(parts, -1)),
+        lambda b: linear[b](*parts),
+    )
+
+
+FORMS = ("auto", "torch", "cpu")
 
 
 def cases(wanted: list[str]) -> Iterator[Case]:
-    for name, leaves, stock, form in (*operations(), *modules()):
-        if wanted and name not in wanted:
-            continue
-        for backend in BACKENDS:
+    def called(form: Any, backend: str) -> Form:
+        return lambda: form(backend)
+
+    groups = ((operations(), FORMS), (fused_modules(), FORMS), (modules(), ("auto=torch", "cpu")))
+    for group, names in groups:
+        for name, leaves, stock, form in group:
+            if wanted and name not in wanted:
+                continue
+            mine = {b: called(form, b.partition("=")[0]) for b in names}
             # Each form is called by one function more, so that neither has a frame less.
-            def call(form: Any = form, backend: str = backend) -> Any:
-                return form(backend)
-
-            def plain(form: Any = stock) -> Any:
-                return form()
-
-            yield Case(name, backend, plain, call, leaves)
+            yield Case(name, lambda stock=stock: stock(), mine, leaves)  # type: ignore[misc]
 
 
-def measured(forms: list[Form], rounds: int, calls: int) -> list[float]:
-    """Median microseconds of CPU time of a call of each form."""
+def measured(forms: list[Form], seconds: float) -> list[list[float]]:
+    """Microseconds of CPU time of a call of each form, in each round."""
     for form in forms:
         for _ in range(20):
             form()
     found: list[list[float]] = [[] for _ in forms]
-    for turn in range(rounds):
+    turn, end, calls = 0, time.monotonic() + seconds, 20
+    while turn < 10 or time.monotonic() < end:
         for i in range(len(forms)):
             at = (i + turn) % len(forms)
             form = forms[at]
@@ -225,27 +264,73 @@ def measured(forms: list[Form], rounds: int, calls: int) -> list[float]:
             for _ in range(calls):
                 form()
             found[at].append((time.process_time_ns() - start) / calls / 1e3)
-    return [statistics.median(times) for times in found]
+        turn += 1
+    return found
+
+
+def goal(case: Case, form: str, training: bool, mine: float, over: float) -> tuple[str, bool]:
+    """What is aimed at, and whether it is reached."""
+    if form == "auto=torch":
+        return f"over {STOCK_SERVES}", over <= STOCK_SERVES
+    if form == "torch":
+        return f"over {TORCH}", over <= TORCH
+    if training:
+        return f"over {TRAINING}", over <= TRAINING
+    most = CALL.get(case.name, OTHER_CALL)
+    return ("", True) if case.name.startswith("nn.") else (f"call {most}", mine <= most)
+
+
+def rows_of(case: Case, seconds: float) -> Iterator[Row]:
+    for training in (False, True):
+        if training and case.name == "linear_topk":
+            continue
+        for served in (True, False):  # whether "auto" means PyTorch
+            names = [name for name in case.ours if (name == "auto=torch") == served]
+            forms = [case.stock, *(case.ours[name] for name in names)]
+            context = dispatch.preferring("torch") if served else nullcontext()
+            if not names:
+                continue
+            with torch.set_grad_enabled(training), context:
+                forms = [case.trained(f) for f in forms] if training else forms
+                stock, *times = measured(forms, seconds)
+            for name, mine in zip(names, times, strict=True):
+                over = statistics.median(m - s for m, s in zip(mine, stock, strict=True))
+                middle = statistics.median(mine)
+                wanted = goal(case, name, training, middle, over)
+                numbers = (round(n, 2) for n in (statistics.median(stock), middle, over))
+                yield Row(case.name, name, training, *numbers, *wanted)
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="operations or modules")] = None,
-    rounds: Annotated[int, typer.Option(help="of all forms of a case")] = 60,
-    calls: Annotated[int, typer.Option(help="of a form in a round")] = 200,
+    seconds: Annotated[float, typer.Option(help="of all forms of a case, each pass")] = 0.5,
+    save: Annotated[bool, typer.Option("--save", help="write the rows")] = False,
 ) -> None:
     torch.set_num_threads(1)
-    print(f"{'':<28}{'':<8}{'no_grad, us':^27}{'training, us':^27}")
     columns = "".join(f"{c:>9}" for c in ("stock", "ours", "over"))
-    print(f"{'operation or module':<28}{'backend':<8}{columns}{columns}")
+    print(f"{'operation or module':<28}{'form':<12}{'pass':<10}{columns}  goal, us")
+    found = []
     for case in cases(names or []):
-        with torch.no_grad():
-            stock, mine = measured([case.stock, case.ours], rounds, calls)
-        row = [stock, mine, mine - stock]
-        forms = [case.trained(case.stock), case.trained(case.ours)]
-        stock, mine = measured(forms, rounds, calls)
-        row += [stock, mine, mine - stock]
-        numbers = "".join(f"{number:9.1f}" for number in row)
-        print(f"{case.name:<28}{case.backend:<8}{numbers}", flush=True)
+        for row in rows_of(case, seconds):
+            found.append(row)
+            numbers = "".join(f"{n:9.1f}" for n in (row.stock, row.ours, row.over))
+            which = "training" if row.training else "no_grad"
+            said = f"{row.goal}{'' if row.reached else ': missed'}"
+            print(f"{row.name:<28}{row.form:<12}{which:<10}{numbers}  {said}", flush=True)
+    if save:
+        print(_saved(found))
+
+
+def _saved(rows: list[Row]) -> Path:
+    commit = machine.commit(HERE)
+    head = {"schema": results.SCHEMA, "device": machine.device(), "commit": commit, "local": False}
+    head |= {"machine": machine.facts(), "isa": isa.record(), "threads": 1}
+    name = f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'nocommit')[:7]}-overhead.jsonl"
+    path = HERE / "results" / machine.device() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [head, *map(asdict, rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 if __name__ == "__main__":

@@ -160,9 +160,8 @@ def row_of(name: str, call: dispatch.Observed) -> Row:
     why_not = {}
     for backend in env.BACKENDS:
         if backend != chosen:
-            why_not[backend] = dispatch.why_not(
-                op, backend, call.device, call.dtype, **call.sizes
-            ) or _not_chosen(backend, call, predicted)
+            reason = dispatch.why_not(op, backend, call.device, call.dtype, **call.sizes)
+            why_not[backend] = reason or call.reason or _not_chosen(backend, call, predicted)
     rounded = {b: round(t / 1e6, 6) for b, t in times.items()}
     return Row(name, op, chosen, rounded, why_not, call.sizes)
 

@@ -59,10 +59,10 @@ def predictions(monkeypatch):
         table = Said("test", {}, {}, {})
         monkeypatch.setattr(cost, "table", lambda: table)
         monkeypatch.setattr(dispatch, "_defaults", {})
-        dispatch._chosen.clear()
+        dispatch.forget_choices()
 
     yield put
-    dispatch._chosen.clear()
+    dispatch.forget_choices()
 
 
 @pytest.fixture

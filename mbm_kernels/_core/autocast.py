@@ -26,3 +26,13 @@ def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument
         t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
         for t in tensors
     )
+
+
+def lowers_stock(device: torch.device) -> bool:
+    """Whether autocast is on and torch's own recurrent layers answer in its dtype."""
+    return device.type != "cpu" and enabled(device)
+
+
+def spares_stock(device: torch.device) -> bool:
+    """Whether autocast is on and torch's own recurrent layers answer in their weights' dtype."""
+    return device.type == "cpu" and enabled(device)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import tracing
+from mbm_kernels._core import native, tracing
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -174,7 +174,7 @@ def lengths_kind(op: str, name: str, value: object, batch: int, like: Tensor) ->
 def length_values(op: str, name: str, value: Tensor, limit: int, letter: str) -> None:
     """Whether 0 <= length <= limit, where that can be looked at."""
     if values_readable(value) and value.shape[0] > 0:
-        low, high = (int(v) for v in torch.aminmax(value))
+        low, high, _ = native.index_range(value)
         if low < 0 or high > limit:
             got = f"values from {low} to {high}"
             fail(op, name, got, f"0 <= length <= {letter} = {limit}", "clamp or correct them")

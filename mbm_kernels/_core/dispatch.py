@@ -35,6 +35,13 @@ _disabled_depth = int(
     env.disable()
 )  # a plain global: torch.compile can guard on it, not on a ContextVar
 _disabled_lock = threading.Lock()
+_epoch = 0  # counts what may make a call's choice another one
+
+
+def _choices_change() -> None:
+    global _epoch
+    with _disabled_lock:
+        _epoch += 1
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,20 @@ MOST_REMEMBERED = 4096
 def reload() -> None:
     """Forget what was chosen by the constants read before."""
     cost.reload()
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """What was chosen is chosen anew."""
     _chosen.clear()
+    _choices_change()
 
 
 def register(op: str, package: str | None = None) -> None:
     if package is not None:
         _packages[op] = package
     _tables[op] = Table.read(op)
+    _choices_change()
 
 
 def package_of(op: str) -> str:
@@ -272,11 +286,13 @@ def set_backend(name: str, op: str | None = None) -> None:
     if op is None:
         _defaults.clear()
         _defaults[None] = name
+        _choices_change()
         return
     check_op(op)
     if name not in ("auto", "torch") and (reason := why_not(op, name)):
         raise unavailable(op, name, reason)
     _defaults[op] = name
+    _choices_change()
 
 
 @contextmanager
@@ -287,10 +303,12 @@ def preferring(name: str) -> Iterator[None]:
         for op in _tables:
             if name in ("auto", "torch") or why_not(op, name) is None:
                 _defaults[op] = name
+        _choices_change()
         yield
     finally:
         _defaults.clear()
         _defaults.update(before)
+        _choices_change()
 
 
 @contextmanager
@@ -302,16 +320,19 @@ def disabled() -> Iterator[None]:
     global _disabled_depth
     with _disabled_lock:
         _disabled_depth += 1
+    _choices_change()
     try:
         yield
     finally:
         with _disabled_lock:
             _disabled_depth -= 1
+        _choices_change()
 
 
 @dataclass(frozen=True)
 class Observed:
-    """One choice of a backend: `asked` by the caller, else "auto", and what was `chosen`."""
+    """One choice of a backend: `asked` by the caller, else "auto", and what was `chosen`; `reason`
+    where nothing was to choose."""
 
     op: str
     asked: str
@@ -319,6 +340,7 @@ class Observed:
     device: torch.device
     dtype: torch.dtype
     sizes: dict[str, int]
+    reason: str | None = None
 
 
 class _Watchers(threading.local):
@@ -328,22 +350,28 @@ class _Watchers(threading.local):
 
 _watchers = _Watchers()
 _watching = 0  # in all threads, so that `note` need not ask for this thread's
-_observing = 0  # changes with each `observed`, so that what calls keep of a choice is asked anew
 
 
 @contextmanager
 def observed() -> Iterator[list[Observed]]:
     """The choices made within this context by this thread, outside compiled graphs."""
-    global _observing
     before = _watchers.observed
     seen: list[Observed] = []
-    with _disabled_lock:
-        _observing += 1
+    _choices_change()  # so that what calls keep of a choice is asked anew
     _watchers.observed = seen
     try:
         yield seen
     finally:
         _watchers.observed = before
+
+
+def observe(
+    op: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int], reason: str
+) -> None:
+    """Tells `observed` of a call that only PyTorch runs."""
+    seen = _watchers.observed
+    if seen is not None:
+        seen.append(Observed(op, "auto", "torch", device, dtype, sizes, reason))
 
 
 @contextmanager
@@ -369,13 +397,15 @@ def note(backend: str) -> None:
         _watchers.seen.append(backend)
 
 
-def state(op: str | None = None) -> tuple[Any, ...]:
-    """Changes where set_backend, `disabled` or the environment make "auto" mean something else;
-    with `op`, its table, the constants and the number of threads too. What is chosen is kept while
-    it is the same."""
-    known = () if op is None else (_tables.get(op), cost.table(), torch.get_num_threads())
+def state() -> tuple[Any, ...]:
+    """Changes where set_backend, `disabled` or the environment make "auto" mean something else."""
     asked = env.backend() if env._BACKEND in env._raw else "auto"
-    return (_disabled_depth > 0, _observing, *_defaults.items(), asked, *known)
+    return (_disabled_depth > 0, *_defaults.items(), asked)
+
+
+def moment() -> tuple[Any, ...]:
+    """What a call's choice depends on beside the call: it is kept while this is the same."""
+    return _epoch, env._raw.get(env._BACKEND), torch.get_num_threads()
 
 
 def backends(op: str) -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """Masks and lengths of attention, for the plain-torch backends."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,14 +32,60 @@ def attend_mask(
     return mask & inside.view(inside.size(0), *(1,) * between, positions)
 
 
-def expanded_strides(
-    shape: Sequence[int] | None, strides: Sequence[int] | None, rank: int
-) -> tuple[int, ...]:
-    """Strides of a mask expanded to `rank` dimensions, 0 where it is broadcast; 0 without one."""
-    if shape is None or strides is None:
-        return (0,) * rank
-    own = (0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True))
-    return (*(0,) * (rank - len(shape)), *own)
+@dataclass(frozen=True, slots=True)
+class Hiding:
+    """What a problem says of its mask and of whether it has lengths; false where it has neither."""
+
+    shape: tuple[int, ...] | None
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    lengths: bool
+
+    @classmethod
+    def of(cls, key_lengths: Tensor | None, mask: Tensor | None) -> "Hiding":
+        if mask is None:
+            return cls(None, None, None, key_lengths is not None)
+        return cls(tuple(mask.shape), mask.stride(), mask.dtype, key_lengths is not None)
+
+    def __bool__(self) -> bool:
+        return self.lengths or self.shape is not None
+
+    def expanded_strides(self, rank: int, strides: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Strides, those given or its own, of the mask expanded to `rank` dimensions: 0 where it is
+        broadcast, and without one."""
+        strides = self.strides if strides is None else strides
+        if self.shape is None or strides is None:
+            return (0,) * rank
+        own = (0 if n == 1 else stride for n, stride in zip(self.shape, strides, strict=True))
+        return (*(0,) * (rank - len(self.shape)), *own)
+
+
+def check(
+    op: str,
+    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    query: Tensor,
+    letters: str,
+    sizes: Sequence[int],
+    floating: bool = False,
+) -> None:
+    """Whether lengths and mask fit scores of `sizes`, which `letters` name; no value is read.
+
+    Raises:
+        TypeError: one is not a tensor of the right kind.
+        ValueError: shapes or devices do not fit.
+    """
+    if key_lengths is not None:
+        checks.lengths_kind(op, "key_lengths", key_lengths, sizes[0], query)
+    if mask is not None:
+        checks.mask(op, "mask", mask, letters, sizes, floating)
+        checks.same_device(op, "mask", mask, "query", query)
+
+
+def check_lengths(op: str, key_lengths: Tensor | None, positions: int) -> None:
+    """Their values, which no problem tells of: at each call."""
+    if key_lengths is not None:
+        checks.length_values(op, "key_lengths", key_lengths, positions, "S")
 
 
 def readable(tensors: Sequence[Tensor | None]) -> bool:

@@ -40,7 +40,7 @@ from mbm_kernels._core import (
     tracing,
 )
 from mbm_kernels._core.arguments import as_tuple as as_tuple
-from mbm_kernels._core.problem import Call, Calls, Problem
+from mbm_kernels._core.problem import Call, Problem, Problems
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, is_plain, may_need_grad, no_kernel
 
@@ -108,6 +108,10 @@ class Op:
         OPS[spec.name] = self
         flops.count(self)
 
+    def choose(self, call: Call[Any]) -> str:
+        """The backend that `run` takes now."""
+        return call.choose(self.name, call.differentiable and torch.is_grad_enabled())
+
     def run(self, call: Call[Any], tensors: Sequence[Any]) -> Any:
         """Runs a call whose problem is known; `tensors` are the inputs, None where there is none.
 
@@ -135,18 +139,18 @@ class Op:
 
     def run_first(
         self,
-        calls: Calls[Any],
+        problems: Problems[Any],
         problem: Problem,
         given: tuple[str, Sequence[Tensor], tuple[Any, ...]],
         tensors: Sequence[Any],
     ) -> Any:
-        """Runs a call that `calls` does not know, its arguments checked, and keeps it if it can.
+        """Runs a call that `problems` does not know, its arguments checked, and keeps it if it can.
 
         It takes the way of those after it, that checkpoints may run it again by either. `given` are
-        the backend, tensors and options by which `calls` knows it; `tensors` are the operation's
+        the backend, tensors and options by which `problems` knows it; `tensors` are the operation's
         inputs, whose problem is `problem`.
         """
-        call = calls.remember(problem, *given)
+        call = problems.remember(problem, *given)
         if call is not None:
             return self.run(call, tensors)
         return self(given[0], *tensors, *problem.options, sizes=dict(problem.sizes))

@@ -8,19 +8,23 @@ lies in, 2 to 3 times less than packing moves. Where weights are known to stay f
 calls, as in a loop of decoding, `unchanged()` takes it once.
 """
 
+import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from mbm_kernels._core import native
+from mbm_kernels._core import native, problem
 
-_entries: dict[tuple[int, Callable[..., None]], "_Entry"] = {}
+Key = tuple[Any, ...]  # of the owner's id and `pack`, of a view its offset too
+_entries: dict[Key, "_Entry"] = {}
 Version = tuple[Any, ...]
 
 
@@ -33,18 +37,70 @@ class _Trusted(threading.local):
 _trusted = _Trusted()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What CPU tensors held: shapes, strides, dtypes and a hash of every byte; the ISA in use."""
+
+    kinds: tuple[Any, ...]
+    hashes: bytes
+    check: Any  # knows tensors of these kinds at once (problem.guard); None where it cannot
+    extents: bytes  # in bytes, as the native code takes them
+    spans: tuple[tuple[int, int], ...]  # extents and the bytes of an element
+
+    def same(self, other: "State") -> bool:
+        return self is other or (self.hashes == other.hashes and self.kinds == other.kinds)
+
+
+def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
+    """The state of these tensors, which is `last` itself where nothing has changed since.
+
+    Raises:
+        ValueError: the storage of a tensor was freed or is too small for its shape.
+    """
+    if _trusted.versions is None:
+        check = None if last is None else last.check
+        if last is None or check is None or len(sources) != len(last.kinds) or not check(*sources):
+            return _made(sources, tuple([_kind(x) for x in sources]), None)
+        hashes = _hashes(sources, last.extents, last.spans)
+    else:
+        versions = [version_of(x) for x in sources]
+        hashes = struct.pack(f"{len(versions)}Q", *(v[1] for v in versions if v is not None))
+        hashes += native.cpu().fingerprints(b"", [], 1)  # the ISA
+        kinds = tuple([v[0] for v in versions if v is not None])
+        if last is None or last.kinds != kinds:
+            return _made(sources, kinds, hashes)
+    return last if hashes == last.hashes else replace(last, hashes=hashes)
+
+
+def _made(sources: Sequence[Tensor], kinds: tuple[Any, ...], hashes: bytes | None) -> State:
+    spans = tuple([(native.extent(x), x.element_size()) for x in sources])
+    extents = struct.pack(f"{len(spans)}q", *(span[0] for span in spans))
+    if hashes is None:
+        hashes = _hashes(sources, extents, spans)
+    return State(kinds, hashes, problem.guard(sources), extents, spans)
+
+
+def _hashes(sources: Sequence[Tensor], extents: bytes, spans: tuple[tuple[int, int], ...]) -> bytes:
+    addresses = []
+    for source, (extent, size) in zip(sources, spans, strict=True):
+        if source.untyped_storage().nbytes() < source.storage_offset() * size + extent:
+            native.extent(source)  # raises
+        addresses.append(source.data_ptr())
+    found: bytes = native.cpu().fingerprints(extents, addresses, torch.get_num_threads())
+    return found
+
+
 class _Entry:
-    __slots__ = ("buffer", "owner", "state")
+    __slots__ = ("kept", "owner")
 
     def __init__(self, owner: "weakref.ref[Tensor]"):
         self.owner = owner
-        # ISA and versions of the tensors that `buffer` was packed from; None without one.
-        self.state: list[Any] | None = None
-        self.buffer: Tensor | None = None
+        # A buffer and the state of what it was packed from: one attribute, for threads share it.
+        self.kept: tuple[State, Tensor] | None = None
 
 
 def packed(
-    size: Callable[..., int], pack: Callable[..., None], owner: Tensor, *others: Tensor | None
+    size: Callable[..., int], pack: Callable[..., None], owner: Tensor, *others: Tensor
 ) -> Tensor:
     """The packed form of `owner` and `others`, a float32 vector.
 
@@ -53,22 +109,32 @@ def packed(
         pack: pack(out, owner, *others) writes it. The buffer is written again when a weight
             changes, so that training touches no new pages each step, unless a kernel is
             about to read it. One form is kept for each owner and `pack`.
-        owner: the weight with whose life the entry ends.
+        owner: the weight with whose life the entry ends; of a view of a Parameter it is that
+            one's.
         others: further tensors packed with it; an entry made with others is redone.
 
     Raises:
         ValueError: the storage of a tensor was freed or is too small for its shape.
     """
     sources = (owner, *others)
-    state = [native.cpu().isa(), *map(version_of, sources)]
-    entry = _entry_of(owner, pack)
-    found = _current(entry, state)
-    return _fill(entry, state, size, pack, sources) if found is None else found
-
-
-def _current(entry: _Entry, state: list[Any]) -> Tensor | None:
-    buffer = entry.buffer  # before the state: another thread may write both
-    return buffer if entry.state == state else None
+    key: Key = (id(owner), pack)
+    base = owner._base
+    if type(base) is Parameter:  # views of one are made anew at each call
+        key = (id(base), pack, owner.storage_offset())
+        owner = base
+    entry = _entries.get(key)
+    if entry is None or entry.owner() is not owner:  # an id may be used again
+        entry = _new_entry(key, owner)
+    kept = entry.kept
+    if kept is None:
+        return _fill(entry, state_of(sources), size, pack, sources)
+    state = state_of(sources, kept[0])
+    if state.same(kept[0]):
+        if state is not kept[0]:
+            entry.kept = (state, kept[1])
+        return kept[1]
+    del kept
+    return _fill(entry, state, size, pack, sources)
 
 
 def version_of(tensor: Tensor | None) -> Version | None:
@@ -89,7 +155,11 @@ def version_of(tensor: Tensor | None) -> Version | None:
 
 
 def _hashed(tensor: Tensor) -> Version:
-    return (tensor.shape, tensor.stride(), tensor.dtype, native.fingerprint(tensor))
+    return _kind(tensor), native.fingerprint(tensor)
+
+
+def _kind(tensor: Tensor) -> Version:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 @contextmanager
@@ -109,12 +179,9 @@ def unchanged() -> Iterator[None]:
         _trusted.versions = None
 
 
-def _entry_of(owner: Tensor, pack: Callable[..., None]) -> _Entry:
-    key = (id(owner), pack)
-    entry = _entries.get(key)
-    if entry is None or entry.owner() is not owner:  # an id may be used again
-        drop = _entries.pop  # bound: at exit a module's names go before its weights
-        entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)))
+def _new_entry(key: Key, owner: Tensor) -> _Entry:
+    drop = _entries.pop  # bound: at exit a module's names go before its weights
+    entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)))
     return entry
 
 
@@ -128,21 +195,21 @@ _HELD_HERE = _held_here()  # references to what one local name holds
 
 def _fill(
     entry: _Entry,
-    state: list[Any],
+    state: State,
     size: Callable[..., int],
     pack: Callable[..., None],
-    sources: tuple[Tensor | None, ...],
+    sources: tuple[Tensor, ...],
 ) -> Tensor:
     elements = size(*sources)
-    kept, entry.buffer, entry.state = entry.buffer, None, None
+    kept, entry.kept = entry.kept, None
+    fresh = None if kept is None else kept[1]
+    del kept
     # Whoever else holds it is about to run a kernel on it, in this thread or another.
-    if kept is not None and kept.numel() == elements and sys.getrefcount(kept) == _HELD_HERE:
-        fresh = kept
-    else:
+    if fresh is None or fresh.numel() != elements or sys.getrefcount(fresh) != _HELD_HERE:
         with torch.inference_mode(False):  # one made in it could not be written outside
             fresh = native.empty((elements,))
     pack(fresh, *sources)
-    entry.buffer, entry.state = fresh, state
+    entry.kept = (state, fresh)
     return fresh
 
 
@@ -169,7 +236,9 @@ def forget(weight: Tensor) -> None:
     same. It is for memory, and for `torch.utils.swap_tensors`, which refuses a tensor to which a
     weak reference is held.
     """
+    base = weight._base
+    owner = base if type(base) is Parameter else weight
     # A copy: another thread may add an entry, and the garbage collector drop one.
     for key in _entries.copy():
-        if key[0] == id(weight):
+        if key[0] == id(owner):
             _entries.pop(key, None)

@@ -1,9 +1,10 @@
 """Problem descriptors: all that follows from the shapes, strides, dtypes and options of a call.
 
 An operation's `Problem` is built, and its arguments checked, once per kind of call. Then it is
-found again in one of two ways, neither of which lets a call pass that the checks would refuse:
+found again in one of two ways, neither of which lets a call pass that the checks would refuse
+(`Problems`):
 
-- `Calls` knows the latest calls by a guard of torch's compiler, which compares in one step each
+- The latest calls are known by a guard of torch's compiler, which compares in one step each
   tensor's type, dtype, device, sizes, strides, requires_grad and dispatch keys with those of the
   call before: no mode, tracer, functorch, autocast or negative view passes it.
 - `key_of` gives a key that holds everything that checks and choices read.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from mbm_kernels._core import dispatch, tracing
+from mbm_kernels._core import arguments, dispatch, tracing
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -51,31 +52,6 @@ P = TypeVar("P", bound=Problem)
 T = TypeVar("T")
 
 
-class Problems(Generic[P]):
-    """A bounded cache of problems; threads may share it, for each step is one of a dictionary."""
-
-    MOST = 1024
-
-    def __init__(self) -> None:
-        self._found: dict[Key, P] = {}
-
-    def get(self, key: Key | None) -> P | None:
-        return None if key is None else self._found.get(key)
-
-    def put(self, key: Key | None, problem: P) -> P:
-        if key is not None:
-            if len(self._found) >= self.MOST:
-                self._found.clear()
-            self._found[key] = problem
-        return problem
-
-    def clear(self) -> None:
-        self._found.clear()
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-
 def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
     """A key for this kind of call; None where it may not be looked up.
 
@@ -85,10 +61,10 @@ def key_of(tensors: Sequence[Any], options: tuple[Any, ...]) -> Key | None:
     if not tracing.is_eager():
         return None
     try:
-        key: list[Any] = [_written(options)]
+        key: list[Any] = [_written(options), arguments.layout_of(tensors)]
     except ValueError:
         return None
-    for tensor in tensors:
+    for tensor in arguments.flat(tensors):
         if tensor is None:
             key.append(None)
             continue
@@ -125,32 +101,79 @@ class Call(Generic[P]):
         self._last: tuple[Any, str] = (None, "")
 
     def choose(self, op: str, training: bool) -> str:
-        """As `dispatch.select`, whose last answer holds while its state is the same."""
-        state = (training, dispatch.state(op))
+        """As `dispatch.select`, whose last answer holds while nothing that it goes by changes."""
+        named = self.backend != "auto"
+        now: Any = (training, dispatch._epoch) if named else (training, dispatch.moment())
         known, chosen = self._last  # in one step: threads share the call
-        if known != state:
+        if known != now:
             p = self.problem
             sizes = {**p.sizes, "training": int(training)}
             chosen = dispatch.select(op, self.backend, p.device, p.dtype, sizes)
-            self._last = (state, chosen)
+            self._last = (now, chosen)
         return chosen
 
 
-class Calls(Generic[P]):
-    """The latest calls, by what is cheap to compare, then by their guards."""
+class Problems(Generic[P]):
+    """An operation's problems by their keys, and its latest calls by guards.
+
+    Bounded; threads may share it, for each step is one of a dictionary.
+
+    Args:
+        build: build(*inputs, *options), the problem of the registered operation's arguments, which
+            it checks.
+        inputs: how many of the arguments are inputs.
+    """
 
     MOST = 1024
-    MOST_ALIKE = 8  # that differ in what the key leaves to the guard
+    MOST_ALIKE = 8  # calls that differ in what is left to their guards
 
-    def __init__(self) -> None:
-        self._found: dict[Key, tuple[Call[P], ...]] = {}
+    def __init__(self, build: Callable[..., P], inputs: int) -> None:
+        self.build, self.inputs = build, inputs
+        self._problems: dict[Key, P] = {}
+        # By what is cheap to compare.
+        self._calls: dict[Key, tuple[Call[P], ...]] = {}
 
-    def get(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call[P] | None:
+    def find(self, *given: Any) -> P:
+        """The problem of the registered operation's inputs and options.
+
+        Raises:
+            TypeError, ValueError: they do not fit.
+        """
+        key = key_of(given[: self.inputs], ("registered", *given[self.inputs :]))
+        found = None if key is None else self._problems.get(key)
+        return self._put(key, self.build(*given)) if found is None else found
+
+    def checked(
+        self,
+        tensors: tuple[Any, ...],
+        options: tuple[Any, ...],
+        check: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[tuple[Any, ...], P]],
+    ) -> tuple[tuple[Any, ...], P]:
+        """The inputs and the problem of the public function's tensors and options.
+
+        `check` makes them, where such a call is new: with the tensors as autocast wants them, which
+        are the given ones where a call has a key.
+        """
+        key = key_of(tensors, options)
+        found = None if key is None else self._problems.get(key)
+        if found is None:
+            tensors, found = check(tensors, options)
+            self._put(key, found)
+        return tensors, found
+
+    def _put(self, key: Key | None, problem: P) -> P:
+        if key is not None:
+            if len(self._problems) >= self.MOST:
+                self._problems.clear()
+            self._problems[key] = problem
+        return problem
+
+    def call(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call[P] | None:
         """The call like this one; `options` say which tensors are left out of `tensors`."""
         if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
             return None
         try:
-            for call in self._found[options, tensors[0].shape]:
+            for call in self._calls[options, tensors[0].shape]:
                 if call.check(*tensors) and _are_same(options, call.options):
                     return call
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -160,11 +183,11 @@ class Calls(Generic[P]):
     def put(self, call: Call[P], tensors: Sequence[Tensor]) -> None:
         if call.check is None:
             return
-        if len(self._found) >= self.MOST:
-            self._found.clear()
+        if len(self._calls) >= self.MOST:
+            self._calls.clear()
         try:
             key = (call.options, tensors[0].shape)
-            self._found[key] = (call, *self._found.get(key, ())[: self.MOST_ALIKE - 1])
+            self._calls[key] = (call, *self._calls.get(key, ())[: self.MOST_ALIKE - 1])
         except TypeError:  # a list among the options has no hash
             return
 
@@ -182,13 +205,17 @@ class Calls(Generic[P]):
         return None if call.check is None else call
 
     def clear(self) -> None:
-        self._found.clear()
+        self._problems.clear()
+        self._calls.clear()
+
+    def __len__(self) -> int:
+        return len(self._problems)
 
 
 def _are_same(options: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     """Whether options that are equal have the same types too: True, 1 and 1.0 are equal."""
     for option, other in zip(options, known, strict=True):
-        if option is not other and not (type(option) is int and type(other) is int):
+        if option is not other:
             return _written(options) == _written(known)
     return True
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from mbm_kernels._core import checks
 from mbm_kernels._core.dispatch import why_not as backend_why_not
 from mbm_kernels._core.drop_in import refuse_script
-from mbm_kernels.ops.conv_bias_act.module import Conv2d
+from mbm_kernels.ops.conv_bias_act.module import Conv1d, Conv2d
 from mbm_kernels.ops.cross_attention.module import MultiheadAttention
 from mbm_kernels.ops.gru.module import GRU
 from mbm_kernels.ops.gru_cell.module import GRUCell
@@ -30,6 +30,7 @@ class Counterpart(NamedTuple):
 
 COUNTERPARTS = (
     Counterpart("conv_bias_act", nn.Conv2d, Conv2d),
+    Counterpart("conv_bias_act", nn.Conv1d, Conv1d),
     Counterpart("gru", nn.GRU, GRU),
     Counterpart("gru_cell", nn.GRUCell, GRUCell),
     Counterpart("cross_attention", nn.MultiheadAttention, MultiheadAttention),
@@ -98,8 +99,8 @@ def swap(module: nn.Module, backend: str = "auto") -> None:
     known = of(module)
     assert known is not None
     assert type(module) is known.stock
-    vars(module)["backend"] = backend
     module.__class__ = known.ours
+    module.backend = backend  # type: ignore[assignment]
 
 
 def restore(module: nn.Module) -> None:
@@ -107,8 +108,10 @@ def restore(module: nn.Module) -> None:
     known = of(module)
     assert known is not None
     assert type(module) is known.ours
+    module.backend = "auto"  # type: ignore[assignment]
     module.__class__ = known.stock
-    vars(module).pop("backend", None)
+    for name in ("backend", "_stock_calls"):
+        vars(module).pop(name, None)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class ModuleCandidate(Candidate):
     module: nn.Module
 
     def use(self, backend: str) -> None:
-        vars(self.module)["backend"] = backend
+        self.module.backend = backend  # type: ignore[assignment]
 
     def forms(self) -> tuple[Forward, Forward]:
         known = counterparts.of(self.module)

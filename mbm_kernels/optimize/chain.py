@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,29 +12,8 @@ from torch import Tensor, nn
 from mbm_kernels._core import packing
 from mbm_kernels.nn import counterparts
 from mbm_kernels.ops.conv_bias_act import conv_bias_act
+from mbm_kernels.ops.conv_bias_act.activations import TABLE
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-NAMES = {
-    "relu": "ReLU",
-    "relu6": "ReLU6",
-    "leaky_relu": "LeakyReLU",
-    "silu": "SiLU",
-    "gelu": "GELU",
-    "gelu_tanh": "GELU",
-    "hardswish": "Hardswish",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-}
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
 
 
@@ -57,7 +35,9 @@ class Chain:
     holders: tuple[tuple[dict[str, Any], str], ...]
     backend: str = "auto"
     kinds: tuple[type, ...] = field(init=False)
-    _folded: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _folded: tuple[Any, packing.State, Tensor, Tensor] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         self.kinds = tuple(type(m) for m in self.modules)
@@ -68,7 +48,7 @@ class Chain:
         names = ["Conv2d"]
         names += ["BatchNorm2d"] if self.norm is not None else []
         names += ["add"] if self.residual else []
-        names += [NAMES[self.activation]] if self.activation is not None else []
+        names += [TABLE[self.activation].module] if self.activation is not None else []
         names += ["MaxPool2d"] if self.pool is not None else []
         return " + ".join(names)
 
@@ -117,7 +97,7 @@ class Chain:
         if residual is not None:
             y = y + residual
         if self.activation is not None:
-            y = ACTIVATIONS[self.activation](y)
+            y = TABLE[self.activation].fresh(y)
         return y if self.pool is None else F.max_pool2d(y, *self.pool)
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -132,11 +112,14 @@ class Chain:
             return _fold(conv, norm)
         statistics = (norm.running_mean, norm.running_var)
         sources = (conv.weight, conv.bias, norm.weight, norm.bias, *statistics)
-        state = [norm.eps, *map(packing.version_of, sources)]
+        given = [x for x in sources if x is not None]
+        form = (norm.eps, *(x is None for x in sources))
         kept = self._folded
-        if kept is None or kept[0] != state:
-            kept = self._folded = (state, *_fold(conv, norm))
-        return kept[1], kept[2]
+        state = packing.state_of(given, None if kept is None else kept[1])
+        if kept is None or kept[0] != form or not state.same(kept[1]):
+            kept = (form, state, *_fold(conv, norm))
+        self._folded = (form, state, *kept[2:])
+        return kept[2], kept[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_folded": None}

@@ -81,7 +81,7 @@ class ToolTests:
             problem = importlib.import_module(f"{dispatch.package_of(self.op)}.problem")
         except ModuleNotFoundError:
             pytest.skip("an operation without a problem descriptor knows no calls")
-        problem.CALLS.clear()
+        problem.PROBLEMS.clear()
         inputs, leaves = with_leaves(self.inputs(self.cases[0], torch.float32), self.diff)
 
         def call(*values: Any) -> tuple[Tensor, ...]:

@@ -59,10 +59,10 @@ class TestSelect:
 
     def test_no_constants_mean_torch(self, monkeypatch):
         monkeypatch.setattr(cost, "table", lambda: None)
-        dispatch._chosen.clear()
+        dispatch.forget_choices()
         assert select() == "torch"
         assert select("cpu") == "cpu"
-        dispatch._chosen.clear()
+        dispatch.forget_choices()
 
     def test_named_backend_raises_rather_than_change(self):
         with raises(

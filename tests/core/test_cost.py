@@ -38,10 +38,10 @@ def constants(monkeypatch):
     def put(found):
         table = cost.of_content(found, "test")
         monkeypatch.setattr(cost, "table", lambda: table)
-        dispatch._chosen.clear()
+        dispatch.forget_choices()
 
     yield put
-    dispatch._chosen.clear()
+    dispatch.forget_choices()
 
 
 def chosen() -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import native, packing
+from mbm_kernels._core import native, packing, problem
 from tests.conftest import raises
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
@@ -52,7 +52,7 @@ def test_redone_into_the_same_memory_after_an_in_place_write(weight):
 
 def test_redone_when_another_tensor_changes_or_comes(weight):
     bias = torch.ones(6)
-    assert packed(weight, None).tolist() == [1] * 6
+    assert packed(weight).tolist() == [1] * 6
     assert packed(weight, bias).tolist() == [2] * 6
     bias.add_(4)
     assert packed(weight, bias).tolist() == [6] * 6
@@ -80,8 +80,14 @@ def test_an_id_used_again_is_another_weight():
         assert packed(torch.full((6,), float(value))).tolist() == [value] * 6
 
 
+@pytest.fixture(params=[True, False], ids=["guards", "kinds"])
+def guarded(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(problem, "_guards_hold", lambda: False)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows apart", "expanded"])
-def test_a_weight_written_through_data_is_seen(layout):
+def test_a_weight_written_through_data_is_seen(layout, guarded):
     """As averages of weights are: torch counts no version."""
     weight = {
         "contiguous": lambda: torch.rand(40, 9),
@@ -181,8 +187,9 @@ def test_inference_tensors_are_packed_once():
 
 def test_within_unchanged_a_weight_is_hashed_once(weight, monkeypatch):
     hashed = []
-    count = native.fingerprint
-    monkeypatch.setattr(native, "fingerprint", lambda x: hashed.append(x) or count(x))
+    alone, together = native.fingerprint, packing._hashes
+    monkeypatch.setattr(native, "fingerprint", lambda x: hashed.append(x) or alone(x))
+    monkeypatch.setattr(packing, "_hashes", lambda *given: hashed.append(0) or together(*given))
     with packing.unchanged():
         first = packed(weight)
         with packing.unchanged():
@@ -248,3 +255,49 @@ def test_a_failed_pack_is_not_kept(weight):
         packing.packed(size, broken, weight)
     fail = False
     assert packing.packed(size, broken, weight).tolist() == [1] * 6
+
+
+def test_views_of_a_parameter_are_packed_once_each():
+    """As the thirds of an attention's weight, and a convolution's of one dimension."""
+    weight = torch.nn.Parameter(torch.arange(12.0).view(6, 2))
+    calls.clear()
+
+    def flat(out, weight):
+        calls.append(weight)
+        out.copy_(weight.flatten())
+
+    for _ in range(3):
+        for view in weight.chunk(3):
+            assert torch.equal(packing.packed(size, flat, view), view.detach().flatten())
+    assert len(calls) == 3
+    with torch.no_grad():
+        weight[2] += 1
+    assert torch.equal(packing.packed(size, flat, weight.chunk(3)[1]), weight[2:4].flatten())
+    packing.forget(weight.chunk(3)[0])
+    assert not [key for key in packing._entries if key[0] == id(weight)]
+
+
+def test_modules_loaded_in_inference_mode_are_packed_once(monkeypatch):
+    with torch.inference_mode():
+        conv = mbm_kernels.nn.Conv2d(4, 4, 3, backend="cpu")
+        gru = mbm_kernels.nn.GRU(4, 4, backend="cpu")
+        for module, x in ((conv, torch.randn(1, 4, 5, 5)), (gru, torch.randn(2, 1, 4))):
+            module(x)
+            with monkeypatch.context() as patched:
+                patched.setattr(packing, "_fill", None)  # what packs
+                first, again = module(x), module(x)
+            for a, b in zip(first, again, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_ranges_of_indices(strided):
+    def of(values):
+        index = torch.tensor(values, dtype=torch.int64)
+        return index.repeat_interleave(2)[::2] if strided else index
+
+    assert native.index_range(of([3, -100, 7]), -100) == (3, 7, 1)
+    assert native.index_range(of([3, -1, 7])) == (-1, 7, 0)
+    assert native.index_range(of([-100, -100]), -100) == (0, -1, 2)
+    assert native.index_range(of([])) == (0, -1, 0)
+    assert native.index_range(of([-(2**63), 5]))[:2] == (-(2**63), 5)

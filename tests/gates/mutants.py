@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "stale-weight-cache",
         "mbm_kernels/_core/packing.py",
-        "return (tensor.shape, tensor.stride(), tensor.dtype, native.fingerprint(tensor))",
-        "return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr())",
+        "return last if hashes == last.hashes else replace(last, hashes=hashes)",
+        "return last",
         "tests/ops/test_gru.py -k changed_in_place",
     ),
     Mutant(

@@ -166,9 +166,11 @@ def test_module_raises_as_torch_does():
 
 def test_module_follows_autocast():
     ours, x = nn.GRUCell(3, 4), torch.randn(2, 3)
+    stock = torch.nn.GRUCell(3, 4)
+    stock.load_state_dict(ours.state_dict())
     with torch.autocast("cpu", torch.bfloat16):
         h = ours(x)
+        assert h.dtype == stock(x).dtype == torch.float32
         with pytest.raises(RuntimeError, match="inconsistent"):
             ours(torch.randn(2, 5))
-    assert h.dtype == torch.bfloat16
-    torch.testing.assert_close(h.float(), ours(x), rtol=0, atol=0.02)
+    torch.testing.assert_close(h, ours(x), rtol=0, atol=0.02)

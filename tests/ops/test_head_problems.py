@@ -160,7 +160,7 @@ class TestRemembered:
 
     @pytest.fixture(autouse=True)
     def _found_by(self, op, guarded, monkeypatch):
-        importlib.import_module(f"mbm_kernels.ops.{op}.problem").CALLS.clear()
+        importlib.import_module(f"mbm_kernels.ops.{op}.problem").PROBLEMS.clear()
         if not guarded:
             monkeypatch.setattr(problem, "_guards_hold", lambda: False)
 
@@ -218,7 +218,7 @@ class TestRemembered:
 @pytest.mark.parametrize("op", LEGAL)
 def test_a_checkpoint_runs_a_first_call_again(op):
     """Whatever it saves the first time, it saves again."""
-    importlib.import_module(f"mbm_kernels.ops.{op}.problem").CALLS.clear()
+    importlib.import_module(f"mbm_kernels.ops.{op}.problem").PROBLEMS.clear()
     for _ in range(2):
         inputs = trainable(op)
         outputs = checkpoint(call, op, inputs, backend="cpu", use_reentrant=False)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from mbm_kernels import nn
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import dispatch, native, packing
 from mbm_kernels.ops.conv_bias_act import problem
 from tests.conftest import raises
+
+needs_cpu = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
 CONFIGURATIONS = {
@@ -133,7 +135,8 @@ class TestCalls:
         seen = []
         build = problem.build
         with monkeypatch.context() as patched:
-            patched.setattr(problem, "build", lambda *args: seen.append(args) or build(*args))
+            counted = lambda *args: seen.append(args) or build(*args)  # noqa: E731
+            patched.setattr(problem.PROBLEMS, "build", counted)
             first, second = conv(x), conv(x)
         assert torch.equal(first, second)
         return len(seen)
@@ -141,7 +144,6 @@ class TestCalls:
     @pytest.mark.parametrize("backend", ["auto", "torch", "cpu"])
     @pytest.mark.parametrize("mode", ["zeros", "reflect"])
     def test_one_kind_is_checked_once(self, backend, mode, monkeypatch):
-        problem.CALLS.clear()
         problem.PROBLEMS.clear()
         options = {"padding": 1, "padding_mode": mode}
         conv = nn.Conv2d(3, 4, 3, backend=backend, **options)
@@ -200,3 +202,76 @@ class TestCalls:
             assert torch.equal(conv(x), recorded)
         recorded.sum().backward()
         assert conv.weight.grad is not None
+
+
+CONV1D = {
+    "plain": {},
+    "strided": {"padding": 2, "stride": 2},
+    "dilated same": {"padding": "same", "dilation": 3},
+    "even same": {"padding": "same", "kernel_size": 4},
+    "valid": {"padding": "valid"},
+    "grouped, no bias": {"groups": 2, "bias": False},
+    "depthwise": {"groups": 4, "out_channels": 4, "padding": 1},
+    "one tap": {"kernel_size": 1},
+    "reflect": {"padding": 1, "padding_mode": "reflect"},
+    "replicate": {"padding": 2, "padding_mode": "replicate"},
+    "circular same": {"padding": "same", "padding_mode": "circular"},
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("cpu", marks=needs_cpu)])
+class TestConv1d:
+    def pair(self, backend, **options):
+        options = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, **options}
+        torch.manual_seed(3)
+        stock = torch.nn.Conv1d(**options)
+        torch.manual_seed(3)
+        ours = nn.Conv1d(**options, backend=backend)
+        assert isinstance(ours, torch.nn.Conv1d)
+        assert stock.state_dict().keys() == ours.state_dict().keys()
+        for name, value in stock.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[name])
+        return stock, ours
+
+    @pytest.mark.filterwarnings("ignore:Using padding='same'")
+    @pytest.mark.parametrize("layout", ["rows", "channels last", "unbatched"])
+    @pytest.mark.parametrize("name", CONV1D)
+    def test_forward_and_backward(self, backend, name, layout):
+        stock, ours = self.pair(backend, **CONV1D[name])
+        x = torch.randn(4, 17) if layout == "unbatched" else torch.randn(3, 4, 17)
+        if layout == "channels last":
+            x = torch.randn(3, 17, 4).transpose(1, 2)
+        for _ in range(2):
+            results = []
+            for module in (stock, ours):
+                leaf = x.detach().requires_grad_()
+                y = module(leaf)
+                leaves = (leaf, *module.parameters())
+                results.append((y, *torch.autograd.grad(y.sin().sum(), leaves)))
+            for a, e in zip(results[1], results[0], strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+    def test_its_weight_is_packed_once(self, backend, monkeypatch):
+        _, ours = self.pair(backend)
+        x = torch.randn(2, 4, 9)
+        with torch.no_grad():
+            first = ours(x)
+            monkeypatch.setattr(packing, "_fill", None)  # what packs
+            assert torch.equal(ours(x), first)
+
+    def test_autocast_and_compile(self, backend):
+        stock, ours = self.pair(backend)
+        x = torch.randn(2, 4, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype == stock(x).dtype
+            torch.testing.assert_close(ours(x), stock(x), rtol=2e-2, atol=2e-2)
+        torch._dynamo.reset()
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), stock(x), rtol=1e-4, atol=1e-5)
+
+    def test_bad_input(self, backend):
+        _, ours = self.pair(backend)
+        with raises(ValueError, "nn.Conv1d: x", "2 or 3 dimensions"):
+            ours(torch.randn(1, 4, 5, 5))
+        with raises(ValueError, "x: got 3 channels"):
+            ours(torch.randn(1, 3, 5))

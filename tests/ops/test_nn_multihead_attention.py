@@ -8,7 +8,8 @@ import torch
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels._core import native
+from mbm_kernels._core import dispatch, native
+from mbm_kernels.nn import counterparts
 from tests.conftest import raises
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
@@ -217,6 +218,54 @@ def test_dropout_is_torchs():
     ours.backend = "cpu"
     with raises(mbm_kernels.BackendUnavailableError, "nn.MultiheadAttention", "dropout"):
         ours(*given)
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("mask", ["none", "padding", "added"])
+def test_dropout_between_projections_by_the_kernel(mask, need_weights, monkeypatch):
+    """The attention is torch's and so are its random numbers."""
+    stock, ours = twins(dropout=0.5)
+    stock.train(), ours.train()
+    given = inputs(stock)
+    options = {"need_weights": need_weights, **masks(mask, torch.float32)}
+    mbm_kernels.set_backend("cpu", op="concat_linear")
+    try:
+        results = []
+        for module in (stock, ours):
+            torch.manual_seed(7)
+            results.append(module(*given, **options))
+        with dispatch.watched() as taken:
+            ours(*given, **options)
+    finally:
+        mbm_kernels.set_backend("auto", op="concat_linear")
+    assert "cpu" in taken
+    for a, e in zip(results[1], results[0], strict=True):
+        assert (a is None and e is None) or torch.allclose(a, e, atol=1e-5)
+
+
+def test_explain_says_why_dropout_is_torchs():
+    _, ours = twins(dropout=0.5)
+    rows = mbm_kernels.explain(ours.train(), *inputs(ours)).rows
+    (row,) = (row for row in rows if row.op == "cross_attention")
+    assert row.backend == "torch"
+    assert native.cpu_reason() or "dropout on the weights" in row.why_not["cpu"]
+
+
+@pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
+def test_a_named_backend_inside_a_fused_transformer_layer():
+    layer = torch.nn.TransformerEncoderLayer(SIZE, HEADS, 16, batch_first=True).eval()
+    x = torch.randn(3, 4, SIZE)
+    with torch.no_grad():
+        expected = layer(x)
+        counterparts.swap(layer.self_attn, "cpu")
+        with dispatch.watched() as taken:
+            torch.testing.assert_close(layer(x), expected)
+        assert "cpu" in taken
+        layer.self_attn.backend = "auto"
+        assert torch.equal(layer(x), expected)
+        counterparts.restore(layer.self_attn)
+    assert not layer.self_attn._forward_pre_hooks
 
 
 def test_fused_path_without_gradients():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from mbm_kernels.ops.conv_bias_act.activations import TABLE as FUNCTIONS
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
-from mbm_kernels.optimize.chain import ACTIVATIONS as FUNCTIONS
 from tests.optimize.models import (
     Functional,
     ResNet,

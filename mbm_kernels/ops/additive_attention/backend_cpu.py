@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import masks, native
+from mbm_kernels._core import native
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.additive_attention.problem import Problem
 
@@ -58,14 +58,14 @@ class _Native:
         self.shapes = (*((p.B, *shape) for shape in rows), (p.D,))
         described = zip(p.dtypes, p.strides, strict=True)
         self.as_is = [d is torch.float32 and s[-1] == 1 for d, s in described]
-        self.all_as_is = all(self.as_is) and not p.has_lengths
+        self.all_as_is = all(self.as_is) and not p.hiding.lengths
         self.plain = p.dtype is torch.float32  # results are as written
         values = {letter: getattr(p, letter) for letter in "BTSDE"}
         for i, (name, row) in enumerate((("query", "t"), ("key", "s"), ("value", "s"))):
             count, columns = rows[i]
             strides = p.strides[i] if self.as_is[i] else (count * columns, columns, 1)
             values |= {f"{name}_b": strides[0], f"{name}_{row}": strides[1]}
-        strides = masks.expanded_strides(p.mask_shape, p.mask_strides, 3)
+        strides = p.hiding.expanded_strides(3)
         values |= {f"mask_{axis}": stride for axis, stride in zip("bts", strides, strict=True)}
         self.block = native.block(_fields(), values)
 

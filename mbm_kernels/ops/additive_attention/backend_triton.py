@@ -92,7 +92,7 @@ def bwd(
     weights = saved[0]
     need_query, need_key, need_value, need_v = needs
     found: list[Tensor | None] = [None] * 4
-    if p.hides and grad_context is not None:  # of an empty row it is not read
+    if p.hiding and grad_context is not None:  # of an empty row it is not read
         grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0)
     if need_value:
         found[2] = (

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, dispatch, tracing
+from mbm_kernels._core import autocast, checks, dispatch, masks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import Call, key_of
+from mbm_kernels._core.problem import Call
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import is_plain, wants_gradient
 from mbm_kernels.ops.additive_attention import backend_torch, problem, reference
 from mbm_kernels.ops.additive_attention.keys import AdditiveAttentionKeys
-from mbm_kernels.ops.additive_attention.problem import CALLS, NAME, PROBLEMS, Problem
+from mbm_kernels.ops.additive_attention.problem import NAME, PROBLEMS, Problem
 
 Tensors = tuple[Any, ...]  # query, key, value, v, key_lengths, mask
 Results = tuple[Tensor, Tensor]
@@ -108,37 +108,38 @@ def additive_attention(
 
 def _attend(tensors: Tensors, backend: str) -> Results:
     given, kind = _kind(tensors, backend, False)
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
-        _check_lengths(tensors, call.problem.S)
+        masks.check_lengths(NAME, tensors[4], call.problem.S)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
     if tracing.takes_over(given):
         names = ("query", "key", "value", "v", "key_lengths", "mask")
         local = {**dict(zip(names, tensors, strict=True)), "backend": backend}
         return tracing.deferred(additive_attention, local)  # type: ignore[no-any-return]
-    known = key_of(tensors, ())
-    found = PROBLEMS.get(known)
-    if found is None:
-        problem.check(*tensors)
-        _check_lengths(tensors, tensors[1].size(1))
-        tensors = autocast.cast(*tensors)
-        _check_dtypes(tensors)
-        found = PROBLEMS.put(known, problem.build(*tensors))
-    else:
-        _check_lengths(tensors, found.S)
-    return OP.run_first(CALLS, found, (backend, given, kind), tensors)  # type: ignore[no-any-return]
+    checked, found = PROBLEMS.checked(tensors, (), _checked)
+    masks.check_lengths(NAME, checked[4], found.S)
+    return OP.run_first(PROBLEMS, found, (backend, given, kind), checked)  # type: ignore[no-any-return]
+
+
+def _checked(tensors: Tensors, options: tuple[()]) -> tuple[Tensors, Problem]:
+    """The tensors as autocast wants them and their problem; raises for what does not fit."""
+    problem.check(*tensors)
+    masks.check_lengths(NAME, tensors[4], tensors[1].size(1))
+    tensors = autocast.cast(*tensors)
+    _check_dtypes(tensors)
+    return tensors, problem.build(*tensors)
 
 
 def _attend_to_keys(keys: AdditiveAttentionKeys, tensors: Tensors, backend: str) -> Results:
     """`tensors` with the keys' snapshot, which is float32 where something is prepared."""
     given, kind = _kind(tensors, backend, True)
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None and _serve(keys, call):
-        _check_lengths(tensors, call.problem.S)
+        masks.check_lengths(NAME, tensors[4], call.problem.S)
         run = dispatch.load_backend(NAME, keys.backend).fwd_prepared
         return run(call.problem, tensors, keys._prepared)  # type: ignore[no-any-return]
     problem.check(*tensors)
-    _check_lengths(tensors, tensors[1].size(1))
+    masks.check_lengths(NAME, tensors[4], tensors[1].size(1))
     query, snapshot, value, v, *hiding = tensors
     for name, tensor in (("query", query), ("value", value), ("v", v)):
         if wants_gradient(tensor):
@@ -152,7 +153,7 @@ def _attend_to_keys(keys: AdditiveAttentionKeys, tensors: Tensors, backend: str)
         call = Call(problem.find(*cast), backend, given, kind)
         if _serve(keys, call):
             if tracing.is_eager():
-                CALLS.put(call, given)
+                PROBLEMS.put(call, given)
             run = dispatch.load_backend(NAME, keys.backend).fwd_prepared
             return run(call.problem, cast, keys._prepared)  # type: ignore[no-any-return]
     (key,) = autocast.cast(keys.key())
@@ -176,12 +177,6 @@ def _kind(tensors: Tensors, backend: str, prepared: bool) -> tuple[Tensors, tupl
     if tensors[4] is None and tensors[5] is None:
         return tensors[:4], kind
     return (*tensors[:4], *(t for t in tensors[4:] if t is not None)), kind
-
-
-def _check_lengths(tensors: Tensors, positions: int) -> None:
-    """Their values, at each call."""
-    if tensors[4] is not None:
-        checks.length_values(NAME, "key_lengths", tensors[4], positions, "S")
 
 
 def _check_dtypes(tensors: Tensors) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core import checks, masks
+from mbm_kernels._core.problem import Problems
 
 NAME = "additive_attention"
 
@@ -26,9 +26,7 @@ class Problem:
     # Of query, key, value and v, as given; a key that is a snapshot may be float32 beside others.
     strides: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
-    mask_shape: tuple[int, ...] | None
-    mask_strides: tuple[int, ...] | None
-    has_lengths: bool
+    hiding: masks.Hiding
     sizes: dict[str, int]
     derived: dict[Any, Any] = field(default_factory=dict)  # by backends, under keys of their own
 
@@ -37,28 +35,12 @@ class Problem:
         return ()
 
     @property
-    def hides(self) -> bool:
-        """Whether there is anything that a query may not attend to."""
-        return self.has_lengths or self.mask_shape is not None
-
-    @property
     def context_shape(self) -> tuple[int, int, int]:
         return self.B, self.T, self.E
 
     @property
     def weights_shape(self) -> tuple[int, int, int]:
         return self.B, self.T, self.S
-
-
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(*tensors: Any) -> Problem:
-    """The problem of the registered operation's inputs."""
-    key = key_of(tensors, ("explicit",))
-    found = PROBLEMS.get(key)
-    return PROBLEMS.put(key, build(*tensors)) if found is None else found
 
 
 def check(
@@ -84,11 +66,7 @@ def check(
     checks.shape(NAME, "key", key, "B, S, D", (batch, positions, features))
     checks.shape(NAME, "value", value, "B, S, E", (batch, positions, value.size(2)))
     checks.shape(NAME, "v", v, "D", (features,))
-    if key_lengths is not None:
-        checks.lengths_kind(NAME, "key_lengths", key_lengths, batch, query)
-    if mask is not None:
-        checks.mask(NAME, "mask", mask, "B, T, S", (batch, steps, positions))
-        checks.same_device(NAME, "mask", mask, "query", query)
+    masks.check(NAME, key_lengths, mask, query, "B, T, S", (batch, steps, positions))
 
 
 def build(*tensors: Any) -> Problem:
@@ -108,8 +86,10 @@ def build(*tensors: Any) -> Problem:
         E=E,
         strides=tuple(x.stride() for x in floating),
         dtypes=tuple(x.dtype for x in floating),
-        mask_shape=None if mask is None else tuple(mask.shape),
-        mask_strides=None if mask is None else mask.stride(),
-        has_lengths=key_lengths is not None,
+        hiding=masks.Hiding.of(key_lengths, mask),
         sizes={"B": B, "T": T, "S": S, "D": D, "E": E, "elements": B * T * S * D},
     )
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=6)
+find = PROBLEMS.find

@@ -14,7 +14,7 @@ from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels._core.tracing import in_functorch, may_need_grad
 from mbm_kernels.ops.concat_linear import backend_torch, problem, reference
-from mbm_kernels.ops.concat_linear.problem import CALLS, NAME
+from mbm_kernels.ops.concat_linear.problem import NAME, PROBLEMS
 
 
 def _fake(*tensors: Any) -> Tensor:
@@ -86,7 +86,7 @@ def concat_linear(
         checks.fail(NAME, "inputs", checks.describe(inputs), expected, "wrap it", TypeError)
     tensors = (*inputs, weight) if bias is None else (*inputs, weight, bias)
     kind = (backend, len(inputs), bias is None)
-    if call := CALLS.get(tensors, kind):
+    if call := PROBLEMS.call(tensors, kind):
         return OP.run(call, (inputs, weight, bias))  # type: ignore[no-any-return]
     if tracing.takes_over(tensors):
         return tracing.deferred(concat_linear, locals())  # type: ignore[no-any-return]
@@ -96,20 +96,38 @@ def concat_linear(
     checked = (parts, *cast[len(inputs) :])
     named = [(f"inputs[{i}]", x) for i, x in enumerate(parts)]
     checks.same_floating(NAME, (*named, ("weight", checked[1]), ("bias", checked[2])))
-    y: Tensor = OP.run_first(CALLS, problem.find(*checked), (backend, tensors, kind), checked)
+    y: Tensor = OP.run_first(PROBLEMS, problem.find(*checked), (backend, tensors, kind), checked)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, run by concat_linear where that is predicted to be faster."""
+    y: Tensor
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    kind = ("auto", 1, bias is None)  # as of concat_linear
+    call = PROBLEMS.call(tensors, kind)
+    if call is None:
+        chosen, sizes = linear_choice(x, weight, bias)
+        if not sizes or (bias is not None and bias.shape != weight.shape[:1]):
+            return F.linear(x, weight, bias)
+        if not torch.compiler.is_compiling():
+            call = PROBLEMS.remember(problem.find([x], weight, bias), "auto", tensors, kind)
+        if call is None and chosen == "torch":
+            return F.linear(x, weight, bias)
+        if call is None:
+            y = OP(chosen, [x], weight, bias, sizes=sizes)
+            return y
+    y = OP.run(call, ([x], weight, bias))
+    return y
+
+
+def linear_choice(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, dict[str, int]]:
+    """The backend that `linear` takes, and the sizes that it goes by."""
     fits = x.dim() > 0 and x.size(-1) == weight.size(1) and x.dtype is weight.dtype
+    fits = fits and (bias is None or (bias.dtype is x.dtype and bias.device == x.device))
     if not fits or x.device != weight.device or autocast.enabled(x.device) or in_functorch():
-        return F.linear(x, weight, bias)
+        return "torch", {}
     tensors = (x, weight) if bias is None else (x, weight, bias)
     sizes = problem.sizes_of([x], x.shape[:-1], weight)
     sizes["training"] = int(may_need_grad(tensors))
-    chosen = dispatch.select(NAME, "auto", x.device, x.dtype, sizes)
-    if chosen == "torch":
-        return F.linear(x, weight, bias)
-    y: Tensor = OP(chosen, [x], weight, bias, sizes=sizes)
-    return y
+    return dispatch.select(NAME, "auto", x.device, x.dtype, sizes), sizes

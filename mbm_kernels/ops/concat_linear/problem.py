@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 
 NAME = "concat_linear"
 Shape = tuple[int, ...]
@@ -37,18 +37,10 @@ class Problem:
         return self.sizes["rows"]
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Problem:
+def build(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Problem:
     """The problem of these arguments, shapes checked."""
-    key = key_of((*inputs, weight, bias), (len(inputs),))
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
     leading = check_shapes((inputs, weight, bias))
-    problem = Problem(
+    return Problem(
         device=weight.device,
         dtype=weight.dtype,
         shapes=tuple([tuple(x.shape) for x in inputs]),
@@ -57,7 +49,6 @@ def find(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Probl
         weight_shape=(weight.size(0), weight.size(1)),
         sizes=sizes_of(inputs, leading, weight),
     )
-    return PROBLEMS.put(key, problem)
 
 
 def check_shapes(tensors: Sequence[Any]) -> Shape:
@@ -97,3 +88,7 @@ def sizes_of(inputs: Sequence[Tensor], leading: Shape, weight: Tensor) -> dict[s
         "K": out_features,
         "elements": out_features * products,
     }
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=3)
+find = PROBLEMS.find

@@ -11,7 +11,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.contrastive_loss import backend_torch, problem, reference
-from mbm_kernels.ops.contrastive_loss.problem import CALLS, KINDS, NAME
+from mbm_kernels.ops.contrastive_loss.problem import KINDS, NAME, PROBLEMS
 from mbm_kernels.ops.linear_head import targets
 
 
@@ -94,7 +94,7 @@ def contrastive_loss(
     given = [image, text, *(x for x in (scale, bias) if isinstance(x, Tensor))]
     how = (kind, backend, isinstance(scale, Tensor), bias is None or isinstance(bias, Tensor))
     options = (*how, bias is None)
-    call = CALLS.get(given, options)
+    call = PROBLEMS.call(given, options)
     if call is None:
         if tracing.takes_over(given) or tracing.takes_over((scale, bias)):
             return tracing.deferred(contrastive_loss, locals())  # type: ignore[no-any-return]
@@ -113,7 +113,7 @@ def contrastive_loss(
         checks.same_floating(NAME, (("image", image), ("text", text)))
         tensors = (image, text, scale, bias)
         found = problem.find(*tensors, kind)
-        loss = OP.run_first(CALLS, found, (backend, given, options), tensors)
+        loss = OP.run_first(PROBLEMS, found, (backend, given, options), tensors)
     return loss if loss.dtype is dtype else loss.to(dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 
 NAME = "contrastive_loss"
 KINDS = ("infonce", "siglip")
@@ -31,22 +31,14 @@ class Problem:
         return (self.kind,)
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Problem:
+def build(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: str) -> Problem:
     """The problem of arguments in the registered operation's form, shapes checked."""
     tensors = (image, text, scale, bias)
-    key = key_of(tensors, (kind,))
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
     check_shapes(image, text)
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None:
             checks.tensor(NAME, name, value, 0)
-    problem = Problem(
+    return Problem(
         kind=kind,
         device=image.device,
         dtype=image.dtype,
@@ -54,7 +46,6 @@ def find(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, kind: 
         shapes=tuple(None if x is None else tuple(x.shape) for x in tensors),
         sizes={"B": image.size(0), "D": image.size(1), "siglip": int(kind == "siglip")},
     )
-    return PROBLEMS.put(key, problem)
 
 
 def check_shapes(image: Any, text: Any) -> None:
@@ -62,3 +53,7 @@ def check_shapes(image: Any, text: Any) -> None:
     image = checks.tensor(NAME, "image", image, 2)
     text = checks.tensor(NAME, "text", text, 2)
     checks.shape(NAME, "text", text, "B, D", tuple(image.shape))
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=4)
+find = PROBLEMS.find

@@ -1,6 +1,5 @@
 """The fastest PyTorch baseline: channels_last to pool, epilogue in place, pool before relu."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,30 +8,9 @@ from torch import Tensor
 
 from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch
+from mbm_kernels.ops.conv_bias_act.activations import TABLE, Form
 from mbm_kernels.ops.conv_bias_act.problem import Problem
 
-Activation = Callable[[Tensor], Tensor]
-# In place only where autograd keeps the result rather than the input: the others would be copied.
-IN_PLACE: dict[str, Activation] = {
-    "relu": torch.relu_,
-    "relu6": lambda z: F.relu6(z, inplace=True),
-    "leaky_relu": lambda z: F.leaky_relu(z, 0.01, inplace=True),
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-FRESH: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "hardswish": F.hardswish,
-}
-# Where nothing is differentiated, these too.
-IN_PLACE_UNRECORDED: dict[str, Activation] = {
-    "silu": lambda z: F.silu(z, inplace=True),
-    "gelu": torch.ops.aten.gelu_.default,
-    "gelu_tanh": lambda z: torch.ops.aten.gelu_.default(z, approximate="tanh"),
-    "hardswish": lambda z: F.hardswish(z, inplace=True),
-}
 # These commute with the maximum, gradients at ties included: all tied values have gradient 0.
 POOL_FIRST = ("relu", "relu6")
 
@@ -69,15 +47,14 @@ class _Stock:
         self.pool = (
             None if p.max_pool is None else (p.max_pool[:2], p.max_pool[2:4], p.max_pool[4:])
         )
-        self.activate: Activation | None = None
-        self.activate_recorded: Activation | None = None
-        if p.activation in IN_PLACE:
-            self.activate = self.activate_recorded = IN_PLACE[p.activation]
-        elif p.activation is not None:
-            self.activate_recorded = FRESH[p.activation]
+        self.activate: Form | None = None
+        self.activate_recorded: Form | None = None
+        if p.activation is not None:
+            known = TABLE[p.activation]
+            self.activate_recorded = known.form(recorded=True)
             # jit.trace compares what it records with and without gradients.
-            fresh = self.functorch or torch._C._get_tracing_state() is not None
-            self.activate = (FRESH if fresh else IN_PLACE_UNRECORDED)[p.activation]
+            recorded = self.functorch or torch._C._get_tracing_state() is not None
+            self.activate = known.form(recorded=recorded)
 
     def activation(self, z: Tensor) -> Tensor:
         activate = self.activate_recorded if z.requires_grad else self.activate

@@ -9,11 +9,11 @@ from torch import Tensor
 from mbm_kernels._core import autocast, checks, tracing
 from mbm_kernels._core.flops import Product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import key_of
+from mbm_kernels._core.problem import Call
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.conv_bias_act import backend_torch, geometry, problem, reference
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
-from mbm_kernels.ops.conv_bias_act.problem import CALLS, NAME, PROBLEMS, Problem
+from mbm_kernels.ops.conv_bias_act.problem import NAME, PROBLEMS, Problem
 
 Tensors = tuple[Any, Any, Any, Any]  # x, weight, bias, residual
 
@@ -117,6 +117,23 @@ def conv_bias_act(
 def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     """`conv_bias_act` of x, weight, bias and residual; options in the order of their names there:
     stride, padding, dilation, groups, activation, max_pool."""
+    call, tensors, found = described(tensors, options, backend)
+    if call is not None:
+        return OP.run(call, tensors)  # type: ignore[no-any-return]
+    if found is None:
+        names = (*OP.reference_inputs, "backend")
+        local = dict(zip(names, (*tensors, *options, backend), strict=True))
+        return tracing.deferred(conv_bias_act, local)  # type: ignore[no-any-return]
+    return OP(backend, *tensors, *found.options, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+
+
+def described(
+    tensors: Tensors, options: tuple[Any, ...], backend: str
+) -> tuple[Call[Problem] | None, Tensors, Problem | None]:
+    """The call that `convolve` runs where it is plain eager code, its tensors and its problem.
+
+    There is none where an argument only stands for a tensor.
+    """
     x, weight, bias, residual = tensors
     if residual is None:
         given: Any = (x, weight) if bias is None else (x, weight, bias)
@@ -124,19 +141,13 @@ def convolve(tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor
     else:
         given = tuple(t for t in tensors if t is not None)
         kind = (*options, backend, -len(given))
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
-        return OP.run(call, tensors)  # type: ignore[no-any-return]
+        return call, tensors, call.problem
     if tracing.takes_over(given):
-        names = (*OP.reference_inputs, "backend")
-        local = dict(zip(names, (*tensors, *options, backend), strict=True))
-        return tracing.deferred(conv_bias_act, local)  # type: ignore[no-any-return]
-    key = key_of(tensors, options)
-    found = PROBLEMS.get(key)
-    if found is None:
-        tensors, found = _checked(tensors, options)
-        PROBLEMS.put(key, found)
-    return OP.run_first(CALLS, found, (backend, given, kind), tensors)  # type: ignore[no-any-return]
+        return None, tensors, None
+    tensors, found = PROBLEMS.checked(tensors, options, _checked)
+    return PROBLEMS.remember(found, backend, given, kind), tensors, found
 
 
 def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem]:

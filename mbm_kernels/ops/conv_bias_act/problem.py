@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS, Pair
 
@@ -82,20 +82,6 @@ class Problem:
     def z_dtype(self) -> torch.dtype:
         """float32 on CPUs, whose kernels compute in it; else rounded as stock's saved tensors."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
-
-
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *options: Any
-) -> Problem:
-    """The problem of arguments in the registered operation's form."""
-    tensors = (x, weight, bias, residual)
-    key = key_of(tensors, ("explicit", *options))
-    found = PROBLEMS.get(key)
-    return PROBLEMS.put(key, build(*tensors, *options)) if found is None else found
 
 
 def build(
@@ -198,3 +184,7 @@ def _dispatch_sizes(
         "pool": geometry.pool_kind(window),
         "pool_area": 0 if window is None else window[0] * window[1],
     }
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=4)
+find = PROBLEMS.find

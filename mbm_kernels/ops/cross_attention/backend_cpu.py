@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import masks, native
+from mbm_kernels._core import native
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.cross_attention.problem import Problem
 
@@ -38,11 +38,6 @@ def _fields() -> tuple[str, ...]:
     return tuple(native.cpu().cross_attention_problem_fields())
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    return torch.empty(shape, device="meta").stride()
-
-
 class _Native:
     """What the kernels are told about a problem, and which inputs they read as they are."""
 
@@ -56,8 +51,8 @@ class _Native:
             dtype is torch.float32 and (strides[3] == 1 or shape[3] == 1)
             for shape, strides, dtype in described
         ]
-        self.mask_as_is = p.mask_dtype in (None, torch.bool, torch.float32)
-        self.all_as_is = all(self.as_is) and self.mask_as_is and not p.has_lengths
+        self.mask_as_is = p.hiding.dtype in (None, torch.bool, torch.float32)
+        self.all_as_is = all(self.as_is) and self.mask_as_is and not p.hiding.lengths
         self.plain = p.dtype is torch.float32  # results are as written
         # In the order of the inputs' own dimensions, so that splitting heads needs no copy
         # backward.
@@ -68,16 +63,16 @@ class _Native:
         values = {letter: getattr(p, letter) for letter in "BNTSDE"}
         values["scale_bits"] = native.float_bits(p.scale)
         for i, name in enumerate(("query", "key", "value")):
-            read = p.strides[i] if self.as_is[i] else _contiguous(self.shapes[i])
+            read = p.strides[i] if self.as_is[i] else native.contiguous_strides(self.shapes[i])
             axes = "bnt" if name == "query" else "bns"
             for prefix, strides in ((name, read), (f"grad_{name}", self.grad_strides[i])):
                 values |= {f"{prefix}_{x}": n for x, n in zip(axes, strides, strict=False)}
-        own = p.mask_strides
-        if p.mask_shape is not None and not self.mask_as_is:
-            own = _contiguous(p.mask_shape)
-        strides = masks.expanded_strides(p.mask_shape, own, 4)
+        own = None
+        if p.hiding.shape is not None and not self.mask_as_is:
+            own = native.contiguous_strides(p.hiding.shape)
+        strides = p.hiding.expanded_strides(4, own)
         values |= {f"mask_{x}": n for x, n in zip("bnts", strides, strict=True)}
-        values["mask_added"] = int(p.mask_dtype not in (None, torch.bool))
+        values["mask_added"] = int(p.hiding.dtype not in (None, torch.bool))
         values["mean_weights"] = int(p.need_weights == "mean")
         return values
 
@@ -98,7 +93,7 @@ class _Native:
 def _like(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     """Strides of a gradient: those of torch.empty_like, with contiguous rows."""
     found = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
-    return found if found[3] == 1 else _contiguous(shape)
+    return found if found[3] == 1 else native.contiguous_strides(tuple(shape))
 
 
 def fwd(p: Problem, *given: Any) -> tuple[Tensor | None, ...]:

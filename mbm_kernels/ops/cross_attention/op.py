@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import autocast, checks, tracing
+from mbm_kernels._core import autocast, checks, masks, tracing
 from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
-from mbm_kernels._core.problem import key_of
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.cross_attention import backend_torch, problem, reference
-from mbm_kernels.ops.cross_attention.problem import CALLS, NAME, NEED_WEIGHTS, PROBLEMS, Problem
+from mbm_kernels.ops.cross_attention.problem import NAME, NEED_WEIGHTS, PROBLEMS, Problem
 
 Tensors = tuple[Any, ...]  # query, key, value, key_lengths, mask
 Results = Tensor | tuple[Tensor, Tensor]
@@ -118,28 +117,22 @@ def cross_attention(
     if key_lengths is not None or mask is not None:
         given = (*given, *(t for t in tensors[3:] if t is not None))
     kind = (backend, scale, need_weights, key_lengths is None, mask is None)
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
-        _check_lengths(tensors, call.problem.S)
+        masks.check_lengths(NAME, key_lengths, call.problem.S)
         both = OP.run(call, tensors)
         return both[0] if need_weights is None else both  # type: ignore[no-any-return]
     if tracing.takes_over(given):
         return tracing.deferred(cross_attention, locals())  # type: ignore[no-any-return]
-    known = key_of(tensors, (scale, need_weights))
-    found = PROBLEMS.get(known)
-    if found is None:
-        tensors, found = _checked(tensors, scale, need_weights)
-        PROBLEMS.put(known, found)
-    else:
-        _check_lengths(tensors, found.S)
-    both = OP.run_first(CALLS, found, (backend, given, kind), tensors)
+    checked, found = PROBLEMS.checked(tensors, (scale, need_weights), _checked)
+    masks.check_lengths(NAME, key_lengths, found.S)
+    both = OP.run_first(PROBLEMS, found, (backend, given, kind), checked)
     return both[0] if need_weights is None else both  # type: ignore[no-any-return]
 
 
-def _checked(
-    tensors: Tensors, scale: float | None, need_weights: str | None
-) -> tuple[Tensors, Problem]:
+def _checked(tensors: Tensors, options: tuple[Any, ...]) -> tuple[Tensors, Problem]:
     """The tensors as autocast wants them and their problem; raises for what does not fit."""
+    scale, need_weights = options
     problem.check_shapes(*tensors[:3])
     checks.choice(NAME, "need_weights", need_weights, NEED_WEIGHTS)
     if scale is None:
@@ -148,16 +141,10 @@ def _checked(
         expected = "None or a number"
         checks.fail(NAME, "scale", checks.describe(scale), expected, "scale the query", TypeError)
     problem.check_hiding(*tensors[:2], *tensors[3:])
-    _check_lengths(tensors, tensors[1].size(2))
+    masks.check_lengths(NAME, tensors[3], tensors[1].size(2))
     tensors = autocast.cast(*tensors)
     query, key, value, _, mask = tensors
     added = mask if mask is not None and mask.is_floating_point() else None
     named = (("query", query), ("key", key), ("value", value), ("mask", added))
     checks.same_floating(NAME, named)
-    return tensors, problem.build(tensors, float(scale), need_weights)
-
-
-def _check_lengths(tensors: Tensors, positions: int) -> None:
-    """Their values, at each call."""
-    if tensors[3] is not None:
-        checks.length_values(NAME, "key_lengths", tensors[3], positions, "S")
+    return tensors, problem.build(*tensors, float(scale), need_weights)

@@ -1,13 +1,15 @@
 """The problem descriptor of cross attention."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core import checks, masks
+from mbm_kernels._core.problem import Problems
 
 NAME = "cross_attention"
 NEED_WEIGHTS = (None, "mean", "heads")
@@ -29,10 +31,7 @@ class Problem:
     E: int
     strides: tuple[tuple[int, ...], ...]  # of query, key and value, as given
     dtypes: tuple[torch.dtype, ...]
-    mask_shape: tuple[int, ...] | None
-    mask_strides: tuple[int, ...] | None
-    mask_dtype: torch.dtype | None  # bool: True = attend; floating: added to the scores
-    has_lengths: bool
+    hiding: masks.Hiding  # of a floating mask, which is added to the scores, too
     sizes: dict[str, int]
     derived: dict[Any, Any] = field(default_factory=dict)  # by backends, under keys of their own
 
@@ -64,34 +63,6 @@ class Problem:
         return self.need_weights != "heads" and 2 * self.T <= self.D + self.E
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(*args: Any) -> Problem:
-    """The problem of the registered operation's inputs and options."""
-    *tensors, scale, need_weights = args
-    key = key_of(tensors, ("explicit", scale, need_weights))
-    found = PROBLEMS.get(key)
-    if found is None:
-        check(*tensors)
-        found = PROBLEMS.put(key, build(tensors, scale, need_weights))
-    return found
-
-
-def check(
-    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, mask: Tensor | None
-) -> None:
-    """Whether the tensors fit together; neither their floating dtypes nor any value.
-
-    Raises:
-        TypeError: an argument is not a tensor of the right kind.
-        ValueError: shapes or devices do not fit.
-    """
-    check_shapes(query, key, value)
-    check_hiding(query, key, key_lengths, mask)
-
-
 def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     checks.tensor(NAME, "query", query, 4)
     checks.tensor(NAME, "key", key, 4)
@@ -105,23 +76,30 @@ def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 def check_hiding(
     query: Tensor, key: Tensor, key_lengths: Tensor | None, mask: Tensor | None
 ) -> None:
-    if key_lengths is not None:
-        checks.lengths_kind(NAME, "key_lengths", key_lengths, query.size(0), query)
-    if mask is not None:
-        shape = (*query.shape[:3], key.size(2))
-        checks.mask(NAME, "mask", mask, "B, N, T, S", shape, floating=True)
-        checks.same_device(NAME, "mask", mask, "query", query)
+    shape = (*query.shape[:3], key.size(2))
+    masks.check(NAME, key_lengths, mask, query, "B, N, T, S", shape, floating=True)
 
 
-def build(tensors: Any, scale: float, need_weights: str | None) -> Problem:
-    """The problem of tensors that `check` let pass."""
-    *given, key_lengths, mask = tensors
+def sizes_of(sizes: Sequence[int], need_weights: str | None, masked: bool) -> dict[str, int]:
+    """What dispatch judges by, of B, N, T, S, D and E."""
+    named = dict(zip("BNTSDE", sizes, strict=True))
+    named["elements"] = math.prod(sizes[:5])
+    return {**named, "weights": int(need_weights is not None), "masked": int(masked)}
+
+
+def build(*args: Any) -> Problem:
+    """The problem of the registered operation's inputs and options.
+
+    Raises:
+        TypeError, ValueError: the tensors do not fit together.
+    """
+    *given, key_lengths, mask, scale, need_weights = args
     query, key, value = given
+    check_shapes(query, key, value)
+    check_hiding(query, key, key_lengths, mask)
     B, N, T, D = query.shape
     S, E = key.size(2), value.size(3)
-    sizes = {"B": B, "N": N, "T": T, "S": S, "D": D, "E": E, "elements": B * N * T * S * D}
-    sizes["weights"] = int(need_weights is not None)
-    sizes["masked"] = int(mask is not None or key_lengths is not None)
+    masked = mask is not None or key_lengths is not None
     return Problem(
         scale=scale,
         need_weights=need_weights,
@@ -135,9 +113,10 @@ def build(tensors: Any, scale: float, need_weights: str | None) -> Problem:
         E=E,
         strides=tuple(x.stride() for x in given),
         dtypes=tuple(x.dtype for x in given),
-        mask_shape=None if mask is None else tuple(mask.shape),
-        mask_strides=None if mask is None else mask.stride(),
-        mask_dtype=None if mask is None else mask.dtype,
-        has_lengths=key_lengths is not None,
-        sizes=sizes,
+        hiding=masks.Hiding.of(key_lengths, mask),
+        sizes=sizes_of((B, N, T, S, D, E), need_weights, masked),
     )
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=5)
+find = PROBLEMS.find

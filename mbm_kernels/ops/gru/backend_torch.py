@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import checks
+from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru.problem import Problem
 from mbm_kernels.ops.gru_cell.composite import composite
@@ -41,21 +42,28 @@ def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, T
                 return *_packed(x, h0, weights, lengths, reverse, save), None
     if lengths is not None:
         return *_masked(x, h0, weights, lengths.to(x.device), reverse, save), None
-    y, h_n = _whole(x.flip(0) if reverse else x, h0, weights, save)
+    composed = derived(p, "torch composed", _is_composed)
+    y, h_n = _whole(x.flip(0) if reverse else x, h0, weights, save, composed)
     return y.flip(0) if reverse else y, h_n, None
 
 
-def _whole(x: Tensor, h0: Tensor, weights: list[Tensor], save: bool) -> tuple[Tensor, Tensor]:
-    if in_functorch():  # aten::gru has no batching rule
+def _is_composed(p: Problem) -> bool:
+    """Whether steps are made of differentiable parts: aten::gru has no batching rule. A problem
+    that plain calls share is none of functorch's."""
+    return in_functorch()
+
+
+def _whole(
+    x: Tensor, h0: Tensor, weights: list[Tensor], save: bool, composed: bool
+) -> tuple[Tensor, Tensor]:
+    if composed:
         biases = weights[2:] or (None, None)
         outputs = []
         for from_input in F.linear(x, weights[0], biases[0]).unbind(0):
             h0 = composite(from_input, h0, weights[1], biases[1])
             outputs.append(h0)
         return torch.stack(outputs), h0
-    y, h_n = torch._VF.gru(  # type: ignore[attr-defined]
-        x, h0.unsqueeze(0), weights, len(weights) == 4, 1, 0.0, save, False, False
-    )
+    y, h_n = torch.gru(x, h0.unsqueeze(0), weights, len(weights) == 4, 1, 0.0, save, False, False)
     return y, h_n.squeeze(0)
 
 
@@ -71,7 +79,7 @@ def _masked(
     if source is not None:
         x = x.gather(0, source.expand_as(x))
     some = lengths.unsqueeze(1) > 0
-    y, _ = _whole(x, h0.masked_fill(~some, 0), weights, save)
+    y, _ = _whole(x, h0.masked_fill(~some, 0), weights, save, in_functorch())
     last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, y.size(2))
     h_n = torch.where(some, y.gather(0, last).squeeze(0), h0)
     if source is not None:

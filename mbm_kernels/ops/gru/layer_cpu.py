@@ -53,7 +53,9 @@ def fwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     *weights, lengths, save = rest
     plan = derived(p, "cpu", _Native)
-    layers = [packed.forward(*each) for each in _by_direction(weights)]
+    one = p.directions == 1
+    by_direction = (weights,) if one else _by_direction(weights)  # 1 us
+    layers = [packed.forward(*each) for each in by_direction]
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
     y_shape, state_shape, reserve_shape = plan.shapes
     y, h_n = native.empty(y_shape), native.empty(state_shape)

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from mbm_kernels._core import autocast, dispatch, tracing
 from mbm_kernels._core.drop_in import DropIn
+from mbm_kernels._core.stock import ServedByStock
 from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.ops.gru.dynamo import traceable
 from mbm_kernels.ops.gru.op import gru
@@ -16,10 +17,11 @@ from mbm_kernels.ops.gru.op import gru
 NAME = "gru"
 
 
-class GRU(DropIn, torch.nn.GRU):
+class GRU(DropIn, ServedByStock, torch.nn.GRU):
     """torch.nn.GRU, the same constructor, parameters, inputs and errors, run by `mbm_kernels.gru`.
 
-    Where every layer would run the torch backend, the call is torch.nn.GRU's own.
+    Where every layer would run the torch backend, the call is torch.nn.GRU's own. Under autocast on
+    a CPU its results have the weights' dtype, as torch.nn.GRU's.
 
     Args:
         *args: of torch.nn.GRU: input_size, hidden_size, num_layers, bias, batch_first, dropout,
@@ -45,7 +47,6 @@ class GRU(DropIn, torch.nn.GRU):
         super()._load_from_state_dict(*args, **kwargs)
         self._init_flat_weights()
 
-    @tracing.leaf
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -56,9 +57,38 @@ class GRU(DropIn, torch.nn.GRU):
         Returns:
             The output, shaped as the input with directions * H features, and h_n, shaped as hx.
         """
-        if self._is_stock(input, hx):
-            found: tuple[Tensor | PackedSequence, Tensor] = super().forward(input, hx)
-            return found
+        known = None if torch.compiler.is_compiling() else self._stock_calls
+        served = None if known is None else known.find(*self._known_by(input, hx))
+        if served:
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        if served is None:
+            return self._first(input, hx)
+        return self._layers(input, hx)
+
+    @tracing.leaf
+    def _first(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """A call unlike those that are known."""
+        first = input.data if isinstance(input, PackedSequence) else input
+        if autocast.spares_stock(first.device):
+            return self._in_autocast(input, hx)
+        stock = self._is_stock(input, hx)
+        self._remember(*self._known_by(input, hx), stock)
+        if stock:
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        return self._layers(input, hx)
+
+    def _known_by(self, input: Any, hx: Tensor | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The tensors and options that a call is known by; of the weights one stands for all."""
+        weight = self._parameters.get("weight_ih_l0")
+        trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
+        given = (input,) if hx is None else (input, hx)
+        return given, (self.backend, self.batch_first, hx is None, trains)
+
+    def _layers(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if not torch.compiler.is_compiling():  # only dtypes are read from that list
             self._update_flat_weights()
         if isinstance(input, PackedSequence):
@@ -84,6 +114,17 @@ class GRU(DropIn, torch.nn.GRU):
         y, h_n = self._run(x, hx, None)
         y = y.transpose(0, 1) if self.batch_first else y
         return (y, h_n) if batched else (y.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _in_autocast(
+        self, input: Tensor | PackedSequence, hx: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """With results in the weights' dtype, as stock's on CPUs; kernels compute in it, too."""
+        dtype: torch.dtype = getattr(self, self._all_weights[0][0]).dtype
+        input, hx = input.to(dtype), None if hx is None else hx.to(dtype)
+        if self._is_stock(input, hx):
+            return super().forward(input, hx)  # type: ignore[no-any-return]
+        with torch.autocast("cpu", enabled=False):
+            return GRU.forward(self, input, hx)
 
     def _forward_packed(
         self, input: PackedSequence, hx: Tensor | None
@@ -134,8 +175,8 @@ class GRU(DropIn, torch.nn.GRU):
         if torch.compiler.is_compiling() or tracing.in_functorch():
             return False
         x = input.data if isinstance(input, PackedSequence) else input
-        if autocast.enabled(x.device):
-            return False  # stock answers in float32 on the CPU, in half on CUDA; gru in half
+        if autocast.lowers_stock(x.device):
+            return False
         if self.backend == "torch":
             return True
         if isinstance(input, PackedSequence):

@@ -10,7 +10,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru import backend_torch, onnx_form, problem, reference
-from mbm_kernels.ops.gru.problem import CALLS, NAME
+from mbm_kernels.ops.gru.problem import NAME, PROBLEMS
 from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
 
 
@@ -96,10 +96,11 @@ def gru(
     cuDNN's form.
     """
     tensors = (x, h0, w_ih, w_hh, b_ih, b_hh, lengths)
-    given = tuple(t for t in tensors if t is not None)
+    given = tuple([t for t in tensors if t is not None])
     kind = (reverse, backend, h0 is None, b_ih is None, b_hh is None, lengths is None)
-    if call := CALLS.get(given, kind):
-        problem.check_lengths(NAME, x, lengths)
+    if call := PROBLEMS.call(given, kind):
+        if lengths is not None:
+            problem.check_lengths(NAME, x, lengths)
         return OP.run(call, tensors)  # type: ignore[no-any-return]
     if tracing.takes_over(given):
         return tracing.deferred(gru, locals())  # type: ignore[no-any-return]
@@ -110,5 +111,5 @@ def gru(
         checks.fail(NAME, "reverse", got, "True or False", "convert it with bool(...)", TypeError)
     cast = (*autocast.cast(*tensors[:-1]), lengths)
     checks.same_floating(NAME, zip(OP.diff, cast[:-1], strict=True))
-    found = problem.described(NAME, cast, 1, reverse, checked=True)
-    return OP.run_first(CALLS, found, (backend, given, kind), cast)  # type: ignore[no-any-return]
+    found = problem.find(*cast, reverse)
+    return OP.run_first(PROBLEMS, found, (backend, given, kind), cast)  # type: ignore[no-any-return]

@@ -10,12 +10,16 @@ def lengths_on_cpu(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to("cpu", torch.int64).contiguous()
 
 
-def _forward_size(w_hh: Tensor, w_ih: Tensor, *biases: Tensor | None) -> int:
+def _forward_size(w_hh: Tensor, w_ih: Tensor, *biases: Tensor) -> int:
     return int(native.cpu().gru_packed_sizes(w_ih.size(1), w_hh.size(1))[0])
 
 
 def _pack_forward(
-    out: Tensor, w_hh: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+    out: Tensor,
+    w_hh: Tensor,
+    w_ih: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
 ) -> None:
     sources = (
         native.dense(w_ih),
@@ -59,6 +63,8 @@ def _pack_input(out: Tensor, w_ih: Tensor) -> None:
 
 
 def forward(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+    if b_ih is None or b_hh is None:
+        return packing.packed(_forward_size, _pack_forward, w_hh, w_ih)
     return packing.packed(_forward_size, _pack_forward, w_hh, w_ih, b_ih, b_hh)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 from mbm_kernels.ops.gru_cell.problem import check_weights
 
 NAME = "gru"
@@ -53,37 +53,16 @@ def result_shapes(
     return y, (*each, batch, hidden), (*each, steps, batch, 4 * hidden)
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(*given: Any) -> Problem:
-    """The problem of x, h0, weights and biases, lengths and `reverse`.
+def describe(op: str, tensors: Sequence[Any], directions: int, reverse: bool) -> Problem:
+    """The problem of tensors in the order of the registered operation, which it checks.
 
     Raises:
         TypeError, ValueError: shapes do not fit.
     """
-    *tensors, reverse = given
-    return described(NAME, tensors, 1, reverse)
-
-
-def described(
-    op: str, tensors: Sequence[Any], directions: int, reverse: bool, checked: bool = False
-) -> Problem:
-    """The problem of tensors in the order of the registered operation, which fit if `checked`.
-
-    Raises:
-        TypeError, ValueError: shapes do not fit.
-    """
-    key = key_of(tensors, (directions, reverse))
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
-    if not checked:
-        check_shapes(op, tensors, directions)
+    check_shapes(op, tensors, directions)
     x, hidden = tensors[0], tensors[3].size(1)
     steps, batch, features = x.shape
-    problem = Problem(
+    return Problem(
         directions=directions,
         reverse=reverse,
         device=x.device,
@@ -93,7 +72,12 @@ def described(
         hidden=hidden,
         sizes={"T": steps, "B": batch, "C": features, "H": hidden},
     )
-    return PROBLEMS.put(key, problem)
+
+
+def build(*given: Any) -> Problem:
+    """The problem of x, h0, weights and biases, lengths and `reverse`."""
+    *tensors, reverse = given
+    return describe(NAME, tensors, 1, reverse)
 
 
 def check_shapes(op: str, tensors: Sequence[Any], directions: int) -> None:
@@ -125,3 +109,7 @@ def fake(directions: int, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, w_hh, save = given[0], given[3], given[-1]
     y, h_n, reserve = result_shapes(directions, x.shape, w_hh.size(1))
     return x.new_empty(y), x.new_empty(h_n), x.new_empty(reserve if save else (0,))
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=7)
+find = PROBLEMS.find

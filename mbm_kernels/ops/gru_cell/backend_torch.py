@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.gru_cell.composite import composite
 from mbm_kernels.ops.gru_cell.problem import Problem
@@ -17,7 +18,13 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 
 def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, None]:
     *weights, _save = rest
-    if in_functorch():
+    if derived(p, "torch composed", _is_composed):
         w_ih, w_hh, b_ih, b_hh = weights
         return composite(F.linear(x, w_ih, b_ih), h, w_hh, b_hh), None
     return torch.gru_cell(x, h, *weights), None
+
+
+def _is_composed(p: Problem) -> bool:
+    """Whether the step is made of differentiable parts: aten::gru_cell has no batching rule. A
+    problem that plain calls share is none of functorch's."""
+    return in_functorch()

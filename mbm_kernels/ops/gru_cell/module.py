@@ -7,15 +7,17 @@ from torch import Tensor
 
 from mbm_kernels._core import autocast, dispatch, tracing
 from mbm_kernels._core.drop_in import DropIn
+from mbm_kernels._core.stock import ServedByStock
 from mbm_kernels.ops.gru_cell.op import gru_cell
 
 NAME = "gru_cell"
 
 
-class GRUCell(DropIn, torch.nn.GRUCell):
+class GRUCell(DropIn, ServedByStock, torch.nn.GRUCell):
     """torch.nn.GRUCell, the same constructor, parameters and errors, run by `mbm_kernels.gru_cell`.
 
-    Where that would run the torch backend, the call is torch.nn.GRUCell's own.
+    Where that would run the torch backend, the call is torch.nn.GRUCell's own. Under autocast on a
+    CPU its result has the weights' dtype, as torch.nn.GRUCell's.
 
     Args:
         *args: of torch.nn.GRUCell: input_size, hidden_size, bias, device, dtype.
@@ -31,11 +33,37 @@ class GRUCell(DropIn, torch.nn.GRUCell):
         super().__init__(*args, **kwargs)
         self.backend = backend
 
-    @tracing.leaf
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """input [B, C] or [C]; hx [B, H], [H] or None for zeros -> [B, H] or [H]."""
-        if self._is_stock(input, hx):
+        known = None if torch.compiler.is_compiling() else self._stock_calls
+        served = None if known is None else known.find(*self._known_by(input, hx))
+        if served:
             return super().forward(input, hx)
+        return self._first(input, hx) if served is None else self._step(input, hx)
+
+    @tracing.leaf
+    def _first(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        """A call unlike those that are known."""
+        if autocast.spares_stock(input.device):
+            input, hx = self._converted(input), None if hx is None else self._converted(hx)
+            if self._is_stock(input, hx):
+                return super().forward(input, hx)
+            with torch.autocast("cpu", enabled=False):
+                return GRUCell.forward(self, input, hx)
+        stock = self._is_stock(input, hx)
+        self._remember(*self._known_by(input, hx), stock)
+        return super().forward(input, hx) if stock else self._step(input, hx)
+
+    def _known_by(
+        self, input: Tensor, hx: Tensor | None
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The tensors and options that a call is known by; of the weights one stands for all."""
+        weight = self._parameters.get("weight_ih")
+        trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
+        given = (input,) if hx is None else (input, hx)
+        return given, (self.backend, hx is None, trains)
+
+    def _step(self, input: Tensor, hx: Tensor | None) -> Tensor:
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
@@ -47,10 +75,13 @@ class GRUCell(DropIn, torch.nn.GRUCell):
         )
         return h if batched else h.squeeze(0)
 
+    def _converted(self, x: Tensor) -> Tensor:
+        """In the weights' dtype, in which stock answers autocast on CPUs."""
+        return x.to(self.weight_ih.dtype)
+
     def _is_stock(self, input: Tensor, hx: Tensor | None) -> bool:
         """Whether torch.nn.GRUCell serves this call: the torch backend, or an error to raise."""
-        # Stock answers autocast in float32 on the CPU, in half on CUDA; gru_cell in half.
-        lowered = autocast.enabled(input.device)
+        lowered = autocast.lowers_stock(input.device)
         if self.backend == "torch" and not lowered:
             return True
         if input.dim() not in (1, 2) or input.size(-1) != self.input_size:

@@ -9,7 +9,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru_cell import backend_torch, problem, reference
-from mbm_kernels.ops.gru_cell.problem import CALLS, NAME, WEIGHT_TYPES, WEIGHTS
+from mbm_kernels.ops.gru_cell.problem import NAME, PROBLEMS, WEIGHT_TYPES, WEIGHTS
 
 
 def _fake(x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -82,14 +82,14 @@ def gru_cell(
     cuDNN's form.
     """
     tensors = (x, h, w_ih, w_hh, b_ih, b_hh)
-    given = tuple(t for t in tensors if t is not None)
+    given = tuple([t for t in tensors if t is not None])
     kind = (backend, b_ih is None, b_hh is None)
-    if call := CALLS.get(given, kind):
+    if call := PROBLEMS.call(given, kind):
         return OP.run(call, tensors)  # type: ignore[no-any-return]
     if tracing.takes_over(given):
         return tracing.deferred(gru_cell, locals())  # type: ignore[no-any-return]
     problem.check(tensors)
     cast = autocast.cast(*tensors)
     checks.same_floating(NAME, zip(OP.diff, cast, strict=True))
-    found = problem.find(*cast, checked=True)
-    return OP.run_first(CALLS, found, (backend, given, kind), cast)  # type: ignore[no-any-return]
+    found = problem.find(*cast)
+    return OP.run_first(PROBLEMS, found, (backend, given, kind), cast)  # type: ignore[no-any-return]

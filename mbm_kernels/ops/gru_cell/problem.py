@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 
 NAME = "gru_cell"
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
@@ -40,26 +40,17 @@ class Problem:
         return self.x_shape[0], 4 * self.hidden
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(*tensors: Any, checked: bool = False) -> Problem:
-    """The problem of x, h, w_ih, w_hh, b_ih and b_hh, which fit if they are `checked`.
+def build(*tensors: Any) -> Problem:
+    """The problem of x, h, w_ih, w_hh, b_ih and b_hh.
 
     Raises:
         TypeError, ValueError: shapes do not fit.
     """
-    key = key_of(tensors, ())
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
-    if not checked:
-        check(tensors)
+    check(tensors)
     x, h = tensors[:2]
     batch, features = x.shape
     hidden = h.size(1)
-    problem = Problem(
+    return Problem(
         device=x.device,
         dtype=x.dtype,
         x_shape=tuple(x.shape),
@@ -67,7 +58,6 @@ def find(*tensors: Any, checked: bool = False) -> Problem:
         hidden=hidden,
         sizes={"B": batch, "C": features, "H": hidden},
     )
-    return PROBLEMS.put(key, problem)
 
 
 def check(tensors: Sequence[Any]) -> None:
@@ -101,3 +91,7 @@ def weight_shapes(features: int, hidden: int) -> tuple[tuple[int, ...], ...]:
     """Of `WEIGHTS`."""
     gates = 3 * hidden
     return (gates, features), (gates, hidden), (gates,), (gates,)
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=6)
+find = PROBLEMS.find

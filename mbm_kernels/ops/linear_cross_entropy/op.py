@@ -10,7 +10,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec, typed
 from mbm_kernels.ops.linear_cross_entropy import backend_torch, problem, reference
-from mbm_kernels.ops.linear_cross_entropy.problem import CALLS, NAME, Options
+from mbm_kernels.ops.linear_cross_entropy.problem import NAME, PROBLEMS, Options
 from mbm_kernels.ops.linear_head import head, targets
 
 
@@ -114,7 +114,7 @@ def linear_cross_entropy(
     options = (ignore_index, label_smoothing, softcap, z_loss, reduction)
     given = (hidden, weight, target) if bias is None else (hidden, weight, target, bias)
     kind = (*options, backend, len(given))
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
         targets.check_values(NAME, target, weight.size(0), ignore_index)
         rows = (head.rows_of(hidden), weight, head.flat(target), bias)
@@ -126,7 +126,7 @@ def linear_cross_entropy(
         checked, explicit = _checked(given, options)
         result_dtype = head.result_dtype(hidden)
         found = problem.find(*checked, *explicit)
-        loss = OP.run_first(CALLS, found, (backend, given, kind), checked)
+        loss = OP.run_first(PROBLEMS, found, (backend, given, kind), checked)
     if reduction == "none" and target.dim() != 1:
         loss = loss.reshape(target.shape)
     return loss if loss.dtype is result_dtype else loss.to(result_dtype)

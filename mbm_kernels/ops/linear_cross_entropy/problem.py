@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 from mbm_kernels.ops.linear_head import head, targets
 
 NAME = "linear_cross_entropy"
@@ -41,23 +41,15 @@ class Problem:
         return self.options.reduction != "none"
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(
+def build(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *options: Any
 ) -> Problem:
     """The problem of arguments in the registered operation's form, shapes checked."""
-    key = key_of((hidden, weight, target, bias), options)
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
     checks.tensor(NAME, "hidden", hidden, 2)
     classes, features = head.check(NAME, hidden, weight, bias)
     targets.check_kind(NAME, target, hidden.shape[:1], hidden)
     rows, given = hidden.size(0), Options(*options)
-    problem = Problem(
+    return Problem(
         options=given,
         device=hidden.device,
         dtype=hidden.dtype,
@@ -65,4 +57,7 @@ def find(
         loss_shape=(rows,) if given.reduction == "none" else (),
         sizes={"N": rows, "H": features, "V": classes, "products": rows * features * classes},
     )
-    return PROBLEMS.put(key, problem)
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=4)
+find = PROBLEMS.find

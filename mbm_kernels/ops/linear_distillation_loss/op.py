@@ -10,7 +10,7 @@ from mbm_kernels._core.flops import Product, product
 from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec, typed
 from mbm_kernels.ops.linear_distillation_loss import backend_torch, problem, reference, teacher
-from mbm_kernels.ops.linear_distillation_loss.problem import CALLS, DIVERGENCES, Inputs, Options
+from mbm_kernels.ops.linear_distillation_loss.problem import DIVERGENCES, PROBLEMS, Inputs, Options
 from mbm_kernels.ops.linear_distillation_loss.teacher import NAME
 from mbm_kernels.ops.linear_head import head, targets
 
@@ -162,7 +162,7 @@ def linear_distillation_loss(
     inputs = Inputs(student_hidden, student_weight, target, student_bias, *constants)
     given = [x for x in inputs if x is not None]
     kind = (*options, backend, *[x is None for x in inputs])
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
         _check_values(inputs, ignore_index)
         results = OP.run(call, _flat(inputs))
@@ -176,7 +176,7 @@ def linear_distillation_loss(
         numbers = (float(temperature), float(hard_weight), divergence, float(beta))
         explicit = (*numbers, ignore_index, reduction)
         found = problem.find(*checked, *explicit)
-        results = OP.run_first(CALLS, found, (backend, given, kind), checked)
+        results = OP.run_first(PROBLEMS, found, (backend, given, kind), checked)
     if reduction == "none" and target.dim() != 1:
         results = tuple(x.reshape(target.shape) for x in results)
     loss, hard, soft = (x if x.dtype is result_dtype else x.to(result_dtype) for x in results)
@@ -193,6 +193,8 @@ def _constant(x: Any) -> Any:
 
 def _flat(inputs: Inputs) -> Inputs:
     """Rows as the registered operation takes them."""
+    if inputs.student_hidden.dim() == 2:  # and so have all the others: they are checked
+        return inputs
     rows = {
         name: head.rows_of(getattr(inputs, name))
         for name in (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 from mbm_kernels.ops.linear_distillation_loss import teacher
 from mbm_kernels.ops.linear_distillation_loss.teacher import NAME
 from mbm_kernels.ops.linear_head import head, targets
@@ -69,18 +69,10 @@ class Problem:
         return self.options.reduction != "none"
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(*args: Any) -> Problem:
+def build(*args: Any) -> Problem:
     """The problem of arguments in the registered operation's form, shapes checked."""
     inputs = Inputs(*args[: len(Inputs._fields)])
     options = args[len(Inputs._fields) :]
-    key = key_of(inputs, options)
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
     checks.tensor(NAME, "student_hidden", inputs.student_hidden, 2)
     classes, features = head.check(NAME, *inputs.student, "student_", "Hs")
     lead = inputs.student_hidden.shape[:1]
@@ -92,7 +84,7 @@ def find(*args: Any) -> Problem:
     divergence = given.divergence
     if divergence == "jsd" and given.beta in (0, 1):
         divergence = "reverse_kl" if given.beta else "forward_kl"
-    problem = Problem(
+    return Problem(
         options=given,
         device=inputs.student_hidden.device,
         dtype=inputs.student_hidden.dtype,
@@ -113,4 +105,7 @@ def find(*args: Any) -> Problem:
             "products": rows * features * classes,
         },
     )
-    return PROBLEMS.put(key, problem)
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=len(Inputs._fields))
+find = PROBLEMS.find

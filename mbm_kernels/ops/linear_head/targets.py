@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbm_kernels._core import checks
+from mbm_kernels._core import checks, native
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -39,7 +39,9 @@ def check_kind(op: str, target: object, lead: Sequence[int], like: Tensor) -> Te
 def check_values(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Classes or ignore_index, where their values can be read."""
     if target.numel() > 0 and checks.values_readable(target):
-        check_range(op, "target", target, classes, ignore_index)
+        low, high, _ = native.index_range(target, ignore_index)
+        if low < 0 or high >= classes:
+            check_range(op, "target", target, classes, ignore_index)
 
 
 def check_range(
@@ -114,13 +116,13 @@ class Rows:
         self.ignored: Tensor | None = None
         self.unknown: Tensor | None = None
         self.target, self.ids, self.ignore_index = target, ids, ignore_index
-        keep = target != ignore_index
         if checks.values_readable(target):
-            if not bool(keep.all()):
-                self.kept = keep.nonzero().squeeze(1)
+            if native.index_range(target, ignore_index)[2] > 0:
+                self.kept = (target != ignore_index).nonzero().squeeze(1)
                 self.target = target.index_select(0, self.kept)
                 self.ids = None if ids is None else ids.index_select(0, self.kept)
             return
+        keep = target != ignore_index
         self.ignored = ~keep
         self.target, self.ids, unknown = within(target, ids, classes)
         self.unknown = unknown & keep

@@ -14,7 +14,7 @@ from mbm_kernels._core.op import Op
 from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.linear_head import head
 from mbm_kernels.ops.linear_topk import backend_torch, problem, reference
-from mbm_kernels.ops.linear_topk.problem import CALLS, NAME
+from mbm_kernels.ops.linear_topk.problem import NAME, PROBLEMS
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def linear_topk(
     """
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     kind = (k, backend, len(given))
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
         values, ids = OP.run(call, (head.rows_of(hidden), weight, bias))
     else:
@@ -98,7 +98,7 @@ def linear_topk(
         checks.same_floating(NAME, (("hidden", hidden), ("weight", weight), ("bias", bias)))
         rows = (head.rows_of(hidden), weight, bias)
         found = problem.find(*rows, k)
-        values, ids = OP.run_first(CALLS, found, (backend, given, kind), rows)
+        values, ids = OP.run_first(PROBLEMS, found, (backend, given, kind), rows)
     if hidden.dim() == 2:
         return values, ids
     lead = hidden.shape[:-1]

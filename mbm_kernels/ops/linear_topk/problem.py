@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import checks
-from mbm_kernels._core.problem import Calls, Problems, key_of
+from mbm_kernels._core.problem import Problems
 from mbm_kernels.ops.linear_head import head
 
 NAME = "linear_topk"
@@ -31,21 +31,13 @@ class Problem:
         return (self.k,)
 
 
-PROBLEMS: Problems[Problem] = Problems()
-CALLS: Calls[Problem] = Calls()
-
-
-def find(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Problem:
+def build(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Problem:
     """The problem of arguments in the registered operation's form, shapes checked."""
-    key = key_of((hidden, weight, bias), (k,))
-    found = PROBLEMS.get(key)
-    if found is not None:
-        return found
     checks.tensor(NAME, "hidden", hidden, 2)
     classes, features = head.check(NAME, hidden, weight, bias)
     check_k(k, classes)
     rows = hidden.size(0)
-    problem = Problem(
+    return Problem(
         k=k,
         device=hidden.device,
         dtype=hidden.dtype,
@@ -53,9 +45,12 @@ def find(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> Problem
         out_shape=(rows, k),
         sizes={"R": rows, "H": features, "V": classes, "k": k},
     )
-    return PROBLEMS.put(key, problem)
 
 
 def check_k(k: Any, classes: int) -> None:
     if not isinstance(k, int) or not 1 <= k <= classes:
         checks.fail(NAME, "k", repr(k), f"1 <= k <= V = {classes}", "ask for fewer classes")
+
+
+PROBLEMS: Problems[Problem] = Problems(build, inputs=3)
+find = PROBLEMS.find

@@ -13,7 +13,7 @@ from mbm_kernels._core.spec import Spec
 from mbm_kernels.ops.gru import onnx_form
 from mbm_kernels.ops.gru.bidirectional import backend_torch, problem, reference
 from mbm_kernels.ops.gru.bidirectional.by_direction import by_direction
-from mbm_kernels.ops.gru.bidirectional.problem import CALLS, NAME
+from mbm_kernels.ops.gru.bidirectional.problem import NAME, PROBLEMS
 from mbm_kernels.ops.gru.op import products as gru_products
 from mbm_kernels.ops.gru.problem import check_lengths, check_shapes, fake
 from mbm_kernels.ops.gru_cell.problem import WEIGHT_TYPES, WEIGHTS
@@ -97,7 +97,7 @@ def gru_bidirectional(
     given = tuple(t for t in tensors if t is not None)
     optional = (h0, *weights[2:], *reverse[2:], lengths)
     kind = (backend, *(t is None for t in optional))
-    call = CALLS.get(given, kind)
+    call = PROBLEMS.call(given, kind)
     if call is not None:
         found, training = call.problem, call.differentiable and torch.is_grad_enabled()
         check_lengths(NAME, x, lengths)
@@ -106,8 +106,8 @@ def gru_bidirectional(
         check_lengths(NAME, x, lengths)
         cast = (*autocast.cast(*tensors[:-1]), lengths)
         checks.same_floating(NAME, zip(OP.diff, cast[:-1], strict=True))
-        found, training = problem.find(*cast, checked=True), tracing.may_need_grad(cast)
-        call, tensors = CALLS.remember(found, "cpu", given, kind), cast
+        found, training = problem.find(*cast), tracing.may_need_grad(cast)
+        call, tensors = PROBLEMS.remember(found, "cpu", given, kind), cast
     sizes = {**found.sizes, "training": int(training)}
     if tracing.in_onnx_export():
         return OP(backend, *tensors, sizes=sizes)  # type: ignore[no-any-return]
