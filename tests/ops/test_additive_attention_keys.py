@@ -219,7 +219,7 @@ class TestSnapshot:
         with record.recording(tmp_path / "records") as recorder:
             for _ in range(3):
                 attend(inputs, "cpu")
-            assert set(recorder.calls) == {"additive_attention_fwd"}
+            assert set(recorder.calls) - {"index_range"} == {"additive_attention_fwd"}
             keys = additive_attention_keys(inputs["key"], backend="cpu")
             for _ in range(3):
                 attend(inputs, "cpu", key=keys)
