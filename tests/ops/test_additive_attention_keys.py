@@ -219,7 +219,8 @@ class TestSnapshot:
         with record.recording(tmp_path / "records") as recorder:
             for _ in range(3):
                 attend(inputs, "cpu")
-            assert set(recorder.calls) == {"additive_attention_fwd"}
+            others = {"index_range", "additive_attention_problem_fields"}
+            assert set(recorder.calls) - others == {"additive_attention_fwd"}
             keys = additive_attention_keys(inputs["key"], backend="cpu")
             for _ in range(3):
                 attend(inputs, "cpu", key=keys)
