@@ -104,15 +104,6 @@ struct TermRows {
   MBM_DEVICE float v() const {
     return inside ? gpu::to_float(static_cast<const T*>(args.in.v)[d]) : 0.0f;
   }
-  // Sums over earlier chunks of queries are in grad_key_totals, by the thread that wrote them.
-  MBM_DEVICE void store_key(int s, float by_key, bool is_first, bool is_last) const {
-    const int64_t at = (b * args.in.S + s) * args.in.D + d;
-    if (!is_first) by_key += args.grad_key_totals[at];
-    if (is_last)
-      gpu::store(static_cast<T*>(args.grad_key), at, by_key);
-    else
-      args.grad_key_totals[at] = by_key;
-  }
   MBM_DEVICE Form form(float* scratch) const {
     Magnitudes mine{0.0f, 0.0f, 0.0f};
     for (int t = gpu::warp(); t < args.in.T; t += kTermWarps)
@@ -120,6 +111,38 @@ struct TermRows {
     for (int s = gpu::warp(); s < count; s += kTermWarps)
       mine.key = fmaxf(mine.key, magnitude(key(s)));
     return block_max<kTermWarps>(mine, scratch).form();
+  }
+};
+
+// One feature of the keys that a warp takes in turn, and of their gradients: offsets of 32 bits
+// within the batch element, for registers are short.
+template <class T>
+struct KeyRow {
+  const T* keys;
+  T* grads;
+  float* totals;  // over earlier chunks of queries, each written by the thread that reads it
+  int key_at, at;
+
+  MBM_DEVICE KeyRow(const TermRows<T>& rows, int s) {
+    const auto& in = rows.args.in;
+    const int64_t first = rows.b * in.S * in.D;
+    keys = static_cast<const T*>(in.key) + rows.b * in.key_b;
+    grads = static_cast<T*>(rows.args.grad_key) + first;
+    totals = rows.args.grad_key_totals + first;
+    key_at = s * static_cast<int>(in.key_s) + rows.d;
+    at = s * static_cast<int>(in.D) + rows.d;
+  }
+  MBM_DEVICE float key() const { return gpu::to_float(keys[key_at]); }
+  MBM_DEVICE void next(const TermRows<T>& rows) {
+    key_at += kTermWarps * static_cast<int>(rows.args.in.key_s);
+    at += kTermWarps * static_cast<int>(rows.args.in.D);
+  }
+  MBM_DEVICE void store(float by_key, bool is_first, bool is_last) const {
+    if (!is_first) by_key += totals[at];
+    if (is_last)
+      gpu::store(grads, at, by_key);
+    else
+      totals[at] = by_key;
   }
 };
 
@@ -136,10 +159,19 @@ MBM_DEVICE void add_chunk(const TermRows<T>& rows, const GradTermsMemory<CHUNK>&
     for (int i = gpu::thread(); i < positions * CHUNK; i += kTermThreads)
       memory.grads[i] = from[i / CHUNK * rows.rows + i % CHUNK];
     gpu::block_barrier("gradients loaded");
-    for (int s = gpu::warp(); s < positions; s += kTermWarps) {
-      const float by_key =
-          s0 + s < rows.count ? add(memory.grads + s * CHUNK, rows.key(s0 + s)) : 0.0f;
-      if (rows.inside) rows.store_key(s0 + s, by_key, t0 == 0, is_last);
+    if (rows.inside) {
+      KeyRow<T> row(rows, s0 + gpu::warp());
+      const float* g = memory.grads + gpu::warp() * CHUNK;
+      int s = s0 + gpu::warp();
+      for (; s < min(s0 + positions, rows.count); s += kTermWarps) {
+        row.store(add(g, row.key()), t0 == 0, is_last);
+        row.next(rows);
+        g += kTermWarps * CHUNK;
+      }
+      for (; s < s0 + positions; s += kTermWarps) {
+        row.store(0.0f, t0 == 0, is_last);
+        row.next(rows);
+      }
     }
     gpu::block_barrier("gradients read");
   }
