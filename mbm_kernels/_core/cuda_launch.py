@@ -60,9 +60,9 @@ def emulated() -> Iterator[ModuleType]:
     global _emulates
     before, found = _emulates, emulation()
     _emulates = True
-    dispatch.forget()
+    dispatch.forget_choices()
     try:
         yield found
     finally:
         _emulates = before
-        dispatch.forget()
+        dispatch.forget_choices()

@@ -391,14 +391,6 @@ def watched() -> Iterator[list[str]]:
             _watching -= 1
 
 
-def forget() -> None:
-    """What was chosen is asked anew: which backends can run has changed."""
-    global _observing
-    with _disabled_lock:
-        _observing += 1
-    _chosen.clear()
-
-
 def note(backend: str) -> None:
     """Tells `watched` which backend a call takes."""
     if _watching > 0 and _watchers.seen is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import cuda_launch, masks, native
+from mbm_kernels._core import cuda_launch, native
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.additive_attention.problem import Problem
 
@@ -43,7 +43,7 @@ class _Native:
             dense = (counts[i] * widths[i], widths[i], 1)
             strides = p.strides[i] if self.as_is[i] else dense
             values |= {f"{name}_b": strides[0], f"{name}_{row}": strides[1]}
-        strides = masks.expanded_strides(p.mask_shape, p.mask_strides, 3)
+        strides = p.hiding.expanded_strides(3)
         values |= {f"mask_{axis}": stride for axis, stride in zip("bts", strides, strict=True)}
         self.block = native.block(_fields(), values)
         self.rows = module.additive_attention_cuda_rows(p.T)
@@ -110,7 +110,7 @@ def bwd(
 def _grad_value(p: Problem, grad_context: Tensor | None, weights: Tensor) -> Tensor:
     if grad_context is None:
         return torch.zeros(p.B, p.S, p.E, dtype=p.dtype, device=p.device)
-    if p.hides:  # of a row with nothing to attend to it is not read
+    if p.hiding:  # of a row with nothing to attend to it is not read
         grad_context = grad_context.masked_fill((weights == 0).all(-1, keepdim=True), 0)
     return torch.bmm(weights.transpose(1, 2), grad_context)
 
