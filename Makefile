@@ -72,13 +72,16 @@ build/triton-%: | $(VENV)/.installed
 gate: native $(TRITON_PATH)
 	$(PY) -m tests.gates.instructions
 	$(STATIC) $(if $(FULL),--full)
+	$(PY) -m mbm_kernels.gate.cuda
 
 gate-static: native $(TRITON_PATH)
 	$(STATIC) $(if $(FULL),--full)
+	$(PY) -m mbm_kernels.gate.cuda
 
 gate-update: native $(TRITON_PATH)
 	$(PY) -m tests.gates.instructions --update
 	$(STATIC) --full --update $(if $(BECAUSE),--because '$(BECAUSE)')
+	$(PY) -m mbm_kernels.gate.cuda --update $(if $(BECAUSE),--because '$(BECAUSE)')
 
 # With TRITON= what the gate compiles without FULL=1: that is what is held of another version.
 gate-static-update: native $(TRITON_PATH)

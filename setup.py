@@ -4,7 +4,8 @@ One ISA per file: every `csrc/*/*_cpu*.cpp` is compiled for a baseline, for AVX2
 AVX-512 (see csrc/common/isa.h) and picked at run time. `_C_cuda` is built when nvcc is found and
 MBM_CUDA is not 0. For tests there are MBM_BUILD_ISA, which compiles one ISA alone, MBM_SANITIZE,
 which instruments the kernels (coverage: counts their lines), and avx512_lowered: MBM_LOWERED=1
-builds it, 0 does not, by default a build in place does where this CPU cannot run AVX-512.
+builds it, 0 does not, by default a build in place does where this CPU cannot run AVX-512. That
+also compiles the CUDA kernels for the host (csrc/common/gpu/emulation.h), without nvcc.
 """
 
 import os
@@ -54,6 +55,7 @@ SANITIZERS = {
     "coverage": ["--coverage", "-fprofile-update=atomic", "-O0", "-g1", "-DMBM_FAILING_SCRATCH"],
 }
 CUDA_ARCHS = ("80", "90", "100")
+EMULATED = "_C_cuda_emulated"
 
 
 def find_ninja() -> str:
@@ -153,6 +155,8 @@ class BuildNative(build_ext):
         # Otherwise an editable install compiles in a folder of its own, and `make` all of it again.
         if self.inplace or self.editable_mode:
             self.build_temp = str(ROOT / "build")
+        else:
+            self.extensions = [e for e in self.extensions if not e.name.endswith(EMULATED)]
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -160,10 +164,8 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         tag = f"{sysconfig.get_config_var('SOABI')}-{ext.name.rpartition('.')[2]}"
         ninja = NinjaFile(Path(self.build_temp).resolve() / tag)
-        if ext.name.endswith("_C_cpu"):
-            self.add_cpu(ninja, target)
-        else:
-            self.add_cuda(ninja, target)
+        add = {"_C_cpu": self.add_cpu, "_C_cuda": self.add_cuda, EMULATED: self.add_emulated}
+        add[ext.name.rpartition(".")[2]](ninja, target)
         try:
             ninja.run(self.verbose > 1)
         except subprocess.CalledProcessError as error:
@@ -204,13 +206,26 @@ class BuildNative(build_ext):
         gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
         cuda = [nvcc, "-O3", "-std=c++17", "-Xcompiler", "-fPIC", INCLUDE, *gencode]
         objects = [ninja.compile(s, "cuda", cuda) for s in sorted(CSRC.glob("*/*_cuda*.cu"))]
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
-        binding = [*cxx, *CXXFLAGS, "-O1", INCLUDE, *python_includes()]
-        objects.append(ninja.compile(CSRC / "common" / "bind_cuda.cpp", "any", binding))
+        # By nvcc, which knows where the headers of the CUDA runtime are.
+        host = ",".join(("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"))
+        binding = [nvcc, "-O1", "-std=c++20", "-Xcompiler", host, INCLUDE, *python_includes()]
+        for source in sorted(CSRC.glob("*/bind_cuda.cpp")):
+            objects.append(ninja.compile(source, "any", binding))
         ninja.link(target, objects, [nvcc, "-shared", "-cudart", "static"], [])
 
+    def add_emulated(self, ninja: NinjaFile, target: Path) -> None:
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        base = [*cxx, *CXXFLAGS, "-O2", "-Wno-unknown-pragmas", "-DMBM_EMULATED", INCLUDE]
+        kernels = sorted(set(CSRC.glob("*/*_cuda*.cu")) - {CSRC / "common" / "probe_cuda.cu"})
+        objects = [ninja.compile(s, "emulated", [*base, "-x", "c++"]) for s in kernels]
+        for source in sorted(CSRC.glob("common/gpu/*.cpp")):
+            objects.append(ninja.compile(source, "emulated", base))
+        for source in sorted(CSRC.glob("*/bind_cuda.cpp")):
+            objects.append(ninja.compile(source, "any", [*base, "-O1", *python_includes()]))
+        ninja.link(target, objects, [*cxx, "-shared"], [])
 
-extensions = [Extension("mbm_kernels._C_cpu", sources=[])]
+
+extensions = [Extension(f"mbm_kernels.{name}", sources=[]) for name in ("_C_cpu", EMULATED)]
 if find_nvcc():
     extensions.append(Extension("mbm_kernels._C_cuda", sources=[]))
 elif "build_ext" in sys.argv:

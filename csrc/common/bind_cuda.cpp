@@ -1,10 +1,28 @@
-// The only CUDA-side file that includes pybind11; the CUDA runtime is linked statically, so the
-// module imports on a machine without a driver.
-#include <pybind11/pybind11.h>
+// The module of the CUDA kernels, whose bind_cuda.cpp register themselves. The CUDA runtime is
+// linked statically, so that it imports on a machine without a driver. With MBM_EMULATED the same
+// kernels run on the host (gpu/emulation.h).
+#include <pybind11/stl.h>
 
+#include "common/bind.h"
+#include "common/gpu/launch.h"
 #include "common/probe.h"
 
-namespace py = pybind11;
+#ifdef MBM_EMULATED
+
+PYBIND11_MODULE(_C_cuda_emulated, m) {
+  m.doc() = "CUDA kernels of mbm_kernels on the host, for tests.";
+  m.def(
+      "set_device",
+      [](int multiprocessors, int shared, int max_cluster) {
+        mbm::gpu::emulated_device() = {multiprocessors, shared, max_cluster};
+      },
+      "What launches see: multiprocessors, bytes of shared memory, blocks of a cluster.");
+  m.def("drop", &mbm::emulation::drop, "Barriers of this name do nothing from now on.");
+  m.def("sites", &mbm::emulation::sites, "Barriers reached, each with how often by one thread.");
+  for (const Binding::Function bind : Binding::all()) bind(m);
+}
+
+#else
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "CUDA kernels of mbm_kernels; call them through mbm_kernels.ops.";
@@ -20,4 +38,7 @@ PYBIND11_MODULE(_C_cuda, m) {
         return py::str(reason);
       },
       "None when a kernel of this build ran on the current device, else the reason.");
+  for (const Binding::Function bind : Binding::all()) bind(m);
 }
+
+#endif

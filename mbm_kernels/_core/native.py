@@ -50,6 +50,13 @@ def cpu() -> ModuleType:
     return module
 
 
+def cuda() -> ModuleType:
+    module, reason = _load_cuda()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
 def cpu_reason() -> str | None:
     """None when the CPU kernels can run in this process, else why not."""
     return _load_cpu()[1]

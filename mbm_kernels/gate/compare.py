@@ -157,7 +157,7 @@ def check_baselines(folder: Path, versions: dict[str, str], ops: Sequence[str]) 
     """Raises CannotMeasure where there is none of these versions to compare with."""
     missing = [op for op in ops if not baseline_path(folder, versions, op).exists()]
     if missing:
-        recorded = sorted(path.name for path in folder.glob("*") if path.is_dir())
+        recorded = sorted(path.name for path in folder.glob("[0-9]*") if path.is_dir())
         raise CannotMeasure(
             f"gate: {folder}: got no baseline of triton {versions['triton']} for "
             f"{', '.join(missing)}; expected one (there are those of "

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mbm_kernels._core import dispatch
+from mbm_kernels.testing import emulation
 from mbm_kernels.testing.suite import OpSuite, available_backends, device_of, interpreted
 
 
@@ -15,6 +16,15 @@ def generate(metafunc: pytest.Metafunc) -> None:
     suite = metafunc.cls
     if suite is None or not issubclass(suite, OpSuite):
         return
+    with emulation.of(suite):
+        _generate(metafunc, suite)
+
+
+def _backends(suite: type[OpSuite]) -> list[str]:
+    return emulation.backends() if suite.emulated else list(available_backends(suite.op))
+
+
+def _generate(metafunc: pytest.Metafunc, suite: type[OpSuite]) -> None:
     names = metafunc.fixturenames
     if {"case", "backend", "dtype"} <= set(names):
         cells = [
@@ -38,7 +48,7 @@ def generate(metafunc: pytest.Metafunc) -> None:
         ids = [_pair_id(*pair) for pair in pairs]
         metafunc.parametrize(("backend", "dtype"), pairs, ids=ids)
     elif "backend" in names:
-        metafunc.parametrize("backend", list(available_backends(suite.op)))
+        metafunc.parametrize("backend", _backends(suite))
 
 
 def _rounded_cases(suite: type[OpSuite], backend: str) -> int:
@@ -50,7 +60,7 @@ def _hide(metafunc: pytest.Metafunc, suite: Any) -> None:
     the second has the first special alone."""
     cells: list[tuple[Any, ...]] = []
     with_specials = "special" in metafunc.fixturenames
-    for backend in available_backends(suite.op):
+    for backend in _backends(suite):
         cases = suite.hiding_cases
         if interpreted(backend):
             cases = sorted(cases, key=lambda case: math.prod(case.sizes.values()))[:2]
@@ -65,7 +75,7 @@ def _hide(metafunc: pytest.Metafunc, suite: Any) -> None:
 def _pairs(suite: type[OpSuite]) -> list[tuple[str, torch.dtype]]:
     return [
         (backend, dtype)
-        for backend in available_backends(suite.op)
+        for backend in _backends(suite)
         for dtype in suite.dtypes
         if dispatch.why_not(suite.op, backend, device_of(backend), dtype) is None
     ]

@@ -63,6 +63,7 @@ class OpSuite(ToolTests):
     rounded_cases: ClassVar[int] = 3  # the first of `cases` that are run in 16-bit floats too
     autocast_output: ClassVar[torch.dtype] = torch.bfloat16
     extra: ClassVar[float] = 0.0  # the operation's named constant, see assert_matches
+    emulated: ClassVar[bool] = False  # `Emulated` says what of
 
     def make(self, case: Case, generator: torch.Generator) -> Inputs:
         """The public function's arguments by name; floating tensors in float64."""

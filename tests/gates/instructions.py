@@ -33,7 +33,8 @@ from mbm_kernels.bench.exits import CannotMeasure
 from tests.gates import base_revision, record
 from tests.gates.instruction_cases import cases
 from tests.gates.planting import ROOT
-from tests.gates.sanitize import compiler, extension
+from tests.gates.sanitize import extension
+from tests.gates.sanitizers import compiler
 
 ISA = "avx2"  # the widest that the distribution's valgrind decodes
 HELD, REFUSED, MOST = 0.02, 0.05, 20_000_000

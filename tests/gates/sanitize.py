@@ -11,13 +11,13 @@ THREADS, and made again (replay.py), always with guard pages around each buffer:
     coverage             AVX2: which lines run, of all calls together (coverage.py); then the first
                          calls of each function with each allocation of scratch memory failing
 
-Then a barrier and bounds are taken out in a copy of the tree, and each must be reported. Exit
+Then a barrier and bounds are taken out in a copy of the tree, and each must be reported, as must
+each barrier of the CUDA kernels, emulated on the host (cuda_races.py). Exit
 status 1 for a report where none may be, or none where one must.
 """
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbm_kernels._core import native
-from tests.gates import coverage
+from tests.gates import coverage, cuda_races
 from tests.gates.planting import ROOT, Mutant, build, copy_tree, planted
 from tests.gates.record import COMMON, kernels
+from tests.gates.sanitizers import can_fix_addresses, compiler
 
 ONE_ISA = ("thread", "coverage")
 THREAD_ISA = "avx2"  # threads do the same in every ISA; valgrind's and sanitizers' lanes are 8
@@ -90,7 +91,6 @@ class Build:
             found = subprocess.check_output([*compiler(), f"-print-file-name={self.library}"])
             environment["LD_PRELOAD"] = found.decode().strip()
         if self.name == "thread":
-            # ThreadSanitizer knows fewer random places for a process than newer kernels choose.
             command = ["setarch", "-R", *command] if can_fix_addresses() else command
         try:
             return subprocess.run(
@@ -106,15 +106,6 @@ def runs(build: Build) -> list[tuple[str, ...]]:
     if build.name == "as built":
         return [("--placement", "end"), ("--placement", "start")]
     return [(), ("--fail-allocations",)] if build.name == "coverage" else [()]
-
-
-def compiler() -> list[str]:
-    return os.environ.get("CXX", "g++").split()
-
-
-def can_fix_addresses() -> bool:
-    command = shutil.which("setarch")
-    return command is not None and subprocess.run([command, "-R", "true"]).returncode == 0
 
 
 def extension(folder: Path) -> Path:
@@ -208,6 +199,8 @@ def main() -> None:
         if set(given.ops) >= {COMMON, *kernels()}:
             reports += coverage.check(counted, compiler())
         missed = check_planted(folder, given.examples)
+    if set(given.ops) >= {COMMON, *kernels()}:
+        reports += cuda_races.check()
     for found in reports:
         print(f"\n{found}")
     print(f"{len(reports)} reports, {len(missed)} planted bugs missed, "

@@ -1,0 +1,68 @@
+#include "additive_attention/additive_attention_cuda.h"
+#include "additive_attention/cuda_plan.h"
+#include "additive_attention/forward.cuh"
+#include "common/gpu/launch.h"
+
+namespace mbm {
+namespace {
+
+using additive::bfloat16;
+using additive::ceil_div;
+using additive::float16;
+using additive::ForwardMemory;
+using additive::ScoreTile;
+
+template <int TILE_T>
+int64_t shared_bytes(int64_t S, int cluster) {
+  const int64_t width = ceil_div(S, 4 * cluster) * 4;
+  return ForwardMemory<ScoreTile<TILE_T>>::floats(width * cluster, cluster) * 4;
+}
+
+int64_t shared_bytes(int tile, int64_t S, int cluster) {
+  switch (tile) {
+    case 20: return shared_bytes<20>(S, cluster);
+    case 8: return shared_bytes<8>(S, cluster);
+    default: return shared_bytes<4>(S, cluster);
+  }
+}
+
+int positions(int tile) { return tile == 20 ? ScoreTile<20>::kS : ScoreTile<8>::kS; }
+
+template <class T>
+cudaError_t launch(const AdditiveAttentionCudaForward& args, const gpu::Device& device,
+                   cudaStream_t stream) {
+  const auto& in = args.in;
+  const auto plan = additive::plan_tiles(
+      device, in.B, in.T, in.S, positions,
+      [&](int tile, int cluster) { return shared_bytes(tile, in.S, cluster); });
+  if (plan.tile == 0) return cudaErrorInvalidValue;
+  const gpu::Launch how{in.B * ceil_div(in.T, plan.tile) * plan.cluster, plan.cluster,
+                        additive::kThreads,
+                        static_cast<size_t>(shared_bytes(plan.tile, in.S, plan.cluster))};
+  const auto kernel = plan.tile == 20  ? additive::additive_attention_fwd_kernel<T, 20>
+                      : plan.tile == 8 ? additive::additive_attention_fwd_kernel<T, 8>
+                                       : additive::additive_attention_fwd_kernel<T, 4>;
+  return gpu::launch(kernel, how, stream, args);
+}
+
+}  // namespace
+
+cudaError_t additive_attention_cuda_fwd(const AdditiveAttentionCudaForward& args, int device,
+                                        cudaStream_t stream) {
+  const auto& in = args.in;
+  if (in.B == 0 || in.T == 0) return cudaSuccess;
+  if (in.S > kAdditiveAttentionCudaMostS) return cudaErrorInvalidValue;
+  const gpu::DeviceGuard guard(device);
+  if (guard.error() != cudaSuccess) return guard.error();
+  gpu::Device found;
+  if (const cudaError_t error = gpu::find_device(device, &found); error != cudaSuccess)
+    return error;
+  switch (in.dtype) {
+    case gpu::Dtype::kFloat32: return launch<float>(args, found, stream);
+    case gpu::Dtype::kBFloat16: return launch<bfloat16>(args, found, stream);
+    case gpu::Dtype::kFloat16: return launch<float16>(args, found, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace mbm

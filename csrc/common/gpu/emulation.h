@@ -1,0 +1,47 @@
+// CUDA's execution model on one host thread: a fiber for each CUDA thread, clusters one after
+// another. Kernels see it through host.h.
+//
+// With MBM_CHECK_RACES and kernels built with -fsanitize=thread, each CUDA thread is a thread to
+// ThreadSanitizer too, and nothing but the emulated barriers orders memory: neither the fibers'
+// turns nor shuffles do. All threads of a launch count as concurrent, whatever block they are of.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace mbm::emulation {
+
+struct Launch {
+  int64_t blocks = 0;
+  int cluster = 1;
+  int threads = 0;
+  size_t shared = 0;  // bytes
+};
+
+// Runs `kernel` once for each CUDA thread. Shared memory starts as NaN in every float.
+// Throws what the kernel throws, and std::runtime_error for a barrier that not all threads reach.
+void launch(const Launch& launch, const std::function<void()>& kernel);
+
+// Of the CUDA thread that is running.
+int thread();
+int64_t block();
+int cluster_rank();
+int cluster_size();
+char* shared();
+void block_barrier(const char* site);
+void cluster_barrier(const char* site);
+uint32_t shuffle_xor(uint32_t word, int mask);
+// Where `p`, of this block's shared memory, is in that of block `rank` of the cluster. Throws
+// std::logic_error where the block has ended or `p` is no shared memory.
+char* peer(void* p, int rank);
+
+// The barriers named `site` do nothing from now on; "" restores them all.
+void drop(const std::string& site);
+// The sites reached since the process began, each with how often by one thread, in their order.
+std::vector<std::pair<std::string, int64_t>> sites();
+
+}  // namespace mbm::emulation

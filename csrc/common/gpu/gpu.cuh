@@ -1,0 +1,22 @@
+// The execution model that kernels are written against: compiled by nvcc for the device, or with
+// MBM_EMULATED by any C++ compiler for the host, where each CUDA thread is a fiber.
+//
+//   MBM_DEVICE                    before a function that kernels call
+//   MBM_KERNEL(threads, blocks)   before a kernel: threads a block, blocks a multiprocessor
+//
+// In mbm::gpu, on either side:
+//   thread() warp() lane() block()          indices; blocks lie along one dimension
+//   cluster_rank() cluster_size()           a block's place in its cluster; 0 and 1 without one
+//   shared()                                the dynamic shared memory, aligned to 16 bytes
+//   block_barrier(site) cluster_barrier(site)   `site` names the barrier to the race checker
+//   shuffle_xor(x, mask)                    of a full warp; orders no memory
+//   store_peer(p, rank, x)                  *p of another block of the cluster, in its shared
+//   memory reciprocal(x) exp(x)            1 ulp and 2 ulp to_float(x) store(p, i, x)
+//   elements of any Dtype as float
+#pragma once
+
+#ifdef MBM_EMULATED
+#include "common/gpu/host.h"
+#else
+#include "common/gpu/device.cuh"
+#endif

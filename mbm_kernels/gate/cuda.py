@@ -1,0 +1,163 @@
+"""The compile-time gate of the CUDA C++ kernels: what nvcc makes of each, held to a baseline.
+
+    python -m mbm_kernels.gate.cuda [--update] [--because TEXT]
+
+benchmarks/static/nvcc-<version>/<op>.json has the form of the Triton kernels' baselines; an entry's
+key is "kernel | target". Kernels with a reciprocal in their innermost loop also have a budget of
+instructions for each of its elements, two of which share one. Needs nvcc, no GPU; without nvcc
+there is nothing to hold.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mbm_kernels.bench import exits
+from mbm_kernels.gate import compare, resources
+from mbm_kernels.gate.compare import Entry
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+# Instructions for an element of the innermost loop, of the tiles that long targets take; a kernel
+# over its own fails. The aim for grad_terms was 11: a key's addresses take 2 of its 12.2. A tile of
+# 4 has no inner loop of its own, only that over stages, with their exponentials.
+BUDGETS = {
+    r"additive_attention_fwd<\w+, 20>": 7.0,
+    r"additive_attention_grad_terms<\w+, 20>": 12.5,
+}
+INSTRUCTION = re.compile(
+    r"^\s+(?:/\*[0-9a-f]{4,}\*/\s+)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\b(.*);"
+)
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+
+
+def kernel_name(mangled: str) -> str:
+    """As `additive_attention_fwd<bfloat16, 20>`, of a template over a dtype and one number."""
+    found = re.search(r"\d+([a-z]\w*?)_kernelI(.*?)Li(\d+)E", mangled)
+    if found is None:
+        return mangled
+    kinds = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+    name = re.sub(r"^.*additive\d+", "", found.group(1))
+    return f"{name}<{kinds.get(found.group(2), found.group(2))}, {found.group(3)}>"
+
+
+def loop_per_element(instructions: Sequence[tuple[str, str]], labels: dict[str, int]) -> float:
+    """Of the loops with 8 reciprocals or more, the fewest instructions for each element."""
+    found = []
+    for end, (name, rest) in enumerate(instructions):
+        target = re.search(r"(\.L_\w+)", rest)
+        if not name.startswith("BRA") or target is None:
+            continue
+        begin = labels.get(target.group(1), end + 1)
+        body = [each for each, _ in instructions[begin : end + 1]]
+        reciprocals = sum(each.startswith("MUFU.RCP") for each in body)
+        if reciprocals >= 8:
+            found.append(round(len(body) / (2 * reciprocals), 2))
+    return min(found, default=0.0)
+
+
+def disassembled(sass: str) -> dict[str, tuple[list[tuple[str, str]], dict[str, int]]]:
+    """Instructions and the places of labels, by mangled kernel."""
+    found: dict[str, tuple[list[tuple[str, str]], dict[str, int]]] = {}
+    name = ""
+    for line in sass.splitlines():
+        if section := re.match(r"\.text\.(\S+):", line.strip()):
+            name = section.group(1)
+            found[name] = ([], {})
+        elif name and (label := re.match(r"\s*(\.L_\S+):", line)):
+            found[name][1][label.group(1)] = len(found[name][0])
+        elif name and (instruction := INSTRUCTION.match(line)):
+            found[name][0].append((instruction.group(1), instruction.group(2)))
+    return found
+
+
+def measure(compiler: str, source: Path, target: str) -> dict[str, Entry]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [compiler, "-O3", "-std=c++17", f"-arch={target}", "-cubin", "-Xptxas", "-v"]
+        where = f"-I{source.parents[1]}"
+        report = resources._run(*command, where, str(source), "-o", str(cubin))
+        listed = disassembled(resources._run(resources._tool("nvdisasm"), "-c", str(cubin)))
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
+    found: dict[str, Entry] = {}
+    for mangled, *numbers in re.findall(pattern, report, re.DOTALL):
+        stack, stores, loads, registers = map(int, numbers)
+        instructions, labels = listed[mangled]
+        found[f"{kernel_name(mangled)} | {target}"] = {
+            "registers": registers,
+            "stack": stack,
+            "spill_stores": stores,
+            "spill_loads": loads,
+            "local_instructions": sum(n.startswith(("STL", "LDL")) for n, _ in instructions),
+            "instructions": len(instructions),
+            "loop_per_element": loop_per_element(instructions, labels),
+        }
+    return found
+
+
+def over_budget(entries: dict[str, Entry]) -> list[str]:
+    return [
+        f"{key}: {entry['loop_per_element']} instructions an element of at most {most}"
+        for key, entry in entries.items()
+        for name, most in BUDGETS.items()
+        if re.match(name, key) and entry["loop_per_element"] > most
+    ]
+
+
+def run(root: Path, update: bool, because: str | None) -> int:
+    compiler = nvcc()
+    if compiler is None:
+        print("gate: no nvcc: the CUDA kernels' baselines are not held")
+        return exits.OK
+    release = re.search(r"release ([\d.]+), V([\d.]+)", resources._run(compiler, "--version"))
+    assert release is not None
+    folder = root / "benchmarks" / "static" / f"nvcc-{release.group(1)}"
+    versions = {"nvcc": release.group(2)}
+    failed = False
+    for op in sorted({p.parent for p in root.glob("csrc/*/*_cuda*.cu")} - {root / "csrc/common"}):
+        path = folder / f"{op.name}.json"
+        baseline = compare.read_baseline(path)
+        if not update and baseline["versions"] != versions:
+            print(f"gate: {path.name}: no baseline of nvcc {versions['nvcc']}: not held")
+            continue
+        jobs = [(compiler, source, t) for source in op.glob("*_cuda*.cu") for t in TARGETS]
+        now: dict[str, Entry] = {}
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for entries in pool.map(lambda job: measure(*job), jobs):
+                now |= entries
+        before = {
+            key: {name: value for name, value in entry.items() if name != "because"}
+            for key, entry in baseline["kernels"].items()
+        }
+        moves = compare.compare(before, now, whole=True)
+        print(f"{op.name}: {len(now)} CUDA kernels, {len(moves)} moved")
+        for line in (*map(compare.describe, moves), *(over := over_budget(now))):
+            print(f"  {line}")
+        if update and not over:
+            compare.update(path, baseline, now, moves, versions, because)
+        failed |= bool(over) or (bool(moves) and not update)
+    return exits.REGRESSION if failed else exits.OK
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--update", action="store_true", help="record what moved")
+    parser.add_argument("--because", help="why a kernel may spill or be over 5 %% worse")
+    given = parser.parse_args()
+    return run(Path.cwd(), given.update, given.because)
+
+
+if __name__ == "__main__":
+    sys.exit(exits.status(main))

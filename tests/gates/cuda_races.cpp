@@ -1,0 +1,110 @@
+// The CUDA kernels' launchers under ThreadSanitizer (csrc/common/gpu/emulation.h).
+//
+//   cuda_races KERNEL [BARRIER]   runs KERNEL's cases without the barriers named so; prints a hash
+//                                 of the results and, last, the barriers reached
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "additive_attention/additive_attention_cuda.h"
+#include "common/gpu/emulation.h"
+#include "common/gpu/launch.h"
+
+namespace {
+
+using Results = std::vector<std::vector<float>>;
+
+struct Random {
+  std::mt19937 engine{1};
+  std::vector<float> normal(int64_t n, float scale) {
+    std::normal_distribution<float> draw(0.0f, scale);
+    std::vector<float> found(n);
+    for (float& x : found) x = draw(engine);
+    return found;
+  }
+};
+
+struct AdditiveCase {
+  int64_t B, T, S, D, E;
+  float scale;
+};
+
+// Every tile, a cluster of one and of more, several passes of values, each form of tanh.
+const AdditiveCase kAdditive[] = {
+    {1, 20, 196, 40, 300, 1.0f}, {1, 3, 9, 70, 5, 1.0f},   {1, 7, 140, 8, 600, 0.05f},
+    {1, 41, 150, 33, 4, 1.0f},   {1, 24, 9, 33, 4, 30.0f},
+};
+
+Results run_additive(const AdditiveCase& c, bool backward) {
+  Random random;
+  auto query = random.normal(c.B * c.T * c.D, c.scale),
+       key = random.normal(c.B * c.S * c.D, c.scale);
+  auto value = random.normal(c.B * c.S * c.E, 1.0f), v = random.normal(c.D, 1.0f);
+  mbm::AdditiveAttentionCudaInputs in{};
+  in.B = c.B, in.T = c.T, in.S = c.S, in.D = c.D, in.E = c.E;
+  in.query = query.data(), in.query_b = c.T * c.D, in.query_t = c.D;
+  in.key = key.data(), in.key_b = c.S * c.D, in.key_s = c.D;
+  in.value = value.data(), in.value_b = c.S * c.E, in.value_s = c.E;
+  in.v = v.data();
+  std::vector<float> context(c.B * c.T * c.E), weights(c.B * c.T * c.S, 1.0f / c.S);
+  if (!backward) {
+    mbm::additive_attention_cuda_fwd({in, context.data(), weights.data()}, 0, nullptr);
+    return {context, weights};
+  }
+  const auto arriving = random.normal(c.B * c.T * c.E, 1.0f);
+  std::vector<float> scores(c.B * c.S * mbm::additive_attention_cuda_rows(c.T));
+  std::vector<float> totals(c.B * c.S * c.D), by_query(query.size()), by_key(key.size());
+  std::vector<float> by_v(c.B * c.D);
+  mbm::AdditiveAttentionCudaBackward args{};
+  args.in = in;
+  args.weights = weights.data();
+  args.grad_context = arriving.data();
+  args.grad_context_b = c.T * c.E, args.grad_context_t = c.E;
+  args.grad_scores = scores.data(), args.grad_key_totals = totals.data();
+  args.grad_query = by_query.data(), args.grad_key = by_key.data(), args.grad_v = by_v.data();
+  mbm::additive_attention_cuda_bwd(args, 0, nullptr);
+  return {by_query, by_key, by_v};
+}
+
+std::vector<Results> additive(bool backward) {
+  std::vector<Results> found;
+  for (const AdditiveCase& c : kAdditive) found.push_back(run_additive(c, backward));
+  return found;
+}
+
+uint64_t hash(const std::vector<Results>& all) {
+  uint64_t state = 1469598103934665603u;
+  for (const Results& results : all)
+    for (const auto& result : results)
+      for (float x : result) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, sizeof(bits));
+        state = (state ^ bits) * 1099511628211u;
+      }
+  return state;
+}
+
+const std::map<std::string, std::function<std::vector<Results>()>> kKernels = {
+    {"additive_attention_fwd", [] { return additive(false); }},
+    {"additive_attention_bwd", [] { return additive(true); }},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2 || !kKernels.count(argv[1])) {
+    for (const auto& [name, run] : kKernels) std::puts(name.c_str());
+    return argc < 2 ? 0 : 2;
+  }
+  if (argc > 2) mbm::emulation::drop(argv[2]);
+  mbm::gpu::emulated_device() = {2, 227 * 1024, 8};  // few blocks: the sanitizer has 8128 threads
+  std::printf("hash %016llx\n", static_cast<unsigned long long>(hash(kKernels.at(argv[1])())));
+  for (const auto& [site, reached] : mbm::emulation::sites())
+    std::printf("barrier %lld %s\n", static_cast<long long>(reached), site.c_str());
+  return 0;
+}

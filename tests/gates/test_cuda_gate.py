@@ -1,0 +1,37 @@
+"""The compile-time gate of the CUDA kernels: what it reads from a disassembly, and its record."""
+
+from pathlib import Path
+
+from mbm_kernels.gate import compare, cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPROCAL = "        MUFU.RCP R1, R2 ;\n"
+SASS = f""".text._ZN3mbm8additive29additive_attention_fwd_kernelIfLi20EEEv:
+        MOV R1, R2 ;
+.L_x_1:
+{RECIPROCAL * 8}        @P0 FADD R1, R2, R3 ;
+        @!P1 BRA `(.L_x_1) ;
+        EXIT ;
+"""
+
+
+def test_a_loop_is_counted_by_its_elements():
+    ((name, (instructions, labels)),) = cuda.disassembled(SASS).items()
+    assert cuda.kernel_name(name) == "additive_attention_fwd<float32, 20>"
+    assert len(instructions) == 12
+    assert cuda.loop_per_element(instructions, labels) == round(10 / 16, 2)
+
+
+def test_the_record_has_no_spills_and_keeps_the_budgets():
+    files = sorted((ROOT / "benchmarks" / "static").glob("nvcc-*/*.json"))
+    assert files
+    for path in files:
+        kernels = compare.read_baseline(path)["kernels"]
+        assert not any(entry[name] for entry in kernels.values() for name in compare.SPILLS)
+        assert not cuda.over_budget(kernels)
+
+
+def test_a_kernel_over_its_budget_is_named():
+    entry = {"loop_per_element": 7.5}
+    key = "additive_attention_fwd<float32, 20> | sm_90"
+    assert cuda.over_budget({key: entry}) == [f"{key}: 7.5 instructions an element of at most 7.0"]
