@@ -15,10 +15,8 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,14 +38,6 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 SECONDS_EACH = 0.05
 MIN_ROUNDS, MAX_ROUNDS = 3, 12
 Call = Callable[[], Tensor]
-
-
-def cpu_sample(call: Callable[[], object], loops: int) -> float:
-    """Nanoseconds of CPU time per call, in which other processes do not count."""
-    start = time.process_time_ns()
-    for _ in range(loops):
-        call()
-    return (time.process_time_ns() - start) / loops
 
 
 @dataclass(frozen=True)
@@ -153,7 +143,7 @@ def measure(layer: Layer, batch: int) -> dict[str, Any]:
             calls[f"auto {layout}"]()
         takes[layout] = seen[-1]
     times = timing.interleave(
-        calls, SECONDS_EACH, min_rounds=MIN_ROUNDS, max_rounds=MAX_ROUNDS, sampler=cpu_sample
+        calls, SECONDS_EACH, min_rounds=MIN_ROUNDS, max_rounds=MAX_ROUNDS, sampler=timing.cpu_sample
     )
     return {"takes": takes, **{name: round(float(t.min())) for name, t in times.items()}}
 
@@ -204,7 +194,8 @@ def main(
         os.execve(sys.executable, arguments, machine.heap_environment("warm"))
     torch.set_num_threads(1)
     isa.check(isa.record())
-    path = _results() if save else None
+    facts = {"heap": machine.heap(), "threads": 1}
+    path = results.new_study(HERE / "results", "coverage", **facts) if save else None
     console = Console(width=170)
     table = Table(title=f"{machine.device()}: inference, 1 thread, warm heap")
     for name in ("model", "B"):
@@ -229,18 +220,6 @@ def main(
     console.print(table)
     if path is not None:
         console.print(str(path))
-
-
-def _results() -> Path:
-    """A new file of rows, below what they were measured on."""
-    commit = machine.commit(HERE)
-    name = f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'nocommit')[:7]}-coverage.jsonl"
-    path = HERE / "results" / machine.device() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"schema": results.SCHEMA, "device": machine.device(), "commit": commit, "local": False}
-    head |= {"machine": machine.facts(), "isa": isa.record(), "threads": 1}
-    path.write_text(json.dumps(head | {"heap": machine.heap()}) + "\n")
-    return path
 
 
 if __name__ == "__main__":

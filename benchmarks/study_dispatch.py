@@ -10,7 +10,6 @@ results/<device>/<date>-<commit>-dispatch.jsonl.
 """
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbm_kernels._core import cost
-from mbm_kernels.bench import calibrate, isa, machine, results
+from mbm_kernels.bench import calibrate, machine, results
 from mbm_kernels.bench.drawn_times import Timed, measured
 
 HERE = Path(__file__).resolve().parent
@@ -88,16 +87,10 @@ def main(
         console.print(markdown(timed, constants) if readme else report(timed, constants))
         return
     calibrate.check_machine()
-    commit = machine.commit(HERE)
-    head = {"schema": results.SCHEMA, "device": machine.device(), "commit": commit, "local": False}
-    head |= {"machine": machine.facts(), "isa": isa.record(), "constants": constants.source}
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    name = f"{date}-{(commit or 'nocommit')[:7]}-dispatch.jsonl"
-    path = HERE / "results" / machine.device() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"constants": constants.source, "threads": torch.get_num_threads()}
+    path = results.new_study(HERE / "results", "dispatch", **facts)
     found = []
-    with path.open("w") as file:
-        file.write(json.dumps(head | {"threads": torch.get_num_threads()}) + "\n")
+    with path.open("a") as file:
         for op in ops or calibrate.DRAWS:
             for row in measured(op, seed=seed, most=problems, twice=True):
                 found.append(row)

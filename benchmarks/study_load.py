@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +27,7 @@ from rich.table import Table
 import mbm_kernels
 from mbm_kernels._core import timing
 from mbm_kernels._core.op import OPS
-from mbm_kernels.bench import calibrate, cli, correct, isa, machine, results
+from mbm_kernels.bench import calibrate, cli, correct, machine, results
 from mbm_kernels.bench.benchmark import Benchmark, Case, prepare
 
 HERE = Path(__file__).resolve().parent
@@ -153,17 +152,11 @@ def main(
         console.print(report([Loaded(**json.loads(line)) for line in lines]))
         return
     calibrate.check_machine()
-    commit = machine.commit(HERE)
-    head = {"schema": results.SCHEMA, "device": machine.device(), "commit": commit, "local": False}
-    head |= {"machine": machine.facts(), "isa": isa.record(), "heap": machine.heap()}
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    name = f"{date}-{(commit or 'nocommit')[:7]}-load.jsonl"
-    path = HERE / "results" / machine.device() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"heap": machine.heap(), "threads": torch.get_num_threads()}
+    path = results.new_study(HERE / "results", "load", **facts)
     known = [op for op in OPS if mbm_kernels.backends(op)["cpu"] is None]
     found = []
-    with path.open("w") as file:
-        file.write(json.dumps(head | {"threads": torch.get_num_threads()}) + "\n")
+    with path.open("a") as file:
         for benchmark in cli.load(HERE, ops or None):
             if benchmark.op not in known:
                 continue

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 
 import mbm_kernels
 from mbm_kernels import nn as ours
-from mbm_kernels._core import dispatch
-from mbm_kernels.bench import isa, machine, results
+from mbm_kernels._core import dispatch, timing
+from mbm_kernels.bench import results
 from mbm_kernels.ops.linear_topk import linear_topk
 
 HERE = Path(__file__).resolve().parent
@@ -259,11 +258,7 @@ def measured(forms: list[Form], seconds: float) -> list[list[float]]:
     while turn < 10 or time.monotonic() < end:
         for i in range(len(forms)):
             at = (i + turn) % len(forms)
-            form = forms[at]
-            start = time.process_time_ns()
-            for _ in range(calls):
-                form()
-            found[at].append((time.process_time_ns() - start) / calls / 1e3)
+            found[at].append(timing.cpu_sample(forms[at], calls) / 1e3)
         turn += 1
     return found
 
@@ -318,19 +313,10 @@ def main(
             said = f"{row.goal}{'' if row.reached else ': missed'}"
             print(f"{row.name:<28}{row.form:<12}{which:<10}{numbers}  {said}", flush=True)
     if save:
-        print(_saved(found))
-
-
-def _saved(rows: list[Row]) -> Path:
-    commit = machine.commit(HERE)
-    head = {"schema": results.SCHEMA, "device": machine.device(), "commit": commit, "local": False}
-    head |= {"machine": machine.facts(), "isa": isa.record(), "threads": 1}
-    name = f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'nocommit')[:7]}-overhead.jsonl"
-    path = HERE / "results" / machine.device() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [head, *map(asdict, rows)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+        path = results.new_study(HERE / "results", "overhead", threads=1)
+        with path.open("a") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
+        print(path)
 
 
 if __name__ == "__main__":

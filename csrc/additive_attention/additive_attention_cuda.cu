@@ -1,14 +1,12 @@
 #include "additive_attention/additive_attention_cuda.h"
 #include "additive_attention/cuda_plan.h"
 #include "additive_attention/forward.cuh"
-#include "common/gpu/launch.h"
+#include "common/gpu/on_device.h"
 
 namespace mbm {
 namespace {
 
-using additive::bfloat16;
 using additive::ceil_div;
-using additive::float16;
 using additive::ForwardMemory;
 using additive::ScoreTile;
 
@@ -52,17 +50,9 @@ cudaError_t additive_attention_cuda_fwd(const AdditiveAttentionCudaForward& args
   const auto& in = args.in;
   if (in.B == 0 || in.T == 0) return cudaSuccess;
   if (in.S > kAdditiveAttentionCudaMostS) return cudaErrorInvalidValue;
-  const gpu::DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return guard.error();
-  gpu::Device found;
-  if (const cudaError_t error = gpu::find_device(device, &found); error != cudaSuccess)
-    return error;
-  switch (in.dtype) {
-    case gpu::Dtype::kFloat32: return launch<float>(args, found, stream);
-    case gpu::Dtype::kBFloat16: return launch<bfloat16>(args, found, stream);
-    case gpu::Dtype::kFloat16: return launch<float16>(args, found, stream);
-  }
-  return cudaErrorInvalidValue;
+  return gpu::on_device(device, in.dtype, [&](const gpu::Device& found, auto zero) {
+    return launch<decltype(zero)>(args, found, stream);
+  });
 }
 
 }  // namespace mbm

@@ -10,8 +10,8 @@ namespace mbm {
 namespace {
 
 constexpr int64_t kMillisecond = 1000000;
-constexpr int64_t kLong =
-    kMillisecond;  // below it a thread that wakes up or has more to do is late
+// Below it a thread that wakes up or has more to do is late.
+constexpr int64_t kLong = kMillisecond;
 constexpr int64_t kShortestPause = 20 * kMillisecond, kLongestPause = 640 * kMillisecond;
 constexpr int64_t kRecent = 1000 * kMillisecond;
 constexpr int kAny = 1 << 20;

@@ -44,9 +44,9 @@ class FirstError {
 };
 
 // body(thread, team): `team` threads run it once each, 1 <= team <= num_threads; fewer than asked
-// where the cores are not free (contention.h), or OpenMP has no more. Work must be
-// cut by fixed chunks, never by `team`, wherever the order of a sum could change. A body that
-// meets the others at a barrier must not throw, hence not allocate: they would wait for ever.
+// where the cores are not free (contention.h), or OpenMP has no more. Work must be cut by fixed
+// chunks, never by `team`, wherever the order of a sum could change. A body that meets the others
+// at a barrier must not throw, hence not allocate: they would wait for ever.
 template <class Body>
 inline void parallel_region(int num_threads, const Body& body) {
   const int granted = num_threads <= 1 ? 1 : granted_team(num_threads);

@@ -31,9 +31,8 @@ from mbm_kernels._core.errors import BackendUnavailableError
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
 
 _defaults: dict[str | None, str] = {}
-_disabled_depth = int(
-    env.disable()
-)  # a plain global: torch.compile can guard on it, not on a ContextVar
+# A plain global: torch.compile can guard on it, not on a ContextVar.
+_disabled_depth = int(env.disable())
 _disabled_lock = threading.Lock()
 _epoch = 0  # counts what may make a call's choice another one
 

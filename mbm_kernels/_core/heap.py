@@ -77,7 +77,16 @@ def warm_heap(limit: int | None = None) -> None:
     global _is_warm
     _is_warm = limit != 0
     if limit == 0:
-        libc.malloc_trim(0)
+        trim()
+
+
+def trim() -> bool:
+    """Gives free pages of the heap back to the kernel; False where the C library cannot."""
+    function = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if function is None:
+        return False
+    function(0)
+    return True
 
 
 def warm_if_asked() -> None:
@@ -116,7 +125,7 @@ def faults_per_call() -> int:
 
 def report() -> dict[str, Any]:
     """The state, and page faults per call now and with `warm_heap`, which is undone afterwards."""
-    reason, warm = why_not(), _is_warm
+    reason, warm = why_not(), is_warm()
     now = faults_per_call()
     after: int | None = now if warm else None
     if not warm and reason is None:

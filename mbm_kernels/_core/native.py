@@ -126,6 +126,19 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
+def rows(x: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """[B, R, C] in `dtype` whose C is contiguous, and (address, stride of B, stride of R).
+
+    The tensor has to live until the kernel has read it.
+    """
+    if x is None:
+        return None, (0, 0, 0)
+    x = x.to(dtype)
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    return x, (x.data_ptr(), x.stride(0), x.stride(1))
+
+
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """`address` of each."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -1,6 +1,5 @@
 """The most memory that a call adds to the process, where Linux's /proc tells."""
 
-import ctypes
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mbm_kernels._core import native
+from mbm_kernels._core import heap, native
 
 PROC = Path("/proc/self")
 
@@ -18,15 +17,6 @@ def _status(field: str) -> int:
     if match is None:
         raise OSError(f"/proc/self/status has no {field}")
     return int(match.group(1)) * 1024
-
-
-def _malloc_trim() -> bool:
-    """Gives free heap pages back to the kernel; False where the C library cannot."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return False
-    trim(0)
-    return True
 
 
 def result_bytes(results: Any) -> int:
@@ -52,7 +42,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int | None:
     """
     native.release_scratch()
     try:
-        if not _malloc_trim():
+        if not heap.trim():
             return None
         (PROC / "clear_refs").write_text("5")  # VmHWM = VmRSS
         before = _status("VmRSS")

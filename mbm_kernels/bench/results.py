@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mbm_kernels._core.files import write_atomic
-from mbm_kernels.bench import machine
+from mbm_kernels.bench import isa, machine
 
 SCHEMA = 2
 JSON_SCHEMA = 1  # of older files, .json: without samples, and with ours and ATen's ISA alone
@@ -63,6 +63,32 @@ def worth(row: Row) -> tuple[bool, int]:
     return not row.get("doubts"), row.get("n_processes", 1)
 
 
+def _head(device: str, commit: str | None, local: bool) -> dict[str, Any]:
+    """The first line of a results file: what all its rows hold for."""
+    return {
+        "schema": SCHEMA,
+        "device": device,
+        "commit": commit,
+        "local": local,
+        "machine": machine.facts(),
+    }
+
+
+def new_study(base: Path, kind: str, **facts: Any) -> Path:
+    """Begins `<date>-<sha7>-<kind>.jsonl` of this device with its head; the study appends its rows.
+
+    Args:
+        base: the folder of all devices' results.
+        facts: what the rows hold for, beside machine, commit and ISA.
+    """
+    device, commit = machine.device(), machine.commit(base.parent)
+    head = _head(device, commit, False) | {"isa": isa.record(), **facts}
+    path = base / device / f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'nocommit')[:7]}-{kind}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head) + "\n")
+    return path
+
+
 class ResultsFile:
     """The file of this device and commit, made on the first row.
 
@@ -94,13 +120,7 @@ class ResultsFile:
         # A run that passes midnight, or goes on the next day, stays in one file.
         earlier = sorted(folder.glob(f"*-{name}.jsonl")) if commit else []
         self.path = earlier[-1] if earlier else folder / f"{date}-{name}.jsonl"
-        self._head: dict[str, Any] = {
-            "schema": SCHEMA,
-            "device": device,
-            "commit": commit,
-            "local": local,
-            "machine": machine.facts(),
-        }
+        self._head = _head(device, commit, local)
         if isa is not None:
             self._head["isa"] = dict(isa)
 

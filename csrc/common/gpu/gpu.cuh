@@ -10,9 +10,9 @@
 //   shared()                                the dynamic shared memory, aligned to 16 bytes
 //   block_barrier(site) cluster_barrier(site)   `site` names the barrier to the race checker
 //   shuffle_xor(x, mask)                    of a full warp; orders no memory
-//   store_peer(p, rank, x)                  *p of another block of the cluster, in its shared
-//   memory reciprocal(x) exp(x)            1 ulp and 2 ulp to_float(x) store(p, i, x)
-//   elements of any Dtype as float
+//   store_peer(p, rank, x)                  *p in another block of the cluster
+//   reciprocal(x) exp(x)                    to 1 ulp and 2 ulp
+//   to_float(x) store(p, i, x)              elements of any Dtype as float
 #pragma once
 
 #ifdef MBM_EMULATED

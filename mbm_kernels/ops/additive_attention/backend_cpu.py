@@ -16,16 +16,6 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
-def _rows(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """float32 [B, R, C] whose C is contiguous, and (address, stride of B, stride of R)."""
-    if x is None:
-        return None, (0, 0, 0)
-    x = x.float()
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
-
-
 class PreparedKey(NamedTuple):
     """A key's exponentials and magnitudes, float32, in the layout of one ISA."""
 
@@ -35,7 +25,7 @@ class PreparedKey(NamedTuple):
 
 def prepare_key(key: Tensor) -> PreparedKey:
     """key [B, S, D], which `fwd_prepared` is given beside it: it reads both."""
-    _converted, rows = _rows(key)  # alive until the call is over
+    _converted, rows = native.rows(key, torch.float32)  # alive until the call is over
     packed = native.empty((native.cpu().additive_attention_packed_key_size(*key.shape),))
     native.cpu().additive_attention_pack_key(
         *key.shape, rows, packed.data_ptr(), torch.get_num_threads()
@@ -114,7 +104,9 @@ def bwd(
 ) -> tuple[Tensor | None, ...]:
     plan = derived(p, "cpu", _Native)
     read = plan.read(tensors)
-    (_context, context_rows), (_weights, weights_rows) = map(_rows, grads)  # alive, as above
+    (_context, context_rows), (_weights, weights_rows) = (  # alive, as above
+        native.rows(grad, torch.float32) for grad in grads
+    )
     weights = native.dense(saved[0])
     found = native.empty_where(plan.shapes, needs)
     native.cpu().additive_attention_bwd(

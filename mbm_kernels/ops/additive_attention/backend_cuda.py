@@ -63,16 +63,6 @@ def _empty(p: Problem, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or p.dtype, device=p.device)
 
 
-def _rows(x: Tensor | None, p: Problem) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """[B, R, C] whose C is contiguous, and (address, stride of B, stride of R)."""
-    if x is None:
-        return None, (0, 0, 0)
-    x = x.to(p.dtype)
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    return x, (x.data_ptr(), x.stride(0), x.stride(1))
-
-
 def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
     context, weights = _empty(p, *p.context_shape), _empty(p, *p.weights_shape)
     if 0 in (p.B, p.T):
@@ -129,8 +119,10 @@ def _grad_terms(
         return by_query.zero_(), by_key.zero_(), by_v.zero_().sum(0).to(p.dtype)
     plan = derived(p, "cuda", _Native)
     read = plan.read(p, tensors)
-    _context, context_rows = _rows(grad_context, p)  # alive, as the scratch, until the launch
-    _weights, weights_rows = _rows(grad_weights, p)
+    _context, context_rows = native.rows(
+        grad_context, p.dtype
+    )  # alive, as the scratch, until the launch
+    _weights, weights_rows = native.rows(grad_weights, p.dtype)
     weights = weights.contiguous()
     scratch = (
         _empty(p, p.B, p.S, plan.rows, dtype=torch.float32),
