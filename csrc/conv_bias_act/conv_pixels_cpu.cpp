@@ -53,8 +53,7 @@ class Pixels {
     const int64_t m0 = i * pixels_ / blocks(), m1 = (i + 1) * pixels_ / blocks();
     const int64_t count = m1 - m0, last = slices_.count - 1;
     const int64_t kept = last > 0 ? std::min(panels_, p1 - p0) * count : kMaxRows;
-    const Scratch memory(sizeof(float) * (kept * kPanel + (in_place_ ? 0 : count * pitch_)) +
-                         sizeof(int64_t) * 2 * kBlockRows);
+    const Scratch memory(sizeof(float) * (kept * kPanel + (in_place_ ? 0 : count * pitch_)));
     float* sums = memory.as<float>();
     float* copied = sums + kept * kPanel;
     int64_t offsets[kBlockRows], residual_offsets[kBlockRows];
