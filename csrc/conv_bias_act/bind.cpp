@@ -40,6 +40,13 @@ void bind_conv_bias_act(py::module_& m) {
     MBM_CALL(conv_pack, weight, packing, packed_ptr, num_threads);
   });
   bind_problem_fields<mbm::ConvProblem>(m);
+  // The kernel that a problem's forward runs.
+  m.def("conv_kernel", [](const py::bytes& problem) {
+    const auto p = mbm::read_block<mbm::ConvProblem>(problem);
+    constexpr std::array names{"depthwise", "few", "winograd", "pixels", "planes", "direct"};
+    const auto kernel = MBM_CALL(conv_kernel, mbm::without_data(p), p.winograd_forward != 0);
+    return names.at(static_cast<size_t>(kernel));
+  });
   // inputs: x, packed weight, weight, bias, residual; outputs: y, places, z.
   m.def("conv_forward", [](const py::bytes& problem, const Addresses<5>& inputs,
                            const Addresses<3>& outputs, int num_threads) {
@@ -48,6 +55,7 @@ void bind_conv_bias_act(py::module_& m) {
     const auto [y, places, z] = outputs;
     const mbm::ConvForward args =
         mbm::forward_args(p, {x, packed, weight, bias, residual}, {y, places, z});
+    mbm::check_weight(args, MBM_CALL(conv_kernel, args, p.winograd_forward != 0));
     py::gil_scoped_release release;
     MBM_CALL(conv_forward, args, p.winograd_forward != 0, num_threads);
   });

@@ -92,6 +92,12 @@ struct ConvBackward {
   float* grad_bias;              // [K], written; null: not needed
 };
 
+// Which algorithm conv_forward runs. kPlanes reads `weight`, kWinograd what is given, the others
+// `packed`.
+enum class ConvKernel { kDepthwise, kFew, kWinograd, kPixels, kPlanes, kDirect };
+
+// Goes by sizes, strides, and whether there is a residual.
+MBM_PER_ISA(ConvKernel, conv_kernel, (const ConvForward& args, bool winograd))
 MBM_PER_ISA(int64_t, conv_packed_size, (const ConvWeight& weight, const ConvPacking& packing))
 MBM_PER_ISA(void, conv_pack,
             (const ConvWeight& weight, const ConvPacking& packing, float* packed, int num_threads))

@@ -82,16 +82,12 @@ void direct_grad_weight(const ConvBackward& args, const float* whole, int num_th
     for (int64_t i = 0; i < part_floats; ++i) sums[i] += sums[part * part_floats + i];
   if (args.grad_bias) std::copy_n(sums + weights, s.K, args.grad_bias);
   if (!args.grad_weight) return;
-  const int64_t width = plan.channels <= kFewChannels ? plan.channels : kLanes;
   for (int64_t g = 0; g < s.groups; ++g)
     for (int64_t k = 0; k < outputs; ++k) {
       const float* from = sums + (g * panels + k / kPanel) * sequence * kPanel + k % kPanel;
       float* to = args.grad_weight + (g * outputs + k) * sequence;
-      for (int64_t r = 0; r < s.R; ++r)
-        for (int64_t c0 = 0; c0 < plan.channels; c0 += width)
-          for (int64_t t = 0; t < s.S; ++t)
-            for (int64_t c = c0; c < std::min(plan.channels, c0 + width); ++c, from += kPanel)
-              to[(c * s.R + r) * s.S + t] = *from;
+      for (int64_t tap = 0; tap < s.R * s.S; ++tap)
+        for (int64_t c = 0; c < plan.channels; ++c, from += kPanel) to[c * s.R * s.S + tap] = *from;
     }
 }
 
@@ -214,15 +210,11 @@ class FewChannels {
  private:
   // weights [R, S, K / kLanes, C, kLanes] from conv_pack's turned form, whose channels are K.
   void unpack() {
-    const int64_t width = s_.K <= kFewChannels ? s_.K : kLanes;
     const float* from = args_.packed;
-    for (int64_t r = s_.R - 1; r >= 0; --r)
-      for (int64_t k0 = 0; k0 < s_.K; k0 += width)
-        for (int64_t t = s_.S - 1; t >= 0; --t)
-          for (int64_t k = k0; k < std::min(s_.K, k0 + width); ++k, from += kPanel)
-            for (int64_t c = 0; c < s_.C; ++c)
-              weights_[(r * s_.S + t) * s_.C * padded_ + (k / kLanes * s_.C + c) * kLanes +
-                       k % kLanes] = from[c];
+    for (int64_t tap = s_.R * s_.S - 1; tap >= 0; --tap)
+      for (int64_t k = 0; k < s_.K; ++k, from += kPanel)
+        for (int64_t c = 0; c < s_.C; ++c)
+          weights_[tap * s_.C * padded_ + (k / kLanes * s_.C + c) * kLanes + k % kLanes] = from[c];
   }
 
   const ConvBackward& args_;

@@ -6,7 +6,7 @@
 
 namespace mbm::MBM_ISA {
 
-// [group][panel][R][block][S][channel][kPanel], see StripPlan.
+// [group][panel][R][S][channel][kPanel], as StripPlan's segments.
 int64_t direct_packed_size(const ConvWeight& w, bool transposed) {
   const int64_t outputs = (transposed ? w.C : w.K) / w.groups;
   const int64_t inputs = (transposed ? w.K : w.C) / w.groups;
@@ -17,27 +17,22 @@ void direct_pack(const ConvWeight& weight, bool transposed, float* packed, int n
   const int64_t K = (transposed ? weight.C : weight.K) / weight.groups;
   const int64_t C = (transposed ? weight.K : weight.C) / weight.groups;
   const int64_t taps = weight.R * weight.S, panels = panels_of(K);
-  const int64_t width = C <= kFewChannels ? C : kLanes;
   const int threads = weight.K * C * taps < 32768 ? 1 : num_threads;
   parallel_for(threads, weight.groups * panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / panels, k0 = i % panels * kPanel;
       float* to = packed + i * C * taps * kPanel;
       const float* w = weight.data + g * (transposed ? C : K) * weight.k_step;
-      for (int64_t r = 0; r < weight.R; ++r)
-        for (int64_t c0 = 0; c0 < C; c0 += width)
-          for (int64_t s = 0; s < weight.S; ++s)
-            for (int64_t c = c0; c < std::min(C, c0 + width); ++c)
-              for (int64_t k = k0; k < k0 + kPanel; ++k, ++to) {
-                const int64_t tap = r * weight.S + s;
-                if (k >= K)
-                  *to = 0.0f;
-                else if (transposed)  // [g][c][k]: K and C of the product
-                  *to =
-                      w[c * weight.k_step + k * weight.c_step + (taps - 1 - tap) * weight.tap_step];
-                else
-                  *to = w[k * weight.k_step + c * weight.c_step + tap * weight.tap_step];
-              }
+      for (int64_t tap = 0; tap < taps; ++tap)
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t k = k0; k < k0 + kPanel; ++k, ++to) {
+            if (k >= K)
+              *to = 0.0f;
+            else if (transposed)  // [g][c][k]: K and C of the product
+              *to = w[c * weight.k_step + k * weight.c_step + (taps - 1 - tap) * weight.tap_step];
+            else
+              *to = w[k * weight.k_step + c * weight.c_step + tap * weight.tap_step];
+          }
     }
   });
 }
@@ -183,17 +178,23 @@ void conv_pack(const ConvWeight& weight, const ConvPacking& packing, float* pack
     direct_pack(weight, packing.transposed, packed, num_threads);
 }
 
+ConvKernel conv_kernel(const ConvForward& args, bool winograd) {
+  if (depthwise_fits(args.sizes.C, args.sizes.K, args.sizes.groups)) return ConvKernel::kDepthwise;
+  if (few_forward_fits(args)) return ConvKernel::kFew;
+  if (winograd) return ConvKernel::kWinograd;
+  if (pixels_fit(args)) return ConvKernel::kPixels;
+  return planes_fit(args) ? ConvKernel::kPlanes : ConvKernel::kDirect;
+}
+
 void conv_forward(const ConvForward& args, bool winograd, int num_threads) {
-  if (depthwise_fits(args.sizes.C, args.sizes.K, args.sizes.groups))
-    depthwise_forward(args, num_threads);
-  else if (few_forward_fits(args))
-    few_forward(args, num_threads);
-  else if (winograd)
-    winograd_forward(args, num_threads);
-  else if (pointwise_fits(args))
-    pointwise_forward(args, num_threads);
-  else
-    direct_forward(args, num_threads);
+  switch (conv_kernel(args, winograd)) {
+    case ConvKernel::kDepthwise: return depthwise_forward(args, num_threads);
+    case ConvKernel::kFew: return few_forward(args, num_threads);
+    case ConvKernel::kWinograd: return winograd_forward(args, num_threads);
+    case ConvKernel::kPixels: return pixels_forward(args, num_threads);
+    case ConvKernel::kPlanes: return planes_forward(args, num_threads);
+    case ConvKernel::kDirect: return direct_forward(args, num_threads);
+  }
 }
 
 }  // namespace mbm::MBM_ISA

@@ -13,9 +13,13 @@ int64_t winograd_packed_size(int64_t C, int64_t K);
 void winograd_pack(const ConvWeight& weight, bool transposed, float* packed, int num_threads);
 
 void direct_forward(const ConvForward& args, int num_threads);
-// 1x1, stride 1, no padding, no pool; x, residual and y channels_last without gaps between rows.
-bool pointwise_fits(const ConvForward& args);
-void pointwise_forward(const ConvForward& args, int num_threads);
+// No pool; x, residual and y with their channels side by side; one group, or 1x1.
+bool pixels_fit(const ConvForward& args);
+void pixels_forward(const ConvForward& args, int num_threads);
+// No pool; the pixels of x, residual and y side by side; one group, or 1x1. Reads the weight as it
+// is, its inputs and taps side by side.
+bool planes_fit(const ConvForward& args);
+void planes_forward(const ConvForward& args, int num_threads);
 // Up to four channels; pools of 2x2 side by side, or none; no activation but relu; the channels of
 // y or its columns side by side.
 bool few_forward_fits(const ConvForward& args);

@@ -13,7 +13,7 @@
 namespace mbm {
 
 // Fields of ConvProblem, each an int64: those of ConvSizes; strides in elements of x, residual, y,
-// grad_x and grad_residual, of which there need not be a residual; the weight's steps of outputs,
+// grad_x and grad_residual, and has_residual; the weight's steps of outputs,
 // inputs and taps; whether forward and backward go by Winograd. Python fills them by name.
 // clang-format off
 #define MBM_CONV_PROBLEM(FIELD)                                                             \
@@ -28,7 +28,7 @@ namespace mbm {
   FIELD(grad_x_b) FIELD(grad_x_c) FIELD(grad_x_y) FIELD(grad_x_x)                           \
   FIELD(grad_residual_b) FIELD(grad_residual_c) FIELD(grad_residual_y) FIELD(grad_residual_x) \
   FIELD(weight_k) FIELD(weight_c) FIELD(weight_tap)                                         \
-  FIELD(winograd_forward) FIELD(winograd_backward)
+  FIELD(has_residual) FIELD(winograd_forward) FIELD(winograd_backward)
 // clang-format on
 
 struct ConvProblem {
@@ -119,6 +119,31 @@ inline ConvForward forward_args(const ConvProblem& p, const ConvForwardInputs& i
   args.places = optional_ptr<uint8_t>(out.places, p.outputs(), "places");
   args.z = optional_ptr<float>(out.z, p.outputs(), "z");
   return args;
+}
+
+// Sizes and strides, by which a kernel is chosen.
+inline ConvForward without_data(const ConvProblem& p) {
+  static constexpr float residual = 0.0f;  // its address says that there is one
+  ConvForward args{};
+  args.sizes = p.sizes();
+  args.x = {nullptr, p.x_b, p.x_c, p.x_y, p.x_x};
+  args.weight = {p.K, p.C, p.R, p.S, p.groups, nullptr, p.weight_k, p.weight_c, p.weight_tap};
+  args.residual = {p.has_residual ? &residual : nullptr, p.residual_b, p.residual_c, p.residual_y,
+                   p.residual_x};
+  args.y = {nullptr, p.y_b, p.y_c, p.y_y, p.y_x};
+  return args;
+}
+
+// Throws std::invalid_argument unless the weight came in the form that the kernel reads.
+inline void check_weight(const ConvForward& args, ConvKernel kernel) {
+  const bool plain = args.weight.data != nullptr, packed = args.packed != nullptr;
+  const bool given = kernel == ConvKernel::kPlanes     ? plain
+                     : kernel == ConvKernel::kWinograd ? plain || packed
+                                                       : packed;
+  if (!given && args.sizes.B > 0)
+    throw std::invalid_argument(
+        std::string("weight: got it ") + (plain ? "plain" : "packed") +
+        "; expected the other form, see conv_kernel; call mbm_kernels.conv_bias_act");
 }
 
 // grad_y of any strides, as it arrives.

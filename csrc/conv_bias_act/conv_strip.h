@@ -45,7 +45,7 @@ struct StripPlan {
   int64_t row, block;             // floats between rows, and between blocks of channels
   int64_t step, down;             // floats between neighbouring outputs of a row, of a column
   int64_t tap_step, tap_down;     // floats between neighbouring taps of a row, of a column
-  std::vector<Segment> segments;  // in the order of the packed weight: r, block, s, channel
+  std::vector<Segment> segments;  // in the order of the packed weight: r, s, channel
 
   // For `height` rows of the convolution's output.
   StripPlan(const ConvSizes& s, int64_t height)
@@ -62,15 +62,16 @@ struct StripPlan {
         down(rows.step * row),
         tap_step(columns.tap * pitch),
         tap_down(rows.tap * row) {
-    for (int64_t r = 0; r < s.R; ++r)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t depth = few() ? channels : std::min<int64_t>(kLanes, channels - b * kLanes);
-        const int64_t at = b * block + r * tap_down;
-        if (few() && columns.tap == 1)
-          segments.push_back({at, s.S * depth});
-        else
-          for (int64_t t = 0; t < s.S; ++t) segments.push_back({at + t * tap_step, depth});
+    for (int64_t r = 0; r < s.R; ++r) {
+      if (few() && columns.tap == 1) {
+        segments.push_back({r * tap_down, s.S * channels});
+        continue;
       }
+      for (int64_t t = 0; t < s.S; ++t)
+        for (int64_t b = 0; b < blocks; ++b)
+          segments.push_back({b * block + r * tap_down + t * tap_step,
+                              std::min<int64_t>(pitch, channels - b * kLanes)});
+    }
   }
   int64_t floats() const { return blocks * block; }
 

@@ -40,6 +40,13 @@ SHAPES = {
     # Read in place where channels_last: several blocks of pixels, a rest, part of a panel.
     "one by one, in place": (2, 64, 40, 15, 17, 1, {"activation": "silu"}),
     "one by one, groups": (2, 36, 50, 9, 11, 1, {"groups": 2}),
+    # Products over several slices of the taps and channels, rows copied or in place.
+    "slices": (2, 83, 70, 9, 15, 3, {"padding": 1, "stride": 2, "activation": "hardswish"}),
+    "slices, dilated": (1, 70, 20, 11, 13, 3, {"padding": 2, "dilation": 2, "stride": 2}),
+    "slices, in place": (2, 600, 40, 5, 7, 1, {"activation": "relu6"}),
+    "one by one, slices": (2, 300, 40, 7, 7, 1, {"activation": "silu"}),
+    "small maps": (3, 37, 70, 15, 16, 3, {"padding": 1, "stride": 2, "activation": "leaky_relu"}),
+    "small maps, stride 3": (2, 40, 20, 19, 22, 3, {"padding": 2, "stride": 3, "dilation": 2}),
 }
 
 
@@ -69,10 +76,11 @@ def run(inputs, options, threads=1, backend="cpu"):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
 @pytest.mark.parametrize("name", SHAPES)
-def test_same_bits_for_any_thread_count(isa, name):
+def test_same_bits_for_any_thread_count(isa, name, layout):
     *shape, options = SHAPES[name]
-    inputs = tensors(*shape, options)
+    inputs = tensors(*shape, options, layout=layout)
     one = run(inputs, options)
     for threads in (2, 3):
         for expected, actual in zip(one, run(inputs, options, threads), strict=True):
@@ -89,6 +97,56 @@ def test_blocks_agree_with_the_definition(isa, name, layout):
         error = (actual - expected).abs().max() / expected.abs().max()
         # A near tie of a window, decided otherwise than in float64, moves one gradient.
         assert error < backend_cpu.WINOGRAD_ERROR
+
+
+def block_of(inputs, options, residual=None):
+    """What the kernels are told of a call."""
+    window = options.get("max_pool")
+    edges = (options.get("padding", 0),) * 4
+    pair = [(options.get(name, 1),) * 2 for name in ("stride", "dilation")]
+    found = problem.find(
+        *inputs,
+        residual,
+        pair[0],
+        edges,
+        pair[1],
+        options.get("groups", 1),
+        options.get("activation"),
+        None if window is None else (window, window, window, window, 0, 0),
+    )
+    return backend_cpu._native(found).block
+
+
+@pytest.mark.parametrize(
+    ("name", "nchw", "channels_last"),
+    [
+        ("winograd", "winograd", "winograd"),
+        ("depthwise", "depthwise", "depthwise"),
+        ("stem, no pool", "few", "few"),
+        ("one by one", "planes", "pixels"),
+        ("strided one by one", "planes", "pixels"),
+        ("small maps", "planes", "pixels"),
+        ("strided", "direct", "pixels"),
+        ("groups", "direct", "direct"),
+        ("winograd, pool", "winograd", "winograd"),
+    ],
+)
+def test_layouts_have_kernels_of_their_own(name, nchw, channels_last):
+    *shape, options = SHAPES[name]
+    for layout, expected in ((torch.contiguous_format, nchw), (CHANNELS_LAST, channels_last)):
+        block = block_of(tensors(*shape, options, layout=layout), options)
+        assert native.cpu().conv_kernel(block) == expected
+
+
+def test_a_weight_in_the_wrong_form_is_refused():
+    for layout, plain in ((torch.contiguous_format, False), (CHANNELS_LAST, True)):
+        x, weight, bias = tensors(1, 20, 20, 5, 5, 1, {}, layout=layout)
+        block = block_of((x, weight, bias), {})
+        form = (0, weight.data_ptr()) if plain else (weight.data_ptr(), 0)
+        inputs = (x.data_ptr(), *form, bias.data_ptr(), 0)
+        y = torch.empty(1, 20, 5, 5)
+        with pytest.raises(ValueError, match="expected the other form"):
+            native.cpu().conv_forward(block, inputs, (y.data_ptr(), 0, 0), 1)
 
 
 @pytest.mark.parametrize("channels", [16, 64, 512])

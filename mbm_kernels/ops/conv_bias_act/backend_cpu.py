@@ -152,6 +152,8 @@ class _Native:
         steps = (*p.stride, *p.dilation)
         self.packer_backward = _packer(p.groups, True, self.winograd_backward, steps)
         self.block = self._block(p)
+        # Whether the forward reads the weight as it lies, rather than packed.
+        self.plain_weight = native.cpu().conv_kernel(self.block) == "planes"
 
     def _block(self, p: Problem) -> bytes:
         """csrc's ConvProblem."""
@@ -170,6 +172,7 @@ class _Native:
             values |= {f"{name}_{axis}": s for axis, s in zip("bcyx", strides, strict=True)}
         values |= dict(zip(("weight_k", "weight_c", "weight_tap"), _steps(p), strict=True))
         values |= {
+            "has_residual": int(p.residual_strides is not None),
             "winograd_forward": int(self.winograd),
             "winograd_backward": int(self.winograd_backward),
         }
@@ -215,9 +218,9 @@ def fwd(
     if not plan.bias_as_is:
         bias = native.dense(bias)
     packed = fresh = places = z = None
+    if plan.plain_weight or (save and plan.fresh):
+        fresh = _dense_weight(weight)
     if save:
-        if plan.fresh:
-            fresh = _dense_weight(weight)
         if p.saves_places:
             places = torch.empty(p.saved_shape, dtype=torch.uint8, device=_CPU)
         if p.saves_z:

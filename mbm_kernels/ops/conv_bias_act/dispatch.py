@@ -67,7 +67,7 @@ def _cpu_kernel(p: Sizes) -> str:
         in_place = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
         return "depthwise rows" if in_place else "depthwise"
     if p["R"] == p["S"] == 1 and p["stride"] == 1 and p["layout"] and not p["pool"]:
-        return "pointwise" if p["C"] // p["groups"] <= 512 and p["unpadded"] else "direct"
+        return "pointwise" if p["unpadded"] else "direct"
     if p["groups"] > 1:
         return "grouped"
     return "direct" if p["stride"] == 1 else "direct strided"
