@@ -1,5 +1,6 @@
 """conv_bias_act's CPU kernels past every block, in each ISA, for any threads and drawn shapes."""
 
+import random
 import re
 import struct
 
@@ -10,8 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mbm_kernels
-from mbm_kernels._core import native
-from mbm_kernels.ops.conv_bias_act import backend_cpu, problem
+from mbm_kernels._core import cost, native
+from mbm_kernels.bench import drawn_times
+from mbm_kernels.bench.drawn import draw
+from mbm_kernels.ops.conv_bias_act import backend_cpu, dispatch, problem
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 CHANNELS_LAST = torch.channels_last
@@ -136,6 +139,19 @@ def test_layouts_have_kernels_of_their_own(name, nchw, channels_last):
     for layout, expected in ((torch.contiguous_format, nchw), (CHANNELS_LAST, channels_last)):
         block = block_of(tensors(*shape, options, layout=layout), options)
         assert native.cpu().conv_kernel(block) == expected
+
+
+def test_the_model_of_cost_names_the_kernel_that_runs(monkeypatch):
+    plans, rng = [], random.Random(3)
+    of = backend_cpu._native
+    monkeypatch.setattr(backend_cpu, "_native", lambda p: plans.append(of(p)) or plans[-1])
+    machine = {**cost.machine_sizes(), "threads": 1}
+    for _ in range(60):
+        drawing = draw("conv_bias_act", rng, False)
+        sizes = drawn_times.sizes_of("conv_bias_act", drawing.call()("cpu"))
+        said = dispatch.cpu({**sizes, **machine}).kernel
+        runs = native.cpu().conv_kernel(plans[-1].block)
+        assert cost.family(dispatch.FORWARD.get(said, said)) == runs, drawing.label
 
 
 def test_a_weight_in_the_wrong_form_is_refused():

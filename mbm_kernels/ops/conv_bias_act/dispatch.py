@@ -7,6 +7,9 @@ TRANSCENDENTAL = 4  # the activations of geometry.ACTIVATIONS from here on take 
 FEW_CHANNELS = 4  # of an image or its gray version
 TILE = 4  # pixels a side of Winograd's output
 IN_TILE = 36  # products of a tile, of a channel in and one out
+MOST_GATHERED = 8  # pixels of a row of NCHW whose taps are copied rather than transposed
+# csrc's name of a forward kernel where it is not the first word of the model's.
+FORWARD = {"few direct": "direct", "grouped": "direct"}
 OTHER_POOL = 2  # of geometry.POOLS: every pool past 2x2
 
 
@@ -60,14 +63,21 @@ def _cpu_kernel(p: Sizes) -> str:
     sizes = (p["R"], p["S"], *[p["stride"]] * 2, *[p["dilation"]] * 2, p["groups"])
     if p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"]):
         return "winograd"
-    if p["C"] <= FEW_CHANNELS and p["groups"] == 1:
-        fused = not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL
-        return "few" if fused else "few direct"
+    few = p["C"] <= FEW_CHANNELS and p["groups"] == 1
+    if few and not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL:
+        return "few"
     if p["depthwise"]:
         in_place = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
         return "depthwise rows" if in_place else "depthwise"
-    if p["R"] == p["S"] == 1 and p["stride"] == 1 and p["layout"] and not p["pool"]:
-        return "pointwise" if p["unpadded"] else "direct"
+    one_by_one = p["R"] == p["S"] == 1
+    if not p["pool"] and (one_by_one or p["groups"] == 1):
+        if p["layout"]:
+            in_place = one_by_one and p["stride"] == 1 and p["unpadded"]
+            return "pixels in place" if in_place else "pixels"
+        if p["C"] > 1 and (one_by_one or p["conv_x"] <= MOST_GATHERED):
+            return "planes"
+    if few:
+        return "few direct"
     if p["groups"] > 1:
         return "grouped"
     return "direct" if p["stride"] == 1 else "direct strided"
