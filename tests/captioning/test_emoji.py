@@ -251,7 +251,7 @@ def _named(name: str) -> Callable[[], tarfile.TarInfo]:
     [
         _named("package/../../evil.png"),
         _named("../evil.png"),
-        _named("/tmp/evil.png"),
+        _named("/absolute/evil.png"),
         _named("package\\..\\evil.png"),
         _link(tarfile.SYMTYPE),
         _link(tarfile.LNKTYPE),
