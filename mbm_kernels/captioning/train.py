@@ -38,7 +38,7 @@ def train_teacher(
     progress: bool = True,
 ) -> Trained:
     """Train a captioner by cross-entropy; see ``fit`` for the arguments that the two share."""
-    model = _fresh_model(train_set, tokenizer, size, attention, layers, seed)
+    model = fresh_model(train_set, tokenizer, size, attention, layers, seed)
     objective = CrossEntropyObjective(model, _prior(train_set, tokenizer, settings))
     title = f"{size} by cross-entropy"
     history = fit(
@@ -85,7 +85,7 @@ def train_student(
             resume=resume,
             progress=progress,
         )
-    model = _fresh_model(train_set, tokenizer, "student", attention, layers, seed)
+    model = fresh_model(train_set, tokenizer, "student", attention, layers, seed)
     with seeded(seed, -2):
         objective = DistillationObjective(
             model,
@@ -108,7 +108,7 @@ def train_student(
     return Trained(model.eval(), tokenizer, history)
 
 
-def _fresh_model(
+def fresh_model(
     train_set: CaptionSet,
     tokenizer: WordTokenizer,
     size: str,
@@ -116,6 +116,7 @@ def _fresh_model(
     layers: str,
     seed: int,
 ) -> Captioner:
+    """The model before its first step; size is "teacher" or "student"."""
     with seeded(seed, -1):
         return Captioner(
             tokenizer.vocab_size,

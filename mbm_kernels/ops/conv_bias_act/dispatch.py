@@ -67,8 +67,8 @@ def _cpu_kernel(p: Sizes) -> str:
     if few and not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL:
         return "few"
     if p["depthwise"]:
-        in_place = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
-        return "depthwise rows" if in_place else "depthwise"
+        rows = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
+        return "depthwise rows" if rows else "depthwise"
     one_by_one = p["R"] == p["S"] == 1
     if not p["pool"] and (one_by_one or p["groups"] == 1):
         if p["layout"]:
