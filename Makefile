@@ -6,13 +6,14 @@ DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
-  gate-static-update mutants gpu-check dispatch clean
+  gate-static-update mutants gpu-check dispatch zoo clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
 	@echo "make test    the whole test suite"
 	@echo "make demo    train, distil, caption and time on generated scenes (DATA=emoji: real drawings)"
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
+	@echo "make zoo     other people's models, as they are and optimized (MODELS=, needs the network)"
 	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
@@ -58,6 +59,11 @@ demo: native
 
 bench: native
 	$(PY) -m benchmarks --publish
+
+# Without their dependencies, among which is a torch of gigabytes; pyyaml and the rest are timm's.
+zoo: native
+	$(PY) -m pip install -q --no-deps torchvision==0.28.0 timm huggingface_hub safetensors pyyaml
+	$(PY) -m benchmarks.zoo --save $(MODELS)
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize

@@ -1,0 +1,193 @@
+"""What `optimize` gains on whole models that nobody here wrote.
+
+    python -m benchmarks.zoo [MODEL ...] [--batch 1] [--mode inference] [--compile] [--save]
+
+Each model runs as it is and as `optimize` makes it, by "auto" and by "measured", in NCHW and, where
+its inputs are images, in channels_last, all interleaved in one process on a warm heap. With one
+thread the CPU time of the process is taken, else the time of the host's clock; of a form the median
+of the rounds stands. Training is a forward and a backward. A ratio is PyTorch's fastest form over
+our fastest layout of a policy. No time is taken of a model whose outputs or gradients have more
+than `check_parity` allows.
+"""
+
+import copy
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import mbm_kernels
+from benchmarks import zoo_models
+from benchmarks.zoo_models import Entry, Inputs
+from mbm_kernels._core import timing
+from mbm_kernels.bench import isa, machine, results
+
+HERE = Path(__file__).resolve().parent
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+MODES = ("inference", "training")
+POLICIES = ("auto", "measured")
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
+Call = Callable[[], object]
+
+
+def prepared(entry: Entry, mode: str) -> nn.Module:
+    """The model in its mode, without dropout and dropped paths, so that all forms do the same."""
+    torch.manual_seed(0)
+    model = entry.make().train(mode == "training")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ in (
+            "StochasticDepth",
+            "DropPath",
+        ):
+            module.eval()
+    return model
+
+
+def call_of(model: nn.Module, inputs: Inputs, mode: str) -> Call:
+    if mode == "inference":
+
+        def infer() -> object:
+            with torch.no_grad():
+                return model(*inputs)
+
+        return infer
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grad = torch.randn_like(first(model(*inputs)))
+
+    def step() -> object:
+        return torch.autograd.grad(first(model(*inputs)), parameters, grad, allow_unused=True)
+
+    return step
+
+
+def first(outputs: Any) -> Tensor:
+    found: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    return found
+
+
+def forms(
+    entry: Entry, batch: int, mode: str, compiled: bool
+) -> Iterator[tuple[str, Call, mbm_kernels.Report | None]]:
+    """Names "<form> <layout>", calls, and what `optimize` reports."""
+    model, inputs = prepared(entry, mode), entry.inputs(batch)
+    for layout, memory in LAYOUTS.items():
+        if layout != "NCHW":
+            if not entry.images:
+                return
+            model = copy.deepcopy(model).to(memory_format=memory)
+            inputs = tuple(x.contiguous(memory_format=memory) for x in inputs)
+        yield f"torch {layout}", call_of(model, inputs, mode), None
+        if compiled:
+            fast = torch.compile(copy.deepcopy(model))
+            yield f"compile {layout}", call_of(fast, inputs, mode), None
+        for policy in POLICIES:
+            ours = copy.deepcopy(model)
+            report = mbm_kernels.optimize(ours, mode=mode, policy=policy, sample_input=inputs)
+            yield f"{policy} {layout}", call_of(ours, inputs, mode), report
+
+
+def measure(entry: Entry, batch: int, mode: str, compiled: bool, seconds: float) -> dict[str, Any]:
+    """Milliseconds of every form, what was replaced, and the errors beside PyTorch's."""
+    started = time.perf_counter()
+    calls: dict[str, Call] = {}
+    row: dict[str, Any] = {"model": entry.name, "B": batch, "mode": mode}
+    for name, call, report in forms(entry, batch, mode, compiled):
+        calls[name] = call
+        if report is not None:
+            row[f"replaced {name}"], row[f"kept {name}"] = len(report.replaced), len(report.kept)
+    row["parity"] = parity(entry, mode)
+    if row["parity"] == "ok":
+        one = torch.get_num_threads() == 1
+        times = timing.interleave(
+            calls,
+            seconds,
+            min_rounds=MIN_ROUNDS,
+            max_rounds=MAX_ROUNDS,
+            sampler=timing.cpu_sample if one else timing.sample,
+        )
+        row["ms"] = {
+            name: round(float(sorted(t)[len(t) // 2]) / 1e6, 4) for name, t in times.items()
+        }
+    return row | {"seconds": round(time.perf_counter() - started)}
+
+
+def parity(entry: Entry, mode: str) -> str:
+    """ "ok", or the first row that is not."""
+    model, inputs = prepared(entry, mode), entry.inputs(2)
+    model.eval()  # a BatchNorm's statistics of a small batch are a source of errors of their own
+    mbm_kernels.optimize(model, mode=mode, policy="auto", sample_input=inputs)
+    found = mbm_kernels.check_parity(model, *inputs, backward=mode == "training")
+    return "ok" if found.ok else next(str(r) for r in found.rows if not r.ok)
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """PyTorch's fastest form over our fastest layout, by policy."""
+
+    def least(*kinds: str) -> float:
+        return min(ms for name, ms in row["ms"].items() if name.partition(" ")[0] in kinds)
+
+    return {policy: least("torch", "compile") / least(policy) for policy in POLICIES}
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    head = [row["model"], str(row["B"])]
+    if "ms" not in row:
+        return [*head, "", row["parity"]]
+    stock = {n: ms for n, ms in row["ms"].items() if n.partition(" ")[0] in ("torch", "compile")}
+    best = min(stock, key=stock.__getitem__)
+    replaced, kept = row["replaced auto NCHW"], row["kept auto NCHW"]
+    found = [f"{value:.2f}" for value in ratios(row).values()]
+    return [*head, f"{replaced} of {replaced + kept}", best, f"{stock[best]:.2f}", *found]
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="models; default: all")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="default: 1 and 8")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help="default: both")] = None,
+    threads: Annotated[int, typer.Option(help="1: CPU time of the process")] = 1,
+    seconds: Annotated[float, typer.Option(help="of a model, about")] = 6.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile, too")] = False,
+    save: Annotated[bool, typer.Option(help="write the rows into results/<device>/")] = False,
+) -> None:
+    if machine.heap() != "warm":
+        arguments = [sys.executable, "-m", "benchmarks.zoo", *sys.argv[1:]]
+        os.execve(sys.executable, arguments, machine.heap_environment("warm"))
+    torch.set_num_threads(threads)
+    isa.check(isa.record())
+    unknown = sorted(set(names or ()) - set(zoo_models.ENTRIES))
+    if unknown:
+        raise typer.BadParameter(f"got {unknown}; expected some of {sorted(zoo_models.ENTRIES)}")
+    facts = {"heap": machine.heap(), "threads": threads, "compiled": compiled}
+    path = results.new_study(HERE / "results", "zoo", **facts) if save else None
+    console = Console(width=120)
+    for which in mode or MODES:
+        table = Table(title=f"{machine.device()}: {which}, {threads} thread(s), warm heap")
+        for name in ("model", "B", "replaced", "PyTorch's fastest", "ms", *POLICIES):
+            table.add_column(name, justify="right" if name in ("B", "ms", *POLICIES) else "left")
+        for entry in (zoo_models.ENTRIES[n] for n in names or zoo_models.ENTRIES):
+            if (package := entry.missing()) is not None:
+                console.print(f"{entry.name}: {package} is not installed", style="yellow")
+                continue
+            for size in batch or (1, 8):
+                row = measure(entry, size, which, compiled, seconds)
+                if path is not None:
+                    with path.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                table.add_row(*cells(row))
+                console.print(*cells(row), style="dim")
+        console.print(table)
+    if path is not None:
+        console.print(str(path))
+
+
+if __name__ == "__main__":
+    typer.run(main)

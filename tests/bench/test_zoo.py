@@ -1,0 +1,38 @@
+"""The zoo's rows: right forms, and no time of a model that is wrong."""
+
+import pytest
+import torch
+
+from benchmarks import zoo, zoo_models
+
+SMALL = zoo_models.Entry(
+    "small",
+    lambda: zoo_models.StreamingGru(bands=8, channels=8, hidden=16),
+    zoo_models._drawn((1, 1, 8), (2, 16), batch_dim=(0, 1)),
+    images=False,
+)
+
+
+@pytest.mark.parametrize("mode", zoo.MODES)
+def test_a_row_has_every_form_and_the_ratios_of_both_policies(mode):
+    row = zoo.measure(SMALL, 2, mode, compiled=False, seconds=0.01)
+    assert set(row["ms"]) == {"torch NCHW", "auto NCHW", "measured NCHW"}
+    assert row["parity"] == "ok"
+    row["ms"] = {"torch NCHW": 6.0, "torch channels_last": 4.0, "auto NCHW": 2.0, "measured x": 8.0}
+    assert zoo.ratios(row) == {"auto": 2.0, "measured": 0.5}
+
+
+def test_no_time_is_taken_of_a_wrong_model(monkeypatch):
+    monkeypatch.setattr(zoo, "parity", lambda entry, mode: "head: 1e-3")
+    row = zoo.measure(SMALL, 1, "inference", compiled=False, seconds=0.01)
+    assert "ms" not in row
+    assert zoo.cells(row)[-1] == "head: 1e-3"
+
+
+@pytest.mark.parametrize("entry", zoo_models.OWN, ids=lambda entry: entry.name)
+def test_models_written_here_take_their_inputs(entry):
+    with torch.device("meta"):
+        model = entry.make()
+        inputs = [torch.empty_like(x, device="meta") for x in entry.inputs(3)]
+    found = zoo.first(model(*inputs))
+    assert 3 in found.shape
