@@ -17,7 +17,7 @@ from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.decode import caption_pictures, read_picture, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.presets import Preset, TrainSettings, preset
+from mbm_kernels.captioning.presets import Preset, TrainSettings, preset_for
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
 
 app = typer.Typer(
@@ -27,9 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="Data set: scenes or emoji.")]
-Run = Annotated[Path, typer.Option("--run", help="Folder of the checkpoints.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared data.")]
+Data = Annotated[str, typer.Option("--data", help="scenes, emoji, or the path of captions.")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
+]
+Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
+Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared emoji.")]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
@@ -48,12 +52,28 @@ def root() -> None:
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="Data set: scenes or emoji.")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep the data.")] = None,
+    name: Annotated[str, typer.Argument(help="scenes, emoji, or the path of captions.")],
+    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep the emoji.")] = None,
     from_dir: Annotated[Path | None, typer.Option(help="Local copy of the npm packages.")] = None,
+    images: Images = None,
+    out: Annotated[Path | None, typer.Option(help="Prepared folder; default in the cache.")] = None,
+    image_size: Size = None,
+    seed: Annotated[int | None, typer.Option(help="Of the splits that are drawn.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
 ) -> None:
-    """Fetch a data set; scenes need nothing, they are drawn."""
-    preset(name)
+    """Fetch a data set, or scan, split and decode captioned images of your own."""
+    chosen = preset_for(name)
+    if name not in data.NAMES:
+        data.own.prepare(
+            name,
+            images,
+            folder=out,
+            image_size=image_size or chosen.image_size,
+            seed=seed,
+            workers=workers,
+            progress=typer.echo,
+        )
+        return
     if name == "scenes":
         typer.echo("scenes are drawn when they are loaded: nothing to prepare")
         return
@@ -64,7 +84,7 @@ def prepare(
 
 @app.command()
 def train(
-    run: Run,
+    out: Out,
     name: Data = "scenes",
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     attention: Attention = "additive",
@@ -75,31 +95,42 @@ def train(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
+    image_size: Size = None,
     resume: Resume = False,
 ) -> None:
     """Train a captioner by cross-entropy."""
-    chosen = preset(name)
+    chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
     settings = _changed(settings, steps, batch_size, learning_rate)
-    sets = data.load(name, seed=seed, root=data_root, image_size=chosen.image_size, limit=limit)
+    sets = data.load(
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=chosen.image_size if image_size is None else image_size,
+        limit=limit,
+        images=images,
+        progress=typer.echo,
+    )
+    train_set = _train_set(name, sets)
     done = train_teacher(
-        sets["train"],
-        WordTokenizer.train(sets["train"].captions),
+        train_set,
+        WordTokenizer.train(train_set.captions),
         settings,
         size=size,
         attention=attention,
         layers=layers,
         seed=seed,
         validation=_validation(chosen, sets),
-        run=run,
+        run=out,
         resume=resume,
     )
-    _report(done, run)
+    _report(done, out)
 
 
 @app.command()
 def distill(
-    run: Run,
+    out: Out,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
     name: Data = "scenes",
     attention: Attention = "additive",
@@ -110,17 +141,24 @@ def distill(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     resume: Resume = False,
 ) -> None:
     """Train a student from a teacher."""
-    chosen = preset(name)
+    chosen = preset_for(name)
     settings = _changed(chosen.student, steps, batch_size, learning_rate)
     taught_by = checkpoint.load(teacher, layers=layers)
     sets = data.load(
-        name, seed=seed, root=data_root, image_size=taught_by.model.image_size, limit=limit
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=taught_by.model.image_size,
+        limit=limit,
+        images=images,
+        progress=typer.echo,
     )
     done = train_student(
-        sets["train"],
+        _train_set(name, sets),
         taught_by.tokenizer,
         settings,
         teacher=taught_by.model,
@@ -129,10 +167,10 @@ def distill(
         layers=layers,
         seed=seed,
         validation=_validation(chosen, sets),
-        run=run,
+        run=out,
         resume=resume,
     )
-    _report(done, run)
+    _report(done, out)
 
 
 @app.command(name="eval")
@@ -145,16 +183,28 @@ def evaluate_command(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
-    chosen = preset(name)
+    chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
     sets = data.load(
-        name, seed=seed, root=data_root, image_size=found.model.image_size, limit=limit
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=found.model.image_size,
+        limit=limit,
+        images=images,
+        progress=lambda line: typer.echo(line, err=True),
     )
     scores = {}
-    for each in split or [one for one in sets if one != "train"]:
+    wanted = split or [one for one in sets if one != "train"]
+    if not wanted:
+        raise ValueError(
+            f"split: got {name} with train alone, expected another; give --split train"
+        )
+    for each in wanted:
         if each not in sets:
             raise ValueError(f"split: got {each!r}, expected one of {sorted(sets)}")
         _, scores[each], _ = evaluate(
@@ -241,8 +291,17 @@ def _changed(
     return settings
 
 
+def _train_set(name: str, sets: dict[str, CaptionSet]) -> CaptionSet:
+    if "train" not in sets:
+        raise ValueError(
+            f"data {name}: got the splits {', '.join(sets)}, expected train among them; name it so "
+            "in the file"
+        )
+    return sets["train"]
+
+
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:
-    return None if chosen.validation is None else sets[chosen.validation]
+    return None if chosen.validation is None else sets.get(chosen.validation)
 
 
 def _report(done: Trained, run: Path) -> None:

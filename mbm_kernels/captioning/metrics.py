@@ -163,7 +163,7 @@ def most_frequent_caption(train: CaptionSet | Sequence[str]) -> str:
 
 
 def nearest_image_captions(train: CaptionSet, query_images: torch.Tensor) -> list[str]:
-    """For each image the caption of the nearest training image: least sum of squared
+    """For each image the first caption of the nearest training image: least sum of squared
     differences over pixels and channels, the first in the set among equals.
 
     Args:
@@ -189,7 +189,8 @@ def nearest_image_captions(train: CaptionSet, query_images: torch.Tensor) -> lis
     nearest: list[int] = []
     for start in range(0, len(query_images), 256):
         nearest += _nearest(train.images, query_images[start : start + 256])
-    return [train.captions[index] for index in nearest]
+    references = train.references
+    return [references[index][0] for index in nearest]
 
 
 def _nearest(images: torch.Tensor, queries: torch.Tensor, chunk: int = 512) -> list[int]:

@@ -19,7 +19,9 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 @contextmanager
-def training_progress(title: str | None, steps: int, done: int) -> Iterator[Report]:
+def training_progress(
+    title: str | None, steps: int, done: int, unit: str = "step"
+) -> Iterator[Report]:
     """Yields a function to call after each step with the steps done and the losses by name.
 
     No title, no progress.
@@ -33,7 +35,7 @@ def training_progress(title: str | None, steps: int, done: int) -> Iterator[Repo
 
         def line(step: int, losses: dict[str, float]) -> None:
             if step in marks:
-                print(f"{title}: step {step}/{steps} {_shown(losses)}", flush=True)
+                print(f"{title}: {unit} {step}/{steps} {_shown(losses)}".rstrip(), flush=True)
 
         yield line
         return

@@ -1,6 +1,6 @@
-"""Captioned images: `scenes`, drawn by this package, and `emoji`, real drawings."""
+"""Captioned images: `scenes`, drawn by this package, `emoji`, real drawings, and one's own."""
 
-from . import emoji, scenes
+from . import emoji, own, scenes
 from .base import CaptionSet, augment, collate, normalise
 from .load import NAMES, load
 from .tokenizer import WordTokenizer
@@ -14,5 +14,6 @@ __all__ = [
     "emoji",
     "load",
     "normalise",
+    "own",
     "scenes",
 ]

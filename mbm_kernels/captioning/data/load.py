@@ -1,40 +1,55 @@
-"""One door to both data sets."""
+"""One door to every data set."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from . import emoji, scenes
+from . import emoji, own, scenes
 from .base import CaptionSet
 
 NAMES = ("scenes", "emoji")
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     seed: int = 0,
     root: str | Path | None = None,
     image_size: int = 64,
     limit: int | None = None,
+    images: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, CaptionSet]:
     """The splits of a data set: the same seed gives the same images.
 
     Args:
         name: "scenes" (splits `train`, `val`, `held_out`) or "emoji" (`train`, `held_out`,
-            `unseen_style`).
-        seed: of the drawing (scenes), of the choice of held-out combinations (emoji).
+            `unseen_style`), or the path of captions as `own.prepare` takes it (splits as it finds
+            or draws them, `train`, `val` and `test`).
+        seed: of the drawing (scenes), of the choice of held-out combinations (emoji). A path's
+            splits are those of its manifest.
         root: emoji: the folder that `emoji.prepare` returned, None for the one in the default
-            cache. scenes: unused.
+            cache. Otherwise unused.
         image_size: side of the images in pixels.
         limit: keep only the first `limit` images of each split.
+        images: of a path: the folder that its image names are relative to.
+        progress: of a path: called with lines of text while it is prepared.
 
     Raises:
         ValueError: unknown name, an impossible size or limit, a folder that is missing, empty or
             incomplete, a truncated image.
     """
-    if name not in NAMES:
-        raise ValueError(f"load: got data set {name!r}, expected one of {NAMES}; name one of them")
+    is_own = name not in NAMES and Path(name).exists()
+    if name not in NAMES and not is_own:
+        raise ValueError(
+            f"load: got data set {str(name)!r}, expected one of {NAMES} or the path of captions; "
+            "name one of them"
+        )
+    if images is not None and not is_own:
+        raise ValueError(
+            f"load: images: got {images} for {name}, expected None; a built-in set has its own"
+        )
     if image_size < 16:
         raise ValueError(
             f"load: image_size: got {image_size}, expected at least 16; the default is 64"
@@ -45,6 +60,8 @@ def load(
         )
     if seed < 0:
         raise ValueError(f"load: seed: got {seed}, expected 0 or more; the default is 0")
+    if is_own:
+        return own.load(name, images, image_size=image_size, limit=limit, progress=progress)
     if name == "scenes":
         return scenes.splits(seed=seed, image_size=image_size, limit=limit)
     return emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
