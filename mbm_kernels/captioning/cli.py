@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import typer
 
 from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
-from mbm_kernels.captioning.decode import caption_pictures, read_picture, save_attention_sheet
+from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.presets import Preset, TrainSettings, preset_for
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
@@ -253,7 +254,7 @@ def demo(
 @app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     layers: Layers = "mbm",
     beam: Beam = 1,
     max_length: Annotated[int, typer.Option(help="The most words of a caption.")] = 24,
@@ -261,18 +262,22 @@ def generate(
         Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
     ] = None,
 ) -> None:
-    """Caption image files, one line each."""
+    """Caption image files, one line each; what does not decode in a folder is named and left."""
     found = checkpoint.load(path, layers=layers)
-    side = found.model.image_size
-    loaded = torch.stack([read_picture(picture, side) for picture in pictures])
-    texts, words, weights = caption_pictures(
-        found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
-    )
-    for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-        typer.echo(f"{picture}\t{text}" if len(pictures) > 1 else text)
-        if attention_maps is not None:
-            sheet = attention_maps / f"{place:03d}-{picture.stem}.png"
-            save_attention_sheet(sheet, loaded[place], words[place], weights[place])
+    alone = len(pictures) == 1 and not pictures[0].is_dir()
+    done = 0
+    left = partial(typer.echo, err=True)
+    for batch in read_batches(pictures, found.model.image_size, left):
+        loaded = torch.stack([pixels for _, pixels in batch])
+        texts, words, weights = caption_pictures(
+            found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
+        )
+        for place, ((picture, pixels), text) in enumerate(zip(batch, texts, strict=True)):
+            typer.echo(text if alone else f"{picture}\t{text}")
+            if attention_maps is not None:
+                sheet = attention_maps / f"{done + place:03d}-{picture.stem}.png"
+                save_attention_sheet(sheet, pixels, words[place], weights[place])
+        done += len(batch)
 
 
 def _changed(

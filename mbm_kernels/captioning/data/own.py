@@ -13,8 +13,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from mbm_kernels._core import env
 from mbm_kernels._core.files import write_atomic
@@ -34,6 +35,28 @@ SIDES = (16, 4096)
 STRIDE = 8  # what the model's poolings need the side to be a multiple of
 
 Say = Callable[[str], None]
+Splits = dict[str, tuple[list[str], list[list[str]]]]  # ids and the captions of each
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """How images are decoded; `title` of the progress, None for none."""
+
+    image_size: int
+    workers: int | None
+    title: str | None
+
+    def decode(self, entries: Sequence[Entry], raw: BinaryIO, skipped: Skipped) -> dict[int, str]:
+        progress = training_progress(self.title, len(entries), 0, unit="image", stderr=True)
+        with progress as report:
+            return decode(
+                entries,
+                self.image_size,
+                raw,
+                skipped,
+                workers=self.workers,
+                report=lambda count: report(count, {}),
+            )
 
 
 def prepare(
@@ -77,14 +100,26 @@ def prepare(
     entries = locate(listing, images)
     checksum = checksum_of(entries)
     known = _known(target, checksum, seed)
+    decoder = _Decoder(image_size, workers, None if progress is None else "decoding")
     if known is None or not pixel_folder(target, image_size).is_dir():
         with locked(target, "data"):
             _refuse_foreign(target)
             if known is None:
-                known = _prepare_anew(target, source, images, listing, entries, checksum,
-                                      image_size=image_size, seed=seed, workers=workers)  # fmt: skip
+                seed = _seed_of(target) if seed is None else seed
+                splits = _prepare_anew(target, source, listing, entries, seed, decoder)
+                known = Manifest(
+                    source=os.path.abspath(source),
+                    images=os.path.abspath(images) if images is not None else None,
+                    format=listing.format,
+                    seed=seed,
+                    checksum=checksum,
+                    skipped=len(listing.skipped.rows),
+                    splits=splits,
+                )
+                os.sync()  # the manifest must not outlive a crash that the pixels do not
+                known.write(target)
             else:
-                _add_size(target, known, entries, image_size, workers)
+                _add_size(target, known, entries, decoder)
     for line in (f"data: {known.format}, {source}", *known.lines(), *listing.skipped.lines()):
         say(line)
     if known.skipped:
@@ -160,71 +195,41 @@ def _refuse_foreign(folder: Path) -> None:
 def _prepare_anew(
     folder: Path,
     source: Path,
-    images: Path | None,
     listing: Listing,
     entries: Sequence[Entry],
-    checksum: str,
-    *,
-    image_size: int,
-    seed: int | None,
-    workers: int | None,
-) -> Manifest:
-    """Decode all, split, and write everything; the seed of a manifest that is there is kept."""
-    seed = _seed_of(folder) if seed is None else seed
+    seed: int,
+    decoder: _Decoder,
+) -> Splits:
+    """Decode all, split, and write everything but the manifest."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for old in folder.glob("images-*"):
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as scratch:
         partial = Path(scratch)
         with (partial / "raw").open("wb+") as raw:
-            with training_progress("decoding", len(entries), 0, unit="image") as report:
-                done = decode(
-                    entries,
-                    image_size,
-                    raw,
-                    listing.skipped,
-                    workers=workers,
-                    report=lambda count: report(count, {}),
-                )
+            done = decoder.decode(entries, raw, listing.skipped)
             if not done:
                 raise _nothing_left(source, listing.skipped)
             kept = [entries[place] for place in done]
-            places = list(done)
             chosen = assign([entry.split for entry in kept], list(done.values()), seed)
             _check_splits(source, chosen)
             pixels = partial / "images"
             pixels.mkdir()
+            places = list(done)
             for split, rows in chosen.items():
-                rows_in_file = [places[row] for row in rows]
-                write_pixels(raw, rows_in_file, image_size, pixels / f"{split}.npy")
-        pixels.rename(pixel_folder(folder, image_size))
+                in_file = [places[row] for row in rows]
+                write_pixels(raw, in_file, decoder.image_size, pixels / f"{split}.npy")
+        pixels.rename(pixel_folder(folder, decoder.image_size))
     rows_of = listing.skipped.rows
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows_of]
     write_atomic(folder / SKIPPED, "".join(lines).encode())
-    made = Manifest(
-        source=os.path.abspath(source),
-        images=os.path.abspath(images) if images is not None else None,
-        format=listing.format,
-        seed=seed,
-        checksum=checksum,
-        skipped=len(rows_of),
-        splits={
-            split: ([kept[row].name for row in rows], [kept[row].captions for row in rows])
-            for split, rows in chosen.items()
-        },
-    )
-    os.sync()  # the manifest must not outlive a crash that the pixels do not
-    made.write(folder)
-    return made
+    return {
+        split: ([kept[row].name for row in rows], [kept[row].captions for row in rows])
+        for split, rows in chosen.items()
+    }
 
 
-def _add_size(
-    folder: Path,
-    known: Manifest,
-    entries: Sequence[Entry],
-    image_size: int,
-    workers: int | None,
-) -> None:
+def _add_size(folder: Path, known: Manifest, entries: Sequence[Entry], decoder: _Decoder) -> None:
     """Decode the manifest's images at another size."""
     by_name = {entry.name: entry for entry in entries}
     wanted = [by_name[name] for ids, _ in known.splits.values() for name in ids]
@@ -234,15 +239,7 @@ def _add_size(
         pixels = Path(scratch) / "images"
         pixels.mkdir()
         with (Path(scratch) / "raw").open("wb+") as raw:
-            with training_progress("decoding", len(wanted), 0, unit="image") as report:
-                decode(
-                    wanted,
-                    image_size,
-                    raw,
-                    skipped,
-                    workers=workers,
-                    report=lambda count: report(count, {}),
-                )
+            decoder.decode(wanted, raw, skipped)
             if skipped.rows:
                 raise ValueError(
                     f"data {folder}: got {len(skipped.rows)} images that decoded before and do "
@@ -251,9 +248,9 @@ def _add_size(
                 )
             for split, (ids, _) in known.splits.items():
                 places = [order[name] for name in ids]
-                write_pixels(raw, places, image_size, pixels / f"{split}.npy")
+                write_pixels(raw, places, decoder.image_size, pixels / f"{split}.npy")
         os.sync()
-        pixels.rename(pixel_folder(folder, image_size))
+        pixels.rename(pixel_folder(folder, decoder.image_size))
 
 
 def _seed_of(folder: Path) -> int:
