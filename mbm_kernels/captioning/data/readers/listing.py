@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,7 +179,8 @@ def read_text(path: Path) -> str:
             "can; look at its rights and its disk"
         ) from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16", errors="replace")
+        with suppress(UnicodeDecodeError):
+            return content.decode("utf-16")
     return content.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff")
 
 
