@@ -38,6 +38,7 @@ def read_shards(base: Path, paths: Sequence[Path]) -> Listing:
             with tarfile.open(path, "r:") as archive:
                 for place, member in enumerate(archive):
                     _take(listing, samples, archive, member, place, path.name)
+                _check_end(archive)
         except DAMAGE as error:
             listing.skipped.add("shard", path.name, "it cannot be read to its end", error)
         for key, sample in samples.items():
@@ -62,6 +63,16 @@ def read_members(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, bytes
                     return
     except DAMAGE as error:
         raise ValueError(f"it cannot be read to its end ({error})") from error
+    raise ValueError("it changed since it was scanned")
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """tarfile takes a header that is cut or damaged for the end, which is a block of zeros."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
 
 
 def _take(
