@@ -56,11 +56,14 @@ def read_images(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]
         names = {name.lower(): name for name in file.schema_arrow.names}
         for place, row in _rows(file, [names[image]]):
             if place in left:
+                left.remove(place)
                 value = row[names[image]]
                 content = value.get("bytes") if isinstance(value, dict) else value
                 yield place, content if isinstance(content, bytes) else b""
     except (OSError, ValueError) as error:
         raise ValueError(f"it cannot be read to its end ({error})") from error
+    if left:
+        raise ValueError("it changed since it was scanned")
 
 
 def _rows(file: Any, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
