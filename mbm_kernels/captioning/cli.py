@@ -18,7 +18,7 @@ from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.presets import Preset, TrainSettings, preset_for
+from mbm_kernels.captioning.presets import Preset, TrainSettings, preset, preset_for
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
 
 app = typer.Typer(
@@ -28,13 +28,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="scenes, emoji, or the path of captions.")]
+Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
 Images = Annotated[
     Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
 ]
 Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
 Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared emoji.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of a built-in set.")]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
@@ -53,9 +53,9 @@ def root() -> None:
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="scenes, emoji, or the path of captions.")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep the emoji.")] = None,
-    from_dir: Annotated[Path | None, typer.Option(help="Local copy of the npm packages.")] = None,
+    name: Annotated[str, typer.Argument(help="A built-in name or the path of captions.")],
+    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep what is fetched.")] = None,
+    from_dir: Annotated[Path | None, typer.Option(help="Local copy of the packages.")] = None,
     images: Images = None,
     out: Annotated[Path | None, typer.Option(help="Prepared folder; default in the cache.")] = None,
     image_size: Size = None,
@@ -75,12 +75,8 @@ def prepare(
             progress=typer.echo,
         )
         return
-    if name == "scenes":
-        typer.echo("scenes are drawn when they are loaded: nothing to prepare")
-        return
-    from mbm_kernels.captioning.data import emoji
-
-    typer.echo(str(emoji.prepare(cache_dir, from_dir, progress=typer.echo)))
+    fetched = data.fetch(name, cache_dir, from_dir, progress=typer.echo)
+    typer.echo(str(fetched or "scenes are drawn when they are loaded: nothing to prepare"))
 
 
 @app.command()
@@ -235,10 +231,9 @@ def demo(
     """Train a teacher and two students, caption, time against stock layers, write a report."""
     from mbm_kernels.captioning import demo as whole
 
-    if name == "emoji" and data_root is None:
-        from mbm_kernels.captioning.data import emoji
-
-        emoji.prepare(progress=typer.echo)
+    preset(name)
+    if data_root is None:
+        data.fetch(name, progress=typer.echo)
     whole.run(
         name,
         out=out,

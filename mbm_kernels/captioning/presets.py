@@ -94,6 +94,22 @@ PRESETS = {
         max_length=24,
         validation=None,
     ),
+    "tuxpaint": Preset(
+        teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+        student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+        distill=DistillSettings(),
+        image_size=64,
+        max_length=32,
+        validation="val",
+    ),
+    "fashion": Preset(
+        teacher=TrainSettings(steps=3000, batch_size=64),
+        student=TrainSettings(steps=3000, batch_size=64),
+        distill=DistillSettings(),
+        image_size=32,
+        max_length=4,
+        validation=None,
+    ),
 }
 
 

@@ -7,8 +7,28 @@ from pathlib import Path
 
 from . import emoji, own, scenes
 from .base import CaptionSet
+from .fashion import FASHION
+from .tuxpaint import TUXPAINT
 
-NAMES = ("scenes", "emoji")
+DEBIAN = {one.name: one for one in (TUXPAINT, FASHION)}
+NAMES = ("scenes", "emoji", *DEBIAN)
+
+
+def fetch(
+    name: str,
+    cache_dir: str | Path | None = None,
+    from_dir: str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path | None:
+    """Fetch what a built-in data set needs; returns its folder, None for scenes, which are drawn.
+
+    Raises:
+        RuntimeError: it cannot be fetched. ValueError: what was fetched does not fit.
+    """
+    if name == "scenes":
+        return None
+    prepare = emoji.prepare if name == "emoji" else DEBIAN[name].prepare
+    return prepare(cache_dir, from_dir, progress)
 
 
 def load(
@@ -25,12 +45,13 @@ def load(
 
     Args:
         name: "scenes" (splits `train`, `val`, `held_out`) or "emoji" (`train`, `held_out`,
-            `unseen_style`), or the path of captions as `own.prepare` takes it (splits as it finds
+            `unseen_style`), "tuxpaint" (`train`, `val`, `test`), "fashion" (`train`, `test`), or
+            the path of captions as `own.prepare` takes it (splits as it finds
             or draws them, `train`, `val` and `test`).
         seed: of the drawing (scenes), of the choice of held-out combinations (emoji). A path's
             splits are those of its manifest.
-        root: emoji: the folder that `emoji.prepare` returned, None for the one in the default
-            cache. Otherwise unused.
+        root: the folder that `fetch` returned, None for the one in the default cache; of scenes
+            and paths unused.
         image_size: side of the images in pixels.
         limit: keep only the first `limit` images of each split.
         images: of a path: the folder that its image names are relative to.
@@ -60,8 +81,9 @@ def load(
         )
     if seed < 0:
         raise ValueError(f"load: seed: got {seed}, expected 0 or more; the default is 0")
-    if is_own:
-        return own.load(name, images, image_size=image_size, limit=limit, progress=progress)
+    if is_own or name in DEBIAN:
+        source = name if is_own else DEBIAN[str(name)].folder_of(root)
+        return own.load(source, images, image_size=image_size, limit=limit, progress=progress)
     if name == "scenes":
         return scenes.splits(seed=seed, image_size=image_size, limit=limit)
     return emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
