@@ -94,6 +94,9 @@ def train(
     data_root: Root = None,
     images: Images = None,
     image_size: Size = None,
+    pieces: Annotated[
+        int | None, typer.Option(help="BPE pieces instead of words, so many.")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Train a captioner by cross-entropy."""
@@ -112,7 +115,7 @@ def train(
     train_set = _train_set(name, sets)
     done = train_teacher(
         train_set,
-        WordTokenizer.train(train_set.captions),
+        WordTokenizer.train(train_set.captions, pieces=pieces),
         settings,
         size=size,
         attention=attention,

@@ -241,7 +241,7 @@ def test_a_prepared_folder_is_data_too(tmp_path):
     (tmp_path / "images").rename(tmp_path / "gone")
     sets = load(folder)
     assert all(torch.equal(sets[s].images, expected[s].images) for s in expected)
-    with pytest.raises(ValueError, match=r"images .*expected a folder"):
+    with pytest.raises(ValueError, match=r"images: got .*expected a folder"):
         data.load(str(folder), image_size=24)
     (tmp_path / "gone").rename(tmp_path / "images")
     assert data.load(str(folder), image_size=24)["val"].images.shape[-1] == 24

@@ -152,3 +152,12 @@ def test_bad_input_ends_in_one_line(what, tmp_path, monkeypatch, capsys):
     assert len(lines) == 1
     assert re.fullmatch(r"error: .*\bgot .+, expected .+", lines[0]), errors
     assert not list(tmp_path.glob("new/*"))
+
+
+def test_training_by_pieces(tmp_path):
+    source = given(*write("csv", tmp_path))
+    run = tmp_path / "run"
+    call("train", "--out", run, *source, *FAST, "--image-size", 16, "--pieces", 30)
+    found = checkpoint.load(run, layers="stock")
+    assert found.tokenizer.vocab_size == 34
+    assert found.tokenizer.decode(found.tokenizer.encode("greenred")) == "greenred"
