@@ -41,6 +41,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and 
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Augment = Annotated[
+    bool | None,
+    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
 Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
@@ -93,6 +97,7 @@ def train(
     limit: Limit = None,
     data_root: Root = None,
     images: Images = None,
+    augment: Augment = None,
     image_size: Size = None,
     pieces: Annotated[
         int | None, typer.Option(help="BPE pieces instead of words, so many.")
@@ -102,7 +107,7 @@ def train(
     """Train a captioner by cross-entropy."""
     chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
-    settings = _changed(settings, steps, batch_size, learning_rate)
+    settings = _changed(settings, steps, batch_size, learning_rate, augment)
     sets = data.load(
         name,
         seed=seed,
@@ -142,11 +147,12 @@ def distill(
     limit: Limit = None,
     data_root: Root = None,
     images: Images = None,
+    augment: Augment = None,
     resume: Resume = False,
 ) -> None:
     """Train a student from a teacher."""
     chosen = preset_for(name)
-    settings = _changed(chosen.student, steps, batch_size, learning_rate)
+    settings = _changed(chosen.student, steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
     sets = data.load(
         name,
@@ -283,6 +289,7 @@ def _changed(
     steps: int | None,
     batch_size: int | None,
     learning_rate: float | None,
+    augment: bool | None,
 ) -> TrainSettings:
     """The preset with what the command line gives."""
     if steps is not None:
@@ -291,6 +298,8 @@ def _changed(
         settings = replace(settings, batch_size=batch_size)
     if learning_rate is not None:
         settings = replace(settings, learning_rate=learning_rate)
+    if augment is not None:
+        settings = replace(settings, augment=augment)
     return settings
 
 

@@ -1,6 +1,7 @@
 """`mbm-kernels caption` on data of one's own: prepare, train, distil, evaluate, caption."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -110,6 +111,8 @@ def test_resume_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
     path, images = write("csv", tmp_path)
     train = ("train", "--out", tmp_path / "run", *given(path, images), *FAST, "--image-size", 16)
     call(*train)
+    os.utime(path)
+    os.utime(images / "001.png")
     call(*train, "--resume")
     (images / "000.png").write_bytes(image_bytes(0) + b"changed")
     code, errors = end(monkeypatch, capsys, *train, "--resume")

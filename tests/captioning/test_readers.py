@@ -59,6 +59,15 @@ def test_a_line_that_is_no_row_is_skipped_alone(tmp_path):
     assert reasons(listing)[1] == ("line", "it has not the header's 2 fields")
 
 
+def test_a_quote_that_closes_nothing_is_text_in_tsv(tmp_path):
+    text = 'image\tcaption\na\t"Hello" he said\nb\t"open\nc\t"one\ttab"\nd\t"say ""x"""\n'
+    listing = table(tmp_path, text, "table.tsv")
+    assert found(listing) == {
+        "a": ['"hello" he said'], "b": ['"open'], "c": ["one tab"], "d": ['say "x"'],
+    }  # fmt: skip
+    assert not listing.skipped.rows
+
+
 @pytest.mark.parametrize(
     "encode",
     [

@@ -17,8 +17,7 @@ class CaptionSet:
 
     images: uint8 `[M, 3, Y, X]`, RGB. captions: N strings, lower case. ids: M unique strings.
     image_of: int64 `[N]`, the image of each caption, ascending and without gaps; None where each
-    image has one caption, N = M. checksum: of the files that it was read from, None for built-in
-    sets.
+    image has one caption, N = M. checksum: of the content of the user's own data, else None.
 
     Raises:
         ValueError: they disagree in length, or images is no uint8 `[M, 3, Y, X]`.

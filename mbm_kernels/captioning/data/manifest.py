@@ -29,7 +29,8 @@ REMEDY = "prepare it again by `mbm-kernels caption prepare`"
 class Manifest:
     """Images and captions by split.
 
-    source, images: what was given. checksum: of names, captions, sizes and times of change.
+    source, images: what was given. checksum: of names, captions, sizes and times of change, which
+    tells that nothing has to be read again. content: checksum of what was read, wherever it lies.
     splits: for each the ids of its images and the captions of each.
     """
 
@@ -38,6 +39,7 @@ class Manifest:
     format: str
     seed: int
     checksum: str
+    content: str
     skipped: int
     splits: dict[str, tuple[list[str], list[list[str]]]]
 
@@ -51,6 +53,7 @@ class Manifest:
             "reader": self.format,
             "seed": self.seed,
             "checksum": self.checksum,
+            "content": self.content,
             "skipped": self.skipped,
             "splits": {
                 split: {"ids": ids, "captions": captions}
@@ -109,7 +112,8 @@ def _checked(found: dict[str, Any]) -> Manifest:
         if not whole or "/" in split or split.startswith("."):
             raise ValueError(f"split {split}")
         splits[split] = (ids, captions)
-    texts = [found["source"], found["reader"], found["checksum"], found["images"] or ""]
+    names = ("source", "reader", "checksum", "content")
+    texts = [*(found[name] for name in names), found["images"] or ""]
     if not splits or not _are_texts(texts) or type(found["seed"]) is not int:
         raise ValueError("a value of another type")
     return Manifest(
@@ -118,6 +122,7 @@ def _checked(found: dict[str, Any]) -> Manifest:
         found["reader"],
         found["seed"],
         found["checksum"],
+        found["content"],
         int(found["skipped"]),
         splits,
     )
@@ -188,5 +193,5 @@ def open_split(
         captions=[caption for given in captions[:count] for caption in given],
         ids=ids[:count],
         image_of=torch.arange(count).repeat_interleave(lengths) if several else None,
-        checksum=manifest.checksum,
+        checksum=manifest.content,
     )

@@ -106,13 +106,14 @@ def prepare(
             _refuse_foreign(target)
             if known is None:
                 seed = _seed_of(target) if seed is None else seed
-                splits = _prepare_anew(target, source, listing, entries, seed, decoder)
+                splits, content = _prepare_anew(target, source, listing, entries, seed, decoder)
                 known = Manifest(
                     source=os.path.abspath(source),
                     images=os.path.abspath(images) if images is not None else None,
                     format=listing.format,
                     seed=seed,
                     checksum=checksum,
+                    content=content,
                     skipped=len(listing.skipped.rows),
                     splits=splits,
                 )
@@ -199,8 +200,8 @@ def _prepare_anew(
     entries: Sequence[Entry],
     seed: int,
     decoder: _Decoder,
-) -> Splits:
-    """Decode all, split, and write everything but the manifest."""
+) -> tuple[Splits, str]:
+    """Decode all, split, and write everything but the manifest; also a checksum of the content."""
     (folder / MANIFEST).unlink(missing_ok=True)
     for old in folder.glob("images-*"):
         shutil.rmtree(old)
@@ -223,10 +224,12 @@ def _prepare_anew(
     rows_of = listing.skipped.rows
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows_of]
     write_atomic(folder / SKIPPED, "".join(lines).encode())
-    return {
-        split: ([kept[row].name for row in rows], [kept[row].captions for row in rows])
-        for split, rows in chosen.items()
-    }
+    content = hashlib.sha256(json.dumps([chosen, list(done.values())]).encode())
+    splits: Splits = {}
+    for split, rows in chosen.items():
+        splits[split] = [kept[row].name for row in rows], [kept[row].captions for row in rows]
+    content.update(json.dumps(splits).encode())
+    return splits, content.hexdigest()
 
 
 def _add_size(folder: Path, known: Manifest, entries: Sequence[Entry], decoder: _Decoder) -> None:
