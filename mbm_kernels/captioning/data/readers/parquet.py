@@ -10,6 +10,7 @@ from .listing import Listing, split_in
 from .tables import pick
 
 BATCH = 64  # rows held at a time
+DAMAGE = (OSError, ValueError)  # pyarrow's errors derive from these
 
 
 def read_parquet(base: Path, paths: Sequence[Path]) -> Listing:
@@ -21,24 +22,27 @@ def read_parquet(base: Path, paths: Sequence[Path]) -> Listing:
     """
     listing = Listing("parquet", base, splits_by_name=True)
     for path in paths:
-        by_name = split_in(path.stem)
         try:
             file = _open(path)
-            _, caption, split = pick([name.lower() for name in file.schema_arrow.names], path)
-            names = {name.lower(): name for name in file.schema_arrow.names}
-            listing.splits_by_name = listing.splits_by_name and split is None
-            wanted = [names[column] for column in (caption, split) if column is not None]
+        except DAMAGE as error:
+            listing.skipped.add("shard", path.name, "it cannot be read", error)
+            continue
+        names = {name.lower(): name for name in file.schema_arrow.names}
+        _, caption, split = pick(list(names), path)
+        listing.splits_by_name = listing.splits_by_name and split is None
+        wanted = [names[column] for column in (caption, split) if column is not None]
+        try:
             for place, row in _rows(file, wanted):
                 captions = row[names[caption]]
                 listing.add(
                     f"{path.name}/{place}",
                     captions if isinstance(captions, list) else [captions],
                     f"{path.name} row {place}",
-                    split=row[names[split]] if split else by_name,
+                    split=row[names[split]] if split else split_in(path.stem),
                     shard=path,
                     member=place,
                 )
-        except OSError as error:  # pyarrow's own errors derive from it and from ValueError
+        except DAMAGE as error:
             listing.skipped.add("shard", path.name, "it cannot be read to its end", error)
     return listing
 
@@ -52,15 +56,15 @@ def read_images(path: Path, wanted: Sequence[int]) -> Iterator[tuple[int, bytes]
     left = set(wanted)
     try:
         file = _open(path)
-        image = pick([name.lower() for name in file.schema_arrow.names], path)[0]
         names = {name.lower(): name for name in file.schema_arrow.names}
+        image = pick(list(names), path)[0]
         for place, row in _rows(file, [names[image]]):
             if place in left:
                 left.remove(place)
                 value = row[names[image]]
                 content = value.get("bytes") if isinstance(value, dict) else value
                 yield place, content if isinstance(content, bytes) else b""
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(f"it cannot be read to its end ({error})") from error
     if left:
         raise ValueError("it changed since it was scanned")
