@@ -19,6 +19,7 @@ from mbm_kernels.captioning.data.manifest import MANIFEST, SKIPPED, read
 from mbm_kernels.captioning.data.readers import Listing
 from mbm_kernels.captioning.data.readers import read as scan
 from mbm_kernels.captioning.data.splitting import assign
+from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.pictures import read_picture
 
 from .own_helpers import FORMATS, captions, image_bytes, karpathy, reasons, tar, write, write_images
@@ -343,6 +344,12 @@ def test_a_stop_at_any_moment_leaves_no_manifest(tmp_path, monkeypatch):
     assert not (folder / MANIFEST).exists()
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     assert sum(len(one.ids) for one in load(path, images).values()) == 30
+
+
+def test_a_folder_that_another_process_prepares_is_refused(tmp_path):
+    path, images = write("csv", tmp_path)
+    with locked(tmp_path / "made", "data"), pytest.raises(RuntimeError, match="works in, expected"):
+        own.prepare(path, images, folder=tmp_path / "made", image_size=SIZE)
 
 
 def test_any_number_of_threads_gives_the_same(tmp_path):

@@ -104,6 +104,7 @@ def prepare(
     if known is None or not pixel_folder(target, image_size).is_dir():
         with locked(target, "data"):
             _refuse_foreign(target)
+            known = _known(target, checksum, seed)  # another process may have made it meanwhile
             if known is None:
                 seed = _seed_of(target) if seed is None else seed
                 splits, content = _prepare_anew(target, source, listing, entries, seed, decoder)
@@ -119,7 +120,7 @@ def prepare(
                 )
                 os.sync()  # the manifest must not outlive a crash that the pixels do not
                 known.write(target)
-            else:
+            elif not pixel_folder(target, image_size).is_dir():
                 _add_size(target, known, entries, decoder)
     for line in (f"data: {known.format}, {source}", *known.lines(), *listing.skipped.lines()):
         say(line)
