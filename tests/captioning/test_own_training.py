@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.cli import app
+from mbm_kernels.captioning.data import fashion, tuxpaint
 from mbm_kernels.captioning.data.manifest import MANIFEST
 from mbm_kernels.cli import main
 
+from .debian_helpers import COUNTS, data_tar, deb, photographs, stamps
 from .own_helpers import FORMATS, image_bytes, write, write_images
 
 FAST = ("--layers", "stock", "--batch-size", 4, "--steps", 2)
@@ -164,3 +166,24 @@ def test_training_by_pieces(tmp_path):
     found = checkpoint.load(run, layers="stock")
     assert found.tokenizer.vocab_size == 34
     assert found.tokenizer.decode(found.tokenizer.encode("greenred")) == "greenred"
+
+
+@pytest.mark.parametrize("name", ["tuxpaint", "fashion"])
+def test_sets_out_of_packages_train_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuxpaint, "LEAST", 4)
+    monkeypatch.setattr(fashion, "COUNTS", COUNTS)
+    deb(tmp_path / "tuxpaint-stamps-default_1_all.deb", data_tar(stamps()))
+    deb(tmp_path / "dataset-fashion-mnist_1_all.deb", data_tar(photographs()))
+    result = call("prepare", name, "--from-dir", tmp_path)
+    assert str(tmp_path / "cache" / name) in result.stdout
+    run = tmp_path / "run"
+    options = ("--layers", "stock", "--batch-size", 2, "--steps", 2, "--size", "student")
+    call("train", "--out", run, "--data", name, *options)
+    scores = json.loads(call("eval", run, "--data", name, "--layers", "stock", "--json").stdout)
+    assert set(scores) == ({"val", "test"} if name == "tuxpaint" else {"test"})
+
+
+def test_a_set_that_was_not_fetched_says_how(tmp_path, monkeypatch, capsys):
+    code, errors = end(monkeypatch, capsys, "train", "--out", "new", "--data", "fashion")
+    assert code == 2
+    assert "run `mbm-kernels caption prepare fashion`" in errors
