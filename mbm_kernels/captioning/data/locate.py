@@ -34,6 +34,7 @@ def locate(listing: Listing, images: Path | None) -> list[Entry]:
         for entry in listing.entries.values():
             entry.split = None
     found: dict[str, Entry] = {}
+    folders: dict[str, str] = {}
     told: list[tuple[str, str]] = []
     for entry in listing.entries.values():
         if not entry.captions:
@@ -44,12 +45,12 @@ def locate(listing: Listing, images: Path | None) -> list[Entry]:
             entry.file, entry.stamp = entry.shard, (facts.st_size, facts.st_mtime_ns)
             found[entry.name] = entry
             continue
-        why = _put(entry, real)
+        why = _put(entry, real, folders)
         if why is not None:
             listing.skipped.add("image", entry.name, why)
             told.append((entry.name, why))
             continue
-        name = os.path.relpath(str(entry.file), real)
+        name = str(entry.file)[len(os.path.join(real, "")) :]
         if name in found:
             _join(found[name], entry, listing)
         else:
@@ -64,7 +65,18 @@ def locate(listing: Listing, images: Path | None) -> list[Entry]:
     return list(found.values())
 
 
-def _put(entry: Entry, root: str) -> str | None:
+def _real(path: str, folders: dict[str, str]) -> str:
+    """The real path; that of its folder is looked up once."""
+    head, tail = os.path.split(path)
+    if tail in ("", ".", ".."):
+        return os.path.realpath(path)
+    if head not in folders:
+        folders[head] = os.path.realpath(head)
+    path = os.path.join(folders[head], tail)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def _put(entry: Entry, root: str, folders: dict[str, str]) -> str | None:
     """Find the entry's file below a real path; returns why there is none."""
     why = "there is no such file"
     names = [name.strip() for name in entry.names]
@@ -73,7 +85,7 @@ def _put(entry: Entry, root: str) -> str | None:
         if _URL.match(name):
             return "its name is an address; download the images first"
         try:
-            path = os.path.realpath(os.path.join(root, name))
+            path = _real(os.path.join(root, name), folders)
             if not path.startswith(os.path.join(root, "")):
                 why = "its name leads out of the images folder"
                 continue
