@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,9 @@ import typer
 
 from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
-from mbm_kernels.captioning.decode import caption_pictures, read_picture, save_attention_sheet
+from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.presets import Preset, TrainSettings, preset
+from mbm_kernels.captioning.presets import Preset, TrainSettings, preset, preset_for
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
 
 app = typer.Typer(
@@ -27,15 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="Data set: scenes or emoji.")]
-Run = Annotated[Path, typer.Option("--run", help="Folder of the checkpoints.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared data.")]
+Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
+]
+Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
+Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of a built-in set.")]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Augment = Annotated[
+    bool | None,
+    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
+]
 Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
 Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
@@ -48,23 +57,35 @@ def root() -> None:
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="Data set: scenes or emoji.")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep the data.")] = None,
-    from_dir: Annotated[Path | None, typer.Option(help="Local copy of the npm packages.")] = None,
+    name: Annotated[str, typer.Argument(help="A built-in name or the path of captions.")],
+    cache_dir: Annotated[Path | None, typer.Option(help="Where to keep what is fetched.")] = None,
+    from_dir: Annotated[Path | None, typer.Option(help="Local copy of the packages.")] = None,
+    images: Images = None,
+    out: Annotated[Path | None, typer.Option(help="Prepared folder; default in the cache.")] = None,
+    image_size: Size = None,
+    seed: Annotated[int | None, typer.Option(help="Of the splits that are drawn.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode images.")] = None,
 ) -> None:
-    """Fetch a data set; scenes need nothing, they are drawn."""
-    preset(name)
-    if name == "scenes":
-        typer.echo("scenes are drawn when they are loaded: nothing to prepare")
+    """Fetch a data set, or scan, split and decode captioned images of your own."""
+    chosen = preset_for(name)
+    if name not in data.NAMES:
+        data.own.prepare(
+            name,
+            images,
+            folder=out,
+            image_size=image_size or chosen.image_size,
+            seed=seed,
+            workers=workers,
+            progress=typer.echo,
+        )
         return
-    from mbm_kernels.captioning.data import emoji
-
-    typer.echo(str(emoji.prepare(cache_dir, from_dir, progress=typer.echo)))
+    fetched = data.fetch(name, cache_dir, from_dir, progress=typer.echo)
+    typer.echo(str(fetched or "scenes are drawn when they are loaded: nothing to prepare"))
 
 
 @app.command()
 def train(
-    run: Run,
+    out: Out,
     name: Data = "scenes",
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     attention: Attention = "additive",
@@ -75,31 +96,46 @@ def train(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
+    augment: Augment = None,
+    image_size: Size = None,
+    pieces: Annotated[
+        int | None, typer.Option(help="BPE pieces instead of words, so many.")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Train a captioner by cross-entropy."""
-    chosen = preset(name)
+    chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
-    settings = _changed(settings, steps, batch_size, learning_rate)
-    sets = data.load(name, seed=seed, root=data_root, image_size=chosen.image_size, limit=limit)
+    settings = _changed(settings, steps, batch_size, learning_rate, augment)
+    sets = data.load(
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=chosen.image_size if image_size is None else image_size,
+        limit=limit,
+        images=images,
+        progress=typer.echo,
+    )
+    train_set = _train_set(name, sets)
     done = train_teacher(
-        sets["train"],
-        WordTokenizer.train(sets["train"].captions),
+        train_set,
+        WordTokenizer.train(train_set.captions, pieces=pieces),
         settings,
         size=size,
         attention=attention,
         layers=layers,
         seed=seed,
         validation=_validation(chosen, sets),
-        run=run,
+        run=out,
         resume=resume,
     )
-    _report(done, run)
+    _report(done, out)
 
 
 @app.command()
 def distill(
-    run: Run,
+    out: Out,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
     name: Data = "scenes",
     attention: Attention = "additive",
@@ -110,17 +146,25 @@ def distill(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
+    augment: Augment = None,
     resume: Resume = False,
 ) -> None:
     """Train a student from a teacher."""
-    chosen = preset(name)
-    settings = _changed(chosen.student, steps, batch_size, learning_rate)
+    chosen = preset_for(name)
+    settings = _changed(chosen.student, steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
     sets = data.load(
-        name, seed=seed, root=data_root, image_size=taught_by.model.image_size, limit=limit
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=taught_by.model.image_size,
+        limit=limit,
+        images=images,
+        progress=typer.echo,
     )
     done = train_student(
-        sets["train"],
+        _train_set(name, sets),
         taught_by.tokenizer,
         settings,
         teacher=taught_by.model,
@@ -129,10 +173,10 @@ def distill(
         layers=layers,
         seed=seed,
         validation=_validation(chosen, sets),
-        run=run,
+        run=out,
         resume=resume,
     )
-    _report(done, run)
+    _report(done, out)
 
 
 @app.command(name="eval")
@@ -145,16 +189,28 @@ def evaluate_command(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
-    chosen = preset(name)
+    chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
     sets = data.load(
-        name, seed=seed, root=data_root, image_size=found.model.image_size, limit=limit
+        name,
+        seed=seed,
+        root=data_root,
+        image_size=found.model.image_size,
+        limit=limit,
+        images=images,
+        progress=lambda line: typer.echo(line, err=True),
     )
     scores = {}
-    for each in split or [one for one in sets if one != "train"]:
+    wanted = split or [one for one in sets if one != "train"]
+    if not wanted:
+        raise ValueError(
+            f"split: got {name} with train alone, expected another; give --split train"
+        )
+    for each in wanted:
         if each not in sets:
             raise ValueError(f"split: got {each!r}, expected one of {sorted(sets)}")
         _, scores[each], _ = evaluate(
@@ -184,10 +240,9 @@ def demo(
     """Train a teacher and two students, caption, time against stock layers, write a report."""
     from mbm_kernels.captioning import demo as whole
 
-    if name == "emoji" and data_root is None:
-        from mbm_kernels.captioning.data import emoji
-
-        emoji.prepare(progress=typer.echo)
+    preset(name)
+    if data_root is None:
+        data.fetch(name, progress=typer.echo)
     whole.run(
         name,
         out=out,
@@ -203,7 +258,7 @@ def demo(
 @app.command()
 def generate(
     path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     layers: Layers = "mbm",
     beam: Beam = 1,
     max_length: Annotated[int, typer.Option(help="The most words of a caption.")] = 24,
@@ -211,18 +266,22 @@ def generate(
         Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
     ] = None,
 ) -> None:
-    """Caption image files, one line each."""
+    """Caption image files, one line each; what does not decode in a folder is named and left."""
     found = checkpoint.load(path, layers=layers)
-    side = found.model.image_size
-    loaded = torch.stack([read_picture(picture, side) for picture in pictures])
-    texts, words, weights = caption_pictures(
-        found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
-    )
-    for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-        typer.echo(f"{picture}\t{text}" if len(pictures) > 1 else text)
-        if attention_maps is not None:
-            sheet = attention_maps / f"{place:03d}-{picture.stem}.png"
-            save_attention_sheet(sheet, loaded[place], words[place], weights[place])
+    alone = len(pictures) == 1 and not pictures[0].is_dir()
+    done = 0
+    left = partial(typer.echo, err=True)
+    for batch in read_batches(pictures, found.model.image_size, left):
+        loaded = torch.stack([pixels for _, pixels in batch])
+        texts, words, weights = caption_pictures(
+            found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
+        )
+        for place, ((picture, pixels), text) in enumerate(zip(batch, texts, strict=True)):
+            typer.echo(text if alone else f"{picture}\t{text}")
+            if attention_maps is not None:
+                sheet = attention_maps / f"{done + place:03d}-{picture.stem}.png"
+                save_attention_sheet(sheet, pixels, words[place], weights[place])
+        done += len(batch)
 
 
 def _changed(
@@ -230,6 +289,7 @@ def _changed(
     steps: int | None,
     batch_size: int | None,
     learning_rate: float | None,
+    augment: bool | None,
 ) -> TrainSettings:
     """The preset with what the command line gives."""
     if steps is not None:
@@ -238,11 +298,22 @@ def _changed(
         settings = replace(settings, batch_size=batch_size)
     if learning_rate is not None:
         settings = replace(settings, learning_rate=learning_rate)
+    if augment is not None:
+        settings = replace(settings, augment=augment)
     return settings
 
 
+def _train_set(name: str, sets: dict[str, CaptionSet]) -> CaptionSet:
+    if "train" not in sets:
+        raise ValueError(
+            f"data {name}: got the splits {', '.join(sets)}, expected train among them; name it so "
+            "in the file"
+        )
+    return sets["train"]
+
+
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:
-    return None if chosen.validation is None else sets[chosen.validation]
+    return None if chosen.validation is None else sets.get(chosen.validation)
 
 
 def _report(done: Trained, run: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -11,11 +11,46 @@ from torch import Tensor
 
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.data import WordTokenizer, normalise
+from mbm_kernels.captioning.data.readers import image_files
 from mbm_kernels.captioning.pictures import read_picture as read_picture
 from mbm_kernels.models import Captioner
 
 TILE = 128  # pixels of one image of an attention sheet
 LABEL = 16  # pixels of the word below it
+BATCH = 64  # images captioned at a time
+
+
+def read_batches(
+    paths: Sequence[Path], image_size: int, left: Callable[[str], object]
+) -> Iterator[list[tuple[Path, Tensor]]]:
+    """Image files, and those below folders, as uint8 [3, Y, X] with their paths, by the batch.
+
+    Args:
+        left: called with a line on each file of a folder that does not decode.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it does not decode, or a folder holds
+            no image file; either before the first batch.
+    """
+    named = {path: read_picture(path, image_size) for path in paths if not path.is_dir()}
+    below = {path: image_files(path) for path in paths if path.is_dir()}
+    for folder, names in below.items():
+        if not names:
+            raise ValueError(f"pictures: got {folder}, a folder without images, expected some")
+    batch: list[tuple[Path, Tensor]] = []
+    for path in paths:
+        for file in [path] if path in named else [path / name for name in below[path]]:
+            try:
+                pixels = named[file] if file in named else read_picture(file, image_size)
+            except (ValueError, OSError) as error:
+                left(str(error))
+                continue
+            batch.append((file, pixels))
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
 
 
 def caption_pictures(

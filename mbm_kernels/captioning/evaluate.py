@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, normalise
 from mbm_kernels.captioning.metrics import score
 from mbm_kernels.models import Captioner
 
@@ -19,12 +19,11 @@ def caption_set(
     max_length: int = 24,
     beam: int = 1,
 ) -> tuple[list[str], list[Tensor]]:
-    """Generated captions, and the attention of each one's words, [length, S]."""
+    """A generated caption for each image, and the attention of each one's words, [length, S]."""
     texts: list[str] = []
     weights: list[Tensor] = []
-    for start in range(0, len(captions), BATCH):
-        rows = range(start, min(start + BATCH, len(captions)))
-        images, _, _ = collate(captions, rows, tokenizer)
+    for start in range(0, len(captions.images), BATCH):
+        images = normalise(captions.images[start : start + BATCH])
         tokens, maps = model.generate(images, max_length, beam, True)
         texts += [tokenizer.decode(row) for row in tokens]
         weights += maps
@@ -45,4 +44,4 @@ def evaluate(
         predictions; exact_match 0..1, bleu4 0..100, cider_d 0..10; attention weights per caption.
     """
     texts, weights = caption_set(model, captions, tokenizer, max_length=max_length, beam=beam)
-    return texts, score(texts, captions.captions), weights
+    return texts, score(texts, captions.references), weights

@@ -263,11 +263,13 @@ class _Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
+        data = self.train_set.checksum
         return {
             "settings": asdict(self.settings),
             "objective": type(self.objective).__name__,
             "seed": self.seed,
             "pictures": len(self.train_set),
+            **({} if data is None else {"data": data}),
         }
 
     def _recent_tensors(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 
 from mbm_kernels.captioning.data import CaptionSet
+from mbm_kernels.captioning.data.tokenizer import CJK
 
 References = Sequence[str | Sequence[str]]
 
@@ -22,6 +23,11 @@ SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length, in words
 _WORD = re.compile(r"\w+(?:[-'\u2019.]\w+)*|[#*&+%$@]")
 
 Ngram = tuple[str, ...]
+
+
+def _spaced(text: str) -> str:
+    """With spaces around each Chinese and Japanese character, which counts as a word."""
+    return re.sub(CJK, r" \g<0> ", text)
 
 
 def _checked(predictions: Sequence[str], references: References) -> list[list[str]]:
@@ -80,17 +86,17 @@ def exact_match(predictions: Sequence[str], references: References) -> float:
 
 def bleu4(predictions: Sequence[str], references: References) -> float:
     """Corpus BLEU of 1- to 4-grams by sacrebleu (13a tokens, exponential smoothing), 0..100."""
-    lists = _checked(predictions, references)
+    lists = [list(map(_spaced, given)) for given in _checked(predictions, references)]
     most = max(map(len, lists))
     # None stands for "no k-th reference", which sacrebleu's annotation does not know.
     streams: Any = [[given[k] if k < len(given) else None for given in lists] for k in range(most)]
-    result = sacrebleu.corpus_bleu(list(predictions), streams, lowercase=True)
+    result = sacrebleu.corpus_bleu(list(map(_spaced, predictions)), streams, lowercase=True)
     # exp(sum of logs) may end one rounding above 100.
     return min(float(result.score), 100.0)
 
 
 def _ngrams(caption: str) -> Counter[Ngram]:
-    words = _WORD.findall(caption.lower())
+    words = _WORD.findall(_spaced(caption.lower()))
     return Counter(
         tuple(words[start : start + order])
         for order in range(1, MAX_ORDER + 1)
@@ -163,7 +169,7 @@ def most_frequent_caption(train: CaptionSet | Sequence[str]) -> str:
 
 
 def nearest_image_captions(train: CaptionSet, query_images: torch.Tensor) -> list[str]:
-    """For each image the caption of the nearest training image: least sum of squared
+    """For each image the first caption of the nearest training image: least sum of squared
     differences over pixels and channels, the first in the set among equals.
 
     Args:
@@ -189,7 +195,8 @@ def nearest_image_captions(train: CaptionSet, query_images: torch.Tensor) -> lis
     nearest: list[int] = []
     for start in range(0, len(query_images), 256):
         nearest += _nearest(train.images, query_images[start : start + 256])
-    return [train.captions[index] for index in nearest]
+    references = train.references
+    return [references[index][0] for index in nearest]
 
 
 def _nearest(images: torch.Tensor, queries: torch.Tensor, chunk: int = 512) -> list[int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +53,13 @@ def read_picture(path: str | Path, image_size: int) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"picture {path}: got no such file, expected a PNG or JPEG file")
+    return decode_picture(path, path, image_size)
+
+
+def decode_picture(file: Path | BinaryIO, path: str | Path, image_size: int) -> Tensor:
+    """As `read_picture`, from an open file too; `path` names it in errors. Threads may share it."""
     with _decoding(path):
-        opened = Image.open(path)
+        opened = Image.open(file)
     with opened:
         width, height = opened.size
         if not 0 < width * height <= MAX_PIXELS:
@@ -70,13 +77,37 @@ def read_picture(path: str | Path, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(_square(flat, image_size))).permute(2, 0, 1).contiguous()
 
 
+class _Quiet:
+    """Ignores warnings while any thread is inside: `catch_warnings` itself is of the process."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.simplefilter("ignore")
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
-def _decoding(path: Path, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+def _decoding(path: str | Path, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
     """What Pillow raises of a bad file as a ValueError of one line."""
     try:
-        with warnings.catch_warnings():
-            # MAX_PIXELS is the stricter bound, and damaged EXIF is read as far as it goes.
-            warnings.simplefilter("ignore")
+        # MAX_PIXELS is the stricter bound, and damaged EXIF is read as far as it goes.
+        with _quiet:
             yield
     except MemoryError as error:
         raise ValueError(

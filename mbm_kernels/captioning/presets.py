@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,38 @@ PRESETS = {
         max_length=24,
         validation=None,
     ),
+    "tuxpaint": Preset(
+        teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+        student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+        distill=DistillSettings(),
+        image_size=64,
+        max_length=32,
+        validation="val",
+    ),
+    "fashion": Preset(
+        teacher=TrainSettings(steps=3000, batch_size=64),
+        student=TrainSettings(steps=3000, batch_size=64),
+        distill=DistillSettings(),
+        image_size=32,
+        max_length=4,
+        validation=None,
+    ),
 }
 
 
+# Data of the user's own, of which nothing is known.
+OWN = Preset(
+    teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+    student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+    distill=DistillSettings(),
+    image_size=64,
+    max_length=32,
+    validation="val",
+)
+
+
 def preset(data: str) -> Preset:
-    """The preset of a data set.
+    """The preset of a built-in data set.
 
     Raises:
         ValueError: for an unknown name.
@@ -105,3 +133,18 @@ def preset(data: str) -> Preset:
     if data not in PRESETS:
         raise ValueError(f"data: got {data!r}, expected one of {sorted(PRESETS)}")
     return PRESETS[data]
+
+
+def preset_for(data: str) -> Preset:
+    """The preset of a built-in data set or of a path.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if data in PRESETS:
+        return PRESETS[data]
+    if not Path(data).exists():
+        raise ValueError(
+            f"data: got {data!r}, expected one of {sorted(PRESETS)} or the path of captions"
+        )
+    return OWN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,21 +20,27 @@ Report = Callable[[int, dict[str, float]], None]
 
 
 @contextmanager
-def training_progress(title: str | None, steps: int, done: int) -> Iterator[Report]:
+def training_progress(
+    title: str | None, steps: int, done: int, *, unit: str = "step", stderr: bool = False
+) -> Iterator[Report]:
     """Yields a function to call after each step with the steps done and the losses by name.
 
     No title, no progress.
+
+    Args:
+        unit: the name of a step. stderr: where it is written to, else to the standard output.
     """
     if title is None:
         yield lambda step, losses: None
         return
-    console = Console()
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         marks = {done + 1, *(steps * tenth // 10 for tenth in range(1, 11))}
 
         def line(step: int, losses: dict[str, float]) -> None:
             if step in marks:
-                print(f"{title}: step {step}/{steps} {_shown(losses)}", flush=True)
+                text = f"{title}: {unit} {step}/{steps} {_shown(losses)}".rstrip()
+                print(text, file=sys.stderr if stderr else sys.stdout, flush=True)
 
         yield line
         return

@@ -202,3 +202,13 @@ def test_nearest_image_refuses_other_pictures() -> None:
     with pytest.raises(ValueError, match="empty training set"):
         metrics.nearest_image_captions(empty, train.images)
     assert metrics.nearest_image_captions(train, train.images[:0]) == []
+
+
+def test_chinese_is_scored_by_character():
+    assert metrics.bleu4(["一只黑狗在跑"], ["一只黑狗在叫"]) == pytest.approx(
+        metrics.bleu4(["a b c d e f"], ["a b c d e g"])
+    )
+    spaced = metrics.cider_d(["a b c d e f", "x y"], ["a b c d e g", "x z"])
+    assert metrics.cider_d(["一只黑狗在跑", "猫睡"], ["一只黑狗在叫", "猫吃"]) == pytest.approx(
+        spaced
+    )

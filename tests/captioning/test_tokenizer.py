@@ -137,3 +137,48 @@ def test_bad_ids_and_empty_captions_are_refused(tokenizer: WordTokenizer) -> Non
             tokenizer.decode([index])
     with pytest.raises(ValueError, match="without a word"):
         WordTokenizer.train([" ", ""])
+
+
+TEXTS = [
+    "ΟΔΟΣ ΣΟΦΟΣ",
+    "côte d\u2019ivoire",
+    "北京の犬 runs",
+    "ein großes Schloß",
+    "👩‍🚀 in space",
+    "a <pad> b",
+]
+
+
+@pytest.mark.parametrize("pieces", [None, 5, 60, 10_000])
+def test_unicode_survives_by_words_and_by_pieces(pieces: int | None, tmp_path: Path) -> None:
+    tokenizer = WordTokenizer.train(TEXTS, pieces=pieces)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = WordTokenizer.load(tmp_path / "tokenizer.json")
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert loaded.encode(text) == ids
+        assert loaded.decode(ids) == text.lower()
+        assert min(ids[1:-1]) > tokenizer.unk_id
+    assert tokenizer.encode(TEXTS[0]) == tokenizer.encode("οδος σοφος")
+    assert tokenizer.vocab_size == loaded.vocab_size
+
+
+def test_pieces_spell_words_never_seen() -> None:
+    words = WordTokenizer.train(LABELS)
+    pieces = WordTokenizer.train(LABELS, pieces=100)
+    assert words.unk_id in words.encode("manbutton")
+    assert pieces.unk_id not in pieces.encode("manbutton")
+    assert pieces.decode(pieces.encode("manbutton")) == "manbutton"
+    assert len(pieces.encode(LABELS[0])) < len(LABELS[0])
+    assert pieces.to_bytes() == WordTokenizer.train(LABELS, pieces=100).to_bytes()
+
+
+def test_chinese_words_are_characters() -> None:
+    tokenizer = WordTokenizer.train(["北京的狗", "狗在北京"])
+    assert tokenizer.unk_id not in tokenizer.encode("的狗在京")
+    assert tokenizer.decode(tokenizer.encode("狗在京")) == "狗在京"
+
+
+def test_pieces_are_positive() -> None:
+    with pytest.raises(ValueError, match="pieces: got 0, expected at least 1"):
+        WordTokenizer.train(LABELS, pieces=0)

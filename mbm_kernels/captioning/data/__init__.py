@@ -1,8 +1,8 @@
-"""Captioned images: `scenes`, drawn by this package, and `emoji`, real drawings."""
+"""Captioned images: drawn by this package, out of packages, and the user's own."""
 
-from . import emoji, scenes
+from . import emoji, own, scenes
 from .base import CaptionSet, augment, collate, normalise
-from .load import NAMES, load
+from .load import NAMES, fetch, load
 from .tokenizer import WordTokenizer
 
 __all__ = [
@@ -12,7 +12,9 @@ __all__ = [
     "augment",
     "collate",
     "emoji",
+    "fetch",
     "load",
     "normalise",
+    "own",
     "scenes",
 ]

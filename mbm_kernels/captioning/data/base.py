@@ -1,4 +1,4 @@
-"""What every data set is: images, one caption each, and the way from both to a batch."""
+"""What every data set is: images with captions, and the way from both to a batch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from .tokenizer import WordTokenizer
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Images with one caption each.
+    """Images with captions; its length is the number of captions.
 
-    images: uint8 `[N, 3, Y, X]`, RGB. captions: N strings, lower case. ids: N unique strings.
+    images: uint8 `[M, 3, Y, X]`, RGB. captions: N strings, lower case. ids: M unique strings.
+    image_of: int64 `[N]`, the image of each caption, ascending and without gaps; None where each
+    image has one caption, N = M. checksum: of the content of the user's own data, else None.
 
     Raises:
-        ValueError: the three disagree in length, or images is no uint8 `[N, 3, Y, X]`.
+        ValueError: they disagree in length, or images is no uint8 `[M, 3, Y, X]`.
     """
 
     images: torch.Tensor
     captions: list[str]
     ids: list[str]
+    image_of: torch.Tensor | None = None
+    checksum: str | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -32,14 +36,41 @@ class CaptionSet:
                 f"CaptionSet: images: got {self.images.dtype} {list(shape)}, "
                 "expected torch.uint8 [N, 3, Y, X]; convert the pictures to 8-bit RGB"
             )
-        if not shape[0] == len(self.captions) == len(self.ids):
+        if self.image_of is not None:
+            self._check_image_of(self.image_of)
+        elif not shape[0] == len(self.captions) == len(self.ids):
             raise ValueError(
                 f"CaptionSet: got {shape[0]} images, {len(self.captions)} captions and "
                 f"{len(self.ids)} ids, expected as many of each; give one caption and id per image"
             )
 
+    def _check_image_of(self, image_of: torch.Tensor) -> None:
+        count = len(self.images)
+        used = image_of.unique_consecutive().tolist()
+        if len(image_of) != len(self.captions) or len(self.ids) != count:
+            raise ValueError(
+                f"CaptionSet: got {count} images, {len(self.ids)} ids, {len(self.captions)} "
+                f"captions and {len(image_of)} entries of image_of, expected an id per image and "
+                "an image per caption; leave images without a caption out"
+            )
+        if used != list(range(count)):
+            raise ValueError(
+                f"CaptionSet: image_of: got images {used[:8]}, expected 0..{count - 1} in order; "
+                "sort the captions by image and leave images without a caption out"
+            )
+
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def references(self) -> list[list[str]]:
+        """The captions of each image."""
+        if self.image_of is None:
+            return [[caption] for caption in self.captions]
+        out: list[list[str]] = [[] for _ in self.ids]
+        for image, caption in zip(self.image_of.tolist(), self.captions, strict=True):
+            out[image].append(caption)
+        return out
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -58,7 +89,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def collate(
     caption_set: CaptionSet, indices: Sequence[int] | torch.Tensor, tokenizer: WordTokenizer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch of the given rows.
+    """A batch of the given captions with their images.
 
     Returns:
         images float32 `[B, 3, Y, X]` from `normalise`; tokens int64 `[B, T]`, each row
@@ -79,7 +110,10 @@ def collate(
     tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad_id, dtype=torch.int64)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return normalise(caption_set.images[torch.tensor(rows)]), tokens, lengths
+    of = torch.tensor(rows)
+    if caption_set.image_of is not None:
+        of = caption_set.image_of[of]
+    return normalise(caption_set.images[of]), tokens, lengths
 
 
 def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -1,20 +1,26 @@
-"""Captions to integers and back, word by word, without loss."""
+"""Captions to integers and back, by words or by BPE pieces, without loss."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mbm_kernels._core.files import write_atomic
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+# Han, kana and their extensions: no spaces between words, so that each character is one.
+CJK = "[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
 class WordTokenizer:
-    """A `tokenizers` WordLevel model: lower case, split at whitespace and punctuation.
+    """A `tokenizers` model of words or of pieces of them, in lower case.
+
+    Words are split at whitespace and punctuation, and Chinese and Japanese ones by character.
 
     A word that follows a space carries U+2581 before it, punctuation stands alone, so decoding
     knows where the spaces were: "kiss: woman, man" is `▁kiss`, `:`, `▁woman`, `,`, `▁man`.
@@ -36,12 +42,19 @@ class WordTokenizer:
         self._tokenizer = tokenizer
 
     @classmethod
-    def train(cls, captions: Iterable[str]) -> WordTokenizer:
+    def train(cls, captions: Iterable[str], *, pieces: int | None = None) -> WordTokenizer:
         """The words of the captions, most frequent first, ties by spelling.
 
+        Args:
+            pieces: instead of words, about so many pieces by byte pair encoding over characters:
+                never fewer than there are characters.
+
         Raises:
-            ValueError: there is no word in them.
+            ValueError: there is no word in them, or `pieces` is not positive.
         """
+        if pieces is not None and pieces < 1:
+            raise ValueError(f"WordTokenizer.train: pieces: got {pieces}, expected at least 1")
+        captions = [_lower(caption) for caption in captions]
         normalizer = normalizers.Sequence(
             [
                 normalizers.Replace(Regex(r"\s+"), " "),
@@ -49,16 +62,17 @@ class WordTokenizer:
                 normalizers.Lowercase(),
             ]
         )
-        pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Metaspace(prepend_scheme="always"),
-                pre_tokenizers.Punctuation(behavior="isolated"),
-            ]
-        )
+        splits = [
+            pre_tokenizers.Metaspace(prepend_scheme="always"),
+            pre_tokenizers.Punctuation(behavior="isolated"),
+        ]
+        if any(re.search(CJK, caption) for caption in captions):
+            splits.append(pre_tokenizers.Split(Regex(CJK), behavior="isolated"))
+        pre_tokenizer = pre_tokenizers.Sequence(splits)
         words: Counter[str] = Counter()
         for caption in captions:
-            pieces = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption))
-            words.update(piece for piece, _ in pieces)
+            found = pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption))
+            words.update(word for word, _ in found)
         if not words:
             raise ValueError(
                 "WordTokenizer.train: got captions without a word, expected at least one; "
@@ -68,6 +82,8 @@ class WordTokenizer:
         vocab = {token: index for index, token in enumerate((*SPECIALS, *ordered))}
         # The specials are in the vocabulary but not "added tokens": no caption can spell one.
         tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SPECIALS[3]))
+        if pieces is not None:
+            tokenizer = Tokenizer(_pieces(words, pieces))
         tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = pre_tokenizer
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
@@ -79,7 +95,7 @@ class WordTokenizer:
 
     def encode(self, caption: str) -> list[int]:
         """bos, the words, eos; a word never seen in training is unk_id."""
-        return [self.bos_id, *self._tokenizer.encode(caption).ids, self.eos_id]
+        return [self.bos_id, *self._tokenizer.encode(_lower(caption)).ids, self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first eos, without special tokens.
@@ -134,3 +150,21 @@ class WordTokenizer:
             ValueError: the file is no tokenizer, or another kind of tokenizer.
         """
         return cls.from_bytes(Path(path).read_bytes(), path)
+
+
+def _lower(caption: str) -> str:
+    """Python's lower case, which knows the final sigma; the library's does not."""
+    return caption.lower()
+
+
+def _pieces(words: Counter[str], size: int) -> models.BPE:
+    """Byte pair encoding of words, the specials first in its vocabulary."""
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(SPECIALS) + size, special_tokens=list(SPECIALS), show_progress=False
+    )
+    ordered = sorted(words, key=lambda word: (-words[word], word))
+    learner.train_from_iterator((word for word in ordered for _ in range(words[word])), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(m if isinstance(m, list) else m.split(" ")) for m in learned["merges"]]
+    return models.BPE(vocab=learned["vocab"], merges=merges, unk_token=SPECIALS[3])
