@@ -15,10 +15,11 @@ import torch
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models import Captioner
-from mbm_kernels.models.captioner import SIZES, STRIDE
+from mbm_kernels.models.captioner import SIZES
 from mbm_kernels.models.decode_graph import STEPS
 from mbm_kernels.models.decoding import decoder_for
 from mbm_kernels.models.generation import Beam, start
+from mbm_kernels.models.image_encoder import STRIDE
 from mbm_kernels.models.search_state import EncodedImages, stacked
 
 PREFIX, ENCODED = "model.", "encoded."
