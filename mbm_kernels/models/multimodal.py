@@ -124,7 +124,7 @@ class MultimodalBigModel(nn.Module):
         self.parts: dict[str, int] = {}  # width of each stream's encoding, in the order of STREAMS
         for stream in (x for x in STREAMS if x in config.streams):
             self.encoders[stream], self.parts[stream] = _encoder(stream, config, table)
-        self.join = table.concat_linear(tuple(self.parts.values()), config.joint)
+        self.join: Any = table.concat_linear(tuple(self.parts.values()), config.joint)
         outputs = {"similarity": 1, "control": config.controls}
         self.heads = nn.ModuleDict(
             {x: table.linear(2 * config.joint, outputs[x]) for x in HEADS if x in config.heads}
