@@ -1,0 +1,38 @@
+"""Hyper-parameters of the two towers by data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mbm_kernels.captioning.presets import TrainSettings
+from mbm_kernels.models import TwoTowerConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one data set needs: a training, the model's sizes, and the split that picks the best."""
+
+    settings: TrainSettings
+    config: TwoTowerConfig
+    validation: str | None
+
+
+PRESETS = {
+    "scenes": Preset(
+        TrainSettings(steps=1200, batch_size=64, learning_rate=3e-3),
+        TwoTowerConfig(image_size=56),
+        validation="val",
+    ),
+    "emoji": Preset(
+        TrainSettings(
+            steps=2000, batch_size=64, learning_rate=3e-3, augment=True, word_dropout=0.1
+        ),
+        TwoTowerConfig(image_size=64),
+        validation=None,
+    ),
+}
+
+
+def preset(data: str) -> Preset:
+    """The preset of a data set; one without its own has that of emoji, made for real drawings."""
+    return PRESETS.get(data, PRESETS["emoji"])
