@@ -5,6 +5,7 @@ B batch, T length of a sequence, C features of a time step, Q bins of a colour c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -137,6 +138,10 @@ class MultimodalBigModel(nn.Module):
         return {"config": self.config.as_dict()}
 
     @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
     def image_size(self) -> int:
         return self.config.image_size
 
@@ -168,15 +173,25 @@ class MultimodalBigModel(nn.Module):
                 or a wrong shape. TypeError: on a wrong dtype.
         """
         given = {"image": image, "words": words, "color": color, "time": time}
-        lengths = {"words": word_lengths, "time": time_lengths}
+        return self.joint(self.encode(given, {"words": word_lengths, "time": time_lengths}))
+
+    def encode(
+        self, given: Mapping[str, Tensor | None], lengths: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """The encoding [B, part] of each stream that is given, as `forward` takes them."""
         found = self._check(given, lengths)
-        encodings = [self._encode(stream, x, lengths.get(stream)) for stream, x in found.items()]
+        return {stream: self._encode(stream, x, lengths.get(stream)) for stream, x in found.items()}
+
+    def joint(self, encodings: Mapping[str, Tensor]) -> Tensor:
+        """Y [B, J] of what `encode` gives, or some of it; rows may be repeated or exchanged."""
+        found = [stream for stream in self.parts if stream in encodings]
+        inputs = [encodings[stream] for stream in found]
         if len(found) == len(self.parts):
-            return self.join(*encodings)
+            return self.join(*inputs)
         shares = self.join.weight.split(list(self.parts.values()), dim=1)
         by_stream = dict(zip(self.parts, shares, strict=True))
         weight = torch.cat([by_stream[stream] for stream in found], dim=1)
-        return self.join_some(encodings, weight, self.join.bias)
+        return self.join_some(inputs, weight, self.join.bias)
 
     def similarity(self, joint: Tensor) -> Tensor:
         """Y [B, J] -> logits [B]: above 0 where the streams belong together."""
@@ -199,9 +214,9 @@ class MultimodalBigModel(nn.Module):
         return encoder(x) if stream == "color" else encoder(x, lengths)
 
     def _check(
-        self, given: dict[str, Tensor | None], lengths: dict[str, Tensor | None]
+        self, given: Mapping[str, Tensor | None], lengths: Mapping[str, Tensor | None]
     ) -> dict[str, Tensor]:
-        """The streams that are there, in the order of their shares."""
+        """The streams that are there."""
         found = {stream: x for stream, x in given.items() if x is not None}
         known = list(self.parts)
         if not found:

@@ -6,7 +6,6 @@ Bad input raises; the caller turns that into one line and an exit status.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +13,12 @@ import torch
 import typer
 
 from mbm_kernels.captioning import checkpoint, data
-from mbm_kernels.captioning.data import WordTokenizer
-from mbm_kernels.captioning.kinds import TWO_TOWER
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.fit import History
+from mbm_kernels.captioning.kinds import MULTIMODAL, TWO_TOWER
 from mbm_kernels.captioning.pictures import read_picture
 from mbm_kernels.retrieval import index as indexes
+from mbm_kernels.retrieval import matching
 from mbm_kernels.retrieval.embed import embed_pictures, embed_texts
 from mbm_kernels.retrieval.evaluate import as_text, evaluate
 from mbm_kernels.retrieval.folder import check_same_model, index_folder
@@ -36,6 +37,12 @@ Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepare
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
+Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
+Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs per step.")]
+Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
+Splits = Annotated[list[str] | None, typer.Option("--split", help="Splits; else all but train.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,24 +53,20 @@ def root() -> None:
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")],
+    out: Out,
     name: Data = "scenes",
     layers: Layers = "mbm",
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, else the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs per step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the latest checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train image and text encoders by the contrastive loss."""
     chosen = preset(name)
-    settings = chosen.settings if steps is None else chosen.settings.shortened(steps)
-    if batch_size is not None:
-        settings = replace(settings, batch_size=batch_size)
-    if learning_rate is not None:
-        settings = replace(settings, learning_rate=learning_rate)
+    settings = chosen.settings.changed(steps, batch_size, learning_rate)
     side = chosen.config.image_size
     sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
     _, history = train_two_tower(
@@ -77,15 +80,68 @@ def train(
         run=out,
         resume=resume,
     )
-    last = history.train[-1]
-    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {out}")
+    _report(history, out)
+
+
+@app.command()
+def match(
+    out: Out,
+    name: Data = "scenes",
+    layers: Layers = "mbm",
+    steps: Steps = None,
+    batch_size: Batch = None,
+    learning_rate: Rate = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    resume: Resume = False,
+) -> None:
+    """Train the multimodal model to tell whether an image and a text belong together."""
+    chosen = preset(name)
+    settings = chosen.matching.changed(steps, batch_size, learning_rate)
+    side = chosen.config.image_size
+    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    _, history = matching.train_matching(
+        sets["train"],
+        WordTokenizer.train(sets["train"].captions),
+        settings,
+        layers=layers,
+        seed=seed,
+        validation=None if chosen.validation is None else sets[chosen.validation],
+        run=out,
+        resume=resume,
+    )
+    _report(history, out)
+
+
+@app.command(name="match-eval")
+def match_eval(
+    path: Annotated[Path, typer.Argument(help="A run or a checkpoint of `match`.")],
+    name: Data = "scenes",
+    split: Splits = None,
+    layers: Layers = "mbm",
+    seed: Seed = 0,
+    limit: Limit = None,
+    data_root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """AUC of right against wrong texts, hard and easy, for every set of streams."""
+    found = checkpoint.load(path, layers=layers, kind=MULTIMODAL)
+    side = found.model.image_size
+    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    swap = matching.swap_of(sets["train"], found.tokenizer)
+    tables = {
+        one: matching.ablations(found.model, sets[one], found.tokenizer, swap)
+        for one in _splits(split, sets)
+    }
+    typer.echo(json.dumps(tables, indent=2) if as_json else matching.as_text(tables))
 
 
 @app.command(name="eval")
 def evaluate_command(
     path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
     name: Data = "scenes",
-    split: Annotated[list[str] | None, typer.Option(help="Splits; all but train if none.")] = None,
+    split: Splits = None,
     layers: Layers = "mbm",
     seed: Seed = 0,
     limit: Limit = None,
@@ -96,8 +152,7 @@ def evaluate_command(
     found = checkpoint.load(path, layers=layers, kind=TWO_TOWER)
     side = found.model.image_size
     sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
-    splits = split or [one for one in sets if one != "train"]
-    table = evaluate(found.model, sets, found.tokenizer, splits)
+    table = evaluate(found.model, sets, found.tokenizer, _splits(split, sets))
     typer.echo(json.dumps(table, indent=2) if as_json else as_text(table))
 
 
@@ -162,3 +217,20 @@ def query(
         return
     for x in results:
         typer.echo(f"{x['similarity']:.4f}\t{x['path']}")
+
+
+def _splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[str]:
+    """Those asked for, else all but train.
+
+    Raises:
+        ValueError: for one that the data does not have.
+    """
+    for one in asked or ():
+        if one not in sets:
+            raise ValueError(f"split: got {one!r}, expected one of {sorted(sets)}")
+    return asked or [one for one in sets if one != "train"]
+
+
+def _report(history: History, run: Path) -> None:
+    last = history.train[-1]
+    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}")

@@ -10,9 +10,14 @@ from mbm_kernels.models import TwoTowerConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """What one data set needs: a training, the model's sizes, and the split that picks the best."""
+    """What one data set needs.
+
+    settings: of the towers' training. matching: of the similarity head's. config: the towers'
+    sizes. validation: the split that picks the best checkpoint.
+    """
 
     settings: TrainSettings
+    matching: TrainSettings
     config: TwoTowerConfig
     validation: str | None
 
@@ -20,6 +25,7 @@ class Preset:
 PRESETS = {
     "scenes": Preset(
         TrainSettings(steps=1200, batch_size=64, learning_rate=3e-3),
+        TrainSettings(steps=1200, batch_size=64, learning_rate=2e-3),
         TwoTowerConfig(image_size=56),
         validation="val",
     ),
@@ -27,6 +33,7 @@ PRESETS = {
         TrainSettings(
             steps=2000, batch_size=64, learning_rate=3e-3, augment=True, word_dropout=0.1
         ),
+        TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3, augment=True),
         TwoTowerConfig(image_size=64),
         validation=None,
     ),

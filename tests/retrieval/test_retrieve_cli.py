@@ -102,6 +102,7 @@ BAD = {
     "a data set": (("train", "--out", "new", "--data", "coco"), "coco"),
     "no steps": (("train", "--out", "new", "--steps", "0"), "steps: got 0"),
     "a run that is there": (("train", "--out", "run", *FAST), "got a folder with checkpoints"),
+    "a run of towers": (("match-eval", "run", *STOCK), "format 'mbm_kernels.two_tower'"),
     "a split": (("eval", "run", "--limit", "4", "--split", "x", *STOCK), "split: got 'x'"),
 }
 
@@ -133,3 +134,13 @@ def test_a_deleted_folder_ends_in_one_line(indexed, tmp_path, monkeypatch, capsy
     code, errors = end(monkeypatch, capsys, "query", home / "i", "red")
     assert code == 2
     assert re.fullmatch(r"error: index .* got images of .*, a folder that is gone, .*\n", errors)
+
+
+def test_match_and_its_ablations(tmp_path):
+    assert "step 2, loss " in call("match", "--out", tmp_path / "run", *FAST).stdout
+    out = call("match-eval", tmp_path / "run", "--limit", 8, "--json", *STOCK)
+    tables = json.loads(out.stdout)
+    assert set(tables) == {"val", "held_out"}
+    assert set(tables["val"]["image+words+color"]) == {"hard", "other"}
+    text = call("match-eval", tmp_path / "run", "--limit", 8, "--split", "val", *STOCK).stdout
+    assert text.count("AUC hard") == 4
