@@ -6,6 +6,7 @@ Bad input raises; the caller turns that into one line and an exit status.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,7 @@ def train(
         config=chosen.config,
         layers=layers,
         seed=seed,
-        validation=None if chosen.validation is None else sets[chosen.validation],
+        validation=sets.get("val"),
         run=out,
         resume=resume,
     )
@@ -107,7 +108,7 @@ def match(
         settings,
         layers=layers,
         seed=seed,
-        validation=None if chosen.validation is None else sets[chosen.validation],
+        validation=sets.get("val"),
         run=out,
         resume=resume,
     )
@@ -216,7 +217,8 @@ def query(
         typer.echo(json.dumps(results, indent=2))
         return
     for x in results:
-        typer.echo(f"{x['similarity']:.4f}\t{x['path']}")
+        # As bytes: a path need not be text.
+        typer.echo(os.fsencode(f"{x['similarity']:.4f}\t{x['path']}"))
 
 
 def _splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[str]:

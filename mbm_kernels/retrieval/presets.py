@@ -13,13 +13,12 @@ class Preset:
     """What one data set needs.
 
     settings: of the towers' training. matching: of the similarity head's. config: the towers'
-    sizes. validation: the split that picks the best checkpoint.
+    sizes, of which the image's side is both models'.
     """
 
     settings: TrainSettings
     matching: TrainSettings
     config: TwoTowerConfig
-    validation: str | None
 
 
 PRESETS = {
@@ -27,7 +26,6 @@ PRESETS = {
         TrainSettings(steps=1200, batch_size=64, learning_rate=3e-3),
         TrainSettings(steps=1200, batch_size=64, learning_rate=2e-3),
         TwoTowerConfig(image_size=56),
-        validation="val",
     ),
     "emoji": Preset(
         TrainSettings(
@@ -35,7 +33,6 @@ PRESETS = {
         ),
         TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3, augment=True),
         TwoTowerConfig(image_size=64),
-        validation=None,
     ),
 }
 

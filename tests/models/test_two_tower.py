@@ -201,6 +201,22 @@ def test_bad_inputs(layers, images, tokens, lengths):
         model(images, tokens, lengths[:3])
 
 
-def test_an_empty_batch(images, tokens, lengths):
-    for x in make()(images[:0], tokens[:0], lengths[:0]):
+@pytest.mark.parametrize("layers", ["stock", "mbm"])
+def test_an_empty_batch(layers, images, tokens, lengths):
+    for x in make(layers)(images[:0], tokens[:0], lengths[:0]):
         assert x.shape == (0, 128)
+
+
+def test_autocast(images, tokens, lengths):
+    """Both kinds of layers are as far from float32 as bfloat16 is."""
+    expected = make()(images, tokens, lengths)
+    for layers in ("stock", "mbm"):
+        model = make(layers)
+        model.load_state_dict(make().state_dict())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = model(images, tokens, lengths)
+            loss = model.loss(*found)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x.float(), y, atol=2e-2, rtol=0)
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,6 +1,7 @@
 """`mbm-kernels retrieve`: the commands, and the one line that each kind of bad input ends in."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -60,6 +61,18 @@ def test_an_image_that_is_gone_is_told(indexed, tmp_path):
     (home / "images" / "a-dark-red-square.png").unlink()
     out = call("query", home / "i", "a dark red square", *STOCK)
     assert "1 of the images found are gone; make the index again" in out.stderr
+
+
+def test_a_path_need_not_be_text(indexed, tmp_path):
+    home = tmp_path / "copy"
+    shutil.copytree(indexed, home)
+    odd = os.fsdecode(b"\xff\xfe.png")
+    (home / "images" / "a-dark-red-square.png").rename(home / "images" / odd)
+    call("index", home / "images", "--model", home / "run", "--out", home / "i", *STOCK)
+    out = call("query", home / "i", "a dark red square", "--top", 1, *STOCK)
+    assert b"\xff\xfe.png" in out.stdout_bytes
+    out = call("query", home / "i", "a dark red square", "--top", 1, "--json", *STOCK)
+    assert json.loads(out.stdout)[0]["path"] == str(home / "images" / odd)
 
 
 def test_train_and_eval(tmp_path):
