@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mbm_kernels.models import stock_layers
+from mbm_kernels.ops.gru.op import gru as gru_op
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,6 @@ def layers_named(name: str) -> Layers:
 
 def _last_state(gru: Any, x: Tensor, lengths: Tensor | None) -> Tensor:
     """As stock_layers.last_state; no step past a row's length is taken."""
-    import mbm_kernels
-
     weights = gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
     steps = x.transpose(0, 1)
-    return mbm_kernels.gru(steps, None, *weights, lengths=lengths, backend=gru.backend)[1]
+    return gru_op(steps, None, *weights, lengths=lengths, backend=gru.backend)[1]

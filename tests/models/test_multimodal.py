@@ -131,10 +131,11 @@ def test_optimize_swaps_stock_layers_and_back(given):
 
 @pytest.mark.parametrize("layers", ["stock", "mbm"])
 @pytest.mark.parametrize("streams", [STREAMS, ("image", "words")], ids="+".join)
-def test_compiles_to_one_graph_and_exports(layers, streams, given):
+def test_compiles_and_exports(layers, streams, given):
     model, given = make(layers), only(given, streams)
     expected = model(**given)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # torch.compile breaks the graph at torch.nn.GRU.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=layers == "mbm")
     torch.testing.assert_close(compiled(**given), expected)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(

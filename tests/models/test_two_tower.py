@@ -125,10 +125,11 @@ def test_optimize_swaps_stock_layers_and_back(images, tokens, lengths):
 
 
 @pytest.mark.parametrize("layers", ["stock", "mbm"])
-def test_compiles_to_one_graph_and_exports(layers, images, tokens, lengths):
+def test_compiles_and_exports(layers, images, tokens, lengths):
     model = make(layers)
     expected = model(images, tokens, lengths)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # torch.compile breaks the graph at torch.nn.GRU.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=layers == "mbm")
     torch.testing.assert_close(compiled(images, tokens, lengths), expected)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(
