@@ -12,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mbm_kernels.bench import BOTH, FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.bench.parameters import PREFIX, WINOGRAD_SAVES, holding, names
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.models import Captioner
 from mbm_kernels.models.generation import search
 
-IMAGE, PREFIX = 64, "model."
+IMAGE = 64
 OURS = ("beam", "clear")  # options of the search, not of the model
 
 
@@ -41,16 +42,6 @@ def make(case, generator):
         if case.options.get("clear"):  # a best word that 16-bit floats do not change
             inputs[f"{PREFIX}head.bias"][7] = 100.0
     return {**inputs, "images": images, "case": case}
-
-
-def with_parameters(inputs, layers):
-    images = inputs["images"]
-    model = model_of(inputs["case"], layers).to(device=images.device, dtype=images.dtype)
-    for name, parameter in inputs.items():
-        if name.startswith(PREFIX):
-            path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
-            setattr(model.get_submodule(path), leaf, parameter)
-    return model
 
 
 class TrainingStep(torch.nn.Module):
@@ -90,7 +81,7 @@ class Recorded(Captioning):
 
 def build_from(layers, channels_last=False, captioning=Captioning):
     def build(inputs):
-        model = with_parameters(inputs, layers)
+        model = holding(model_of(inputs["case"], layers), inputs, inputs["images"])
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         if "tokens" in inputs:
@@ -119,10 +110,6 @@ def stock(case):
     return forms | {"compile": Form(build, compile=True, compiler=Captioning.compiled)}
 
 
-def parameters(inputs):
-    return [name for name in inputs if name.startswith(PREFIX)]
-
-
 def work(case, which):
     """Products counted by torch on meta tensors; images and weights once, gradients once more."""
     b, t = case.sizes["B"], case.sizes["T"]
@@ -141,7 +128,7 @@ def work(case, which):
     operations = counter.get_total_flops()
     # Every convolution is 3x3 with stride 1: Winograd's takes a quarter of the products.
     counts = counter.get_flop_counts()["Global"]
-    saved = 0.75 * sum(n for name, n in counts.items() if "convolution" in str(name))
+    saved = WINOGRAD_SAVES * sum(n for name, n in counts.items() if "convolution" in str(name))
     if which == BOTH:
         moved = images.numel() + 3 * parameters
         return Work(operations, 4 * moved, fewest=operations - saved)
@@ -195,7 +182,7 @@ BENCHMARK = Benchmark(
     work=work,
     function=build_from("mbm"),
     reference=definition,
-    diff=parameters,
+    diff=names,
     positive=False,
 )
 

@@ -14,14 +14,16 @@ import torch
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
+from mbm_kernels.bench.parameters import PREFIX, holding, names
 from mbm_kernels.models import Captioner
-from mbm_kernels.models.captioner import SIZES, STRIDE
+from mbm_kernels.models.captioner import SIZES
 from mbm_kernels.models.decode_graph import STEPS
 from mbm_kernels.models.decoding import decoder_for
 from mbm_kernels.models.generation import Beam, start
+from mbm_kernels.models.image_encoder import STRIDE
 from mbm_kernels.models.search_state import EncodedImages, stacked
 
-PREFIX, ENCODED = "model.", "encoded."
+ENCODED = "encoded."
 LIKELIEST = 7  # its logit is far above the others', so that rounding changes no best hypothesis
 
 
@@ -49,11 +51,7 @@ class Steps(torch.nn.Module):
         super().__init__()
         case = inputs["case"]
         encoded = EncodedImages(*(inputs[ENCODED + name] for name in EncodedImages._fields))
-        model = model_of(case, layers).to(encoded.state.device, encoded.state.dtype).eval()
-        for name, parameter in inputs.items():
-            if name.startswith(PREFIX):
-                path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
-                setattr(model.get_submodule(path), leaf, parameter)
+        model = holding(model_of(case, layers), inputs, encoded.state).eval()
         self.model, self.steps = model, case.sizes["T"]
         self.search = Beam(model, case.sizes["K"])
         with torch.no_grad():
@@ -128,7 +126,7 @@ BENCHMARK = Benchmark(
     work=work,
     function=build_from("mbm"),
     reference=definition,
-    diff=lambda inputs: [name for name in inputs if name.startswith(PREFIX)],
+    diff=names,
     positive=False,
 )
 

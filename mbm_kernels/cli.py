@@ -53,6 +53,10 @@ def _mount() -> None:
         from mbm_kernels.captioning import cli as caption
 
         app.add_typer(caption.app, name="caption")
+    if asked in ("retrieve", "--help"):
+        from mbm_kernels.retrieval import cli as retrieve
+
+        app.add_typer(retrieve.app, name="retrieve")
     if asked in ("bench", "--help"):
         from mbm_kernels.bench.cli import bench
 

@@ -100,6 +100,7 @@ class Op:
         self.saves_each = spec.save == "each"
         self.nothing_saved, self.all_saved = spec.save_arguments(False), spec.save_arguments(True)
         self.returns_one = len(spec.outputs) == 1
+        self.has_lists = spec.has_lists  # here, as no compiler traces a cached_property's first use
         self.registration = registration.Registration(self)
         self.registered = self.registration.forward
         self.registered_backward = self.registration.backward
@@ -123,7 +124,7 @@ class Op:
             dispatch.note(chosen)
         if training and chosen != "torch":
             function = self.autograd.problem_function
-            if self.spec.has_lists:
+            if self.has_lists:
                 function = self.autograd.problem_function_for(tensors)
                 tensors = arguments.flat(tensors)
             return autograd.apply(function, (call.problem, chosen, *tensors))
@@ -204,7 +205,7 @@ class Op:
         """
         spec = self.spec
         tensors = [
-            a for a in (arguments.flat(args) if spec.has_lists else args) if isinstance(a, Tensor)
+            a for a in (arguments.flat(args) if self.has_lists else args) if isinstance(a, Tensor)
         ]
         device, dtype = tensors[0].device, tensors[0].dtype
         needs_grad = may_need_grad(tensors)
@@ -243,7 +244,7 @@ class Op:
             return self._alone(backend, args)
         if plain or in_functorch():
             function = self.autograd.function
-            if self.spec.has_lists:
+            if self.has_lists:
                 function, args = self.autograd.for_lists(args), arguments.flat(args)
             if not plain:
                 return as_tuple(function.apply(*args, backend))

@@ -11,17 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
 from mbm_kernels.captioning.losses import losses_named
+from mbm_kernels.captioning.objective import BATCH, Loss, Objective
 from mbm_kernels.captioning.presets import DistillSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.models import Captioner
-
-
-class Loss(NamedTuple):
-    """The total to minimise and its parts by name, all scalars."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
 
 
 class Taught(NamedTuple):
@@ -31,7 +26,7 @@ class Taught(NamedTuple):
     features: Tensor
 
 
-class _Objective(nn.Module):
+class _WordObjective(Objective):
     """A model and, in training mode only, a prior that is added to its logits."""
 
     def __init__(self, model: Captioner, prior: NeighbourPrior | None) -> None:
@@ -47,8 +42,11 @@ class _Objective(nn.Module):
             return hidden, weight
         return self.prior.extend(hidden, weight, tokens, model.pad_id)
 
+    def held_out_loss(self, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int) -> float:
+        return hard_loss(self.model, caption_set, tokenizer, limit)
 
-class CrossEntropyObjective(_Objective):
+
+class CrossEntropyObjective(_WordObjective):
     """Next-word cross-entropy of a captioner; padding does not count."""
 
     def __init__(self, model: Captioner, prior: NeighbourPrior | None = None) -> None:
@@ -68,7 +66,7 @@ class CrossEntropyObjective(_Objective):
         return Loss(loss, {"hard": loss})
 
 
-class DistillationObjective(_Objective):
+class DistillationObjective(_WordObjective):
     """Soft and hard targets of the words, and the cosine between the feature maps.
 
     The projection from the student's to the teacher's features is trained with the student and
@@ -138,3 +136,23 @@ class DistillationObjective(_Objective):
         features = 1 - cosine.mean()
         total = words + self.settings.feature_weight * features
         return Loss(total, {"hard": hard, "soft": soft, "features": features})
+
+
+@torch.no_grad()
+def hard_loss(
+    model: Captioner, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int
+) -> float:
+    """Mean cross-entropy per word on the first ``limit`` images."""
+    was_training = model.training
+    objective = CrossEntropyObjective(model).eval()
+    total = words = 0.0
+    count = min(limit, len(caption_set))
+    for start in range(0, count, BATCH):
+        rows = range(start, min(start + BATCH, count))
+        images, tokens, lengths = collate(caption_set, rows, tokenizer)
+        predicted = float((lengths - 1).sum())
+        loss = objective(images, tokens)
+        total += float(loss.total) * predicted
+        words += predicted
+    model.train(was_training)
+    return total / words

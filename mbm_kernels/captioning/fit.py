@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, augment, collate
-from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
+from mbm_kernels.captioning.kinds import kind_of
 from mbm_kernels.captioning.lock import locked
+from mbm_kernels.captioning.objective import Objective
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.progress import training_progress
 from mbm_kernels.captioning.style import restyle
 from mbm_kernels.captioning.taught import TaughtSet
-from mbm_kernels.models import Captioner
 
 LOG_EVERY = 20
 VALIDATION_IMAGES = 256
@@ -35,14 +35,14 @@ VALIDATION_IMAGES = 256
 
 @dataclass
 class History:
-    """Losses by step: means since the row before in ``train``, the hard loss in ``validation``."""
+    """Losses by step: means since the row before in ``train``, held-out ones in ``validation``."""
 
     train: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
 
 
 def fit(
-    objective: CrossEntropyObjective | DistillationObjective,
+    objective: Objective,
     train_set: CaptionSet,
     tokenizer: WordTokenizer,
     settings: TrainSettings,
@@ -112,7 +112,7 @@ class _Trainer:
 
     def __init__(
         self,
-        objective: CrossEntropyObjective | DistillationObjective,
+        objective: Objective,
         train_set: CaptionSet,
         tokenizer: WordTokenizer,
         settings: TrainSettings,
@@ -179,10 +179,10 @@ class _Trainer:
         return shown
 
     def validate(self) -> None:
-        """Record the hard loss on the validation images and whether it is the best so far."""
+        """Record the loss on the validation images and whether it is the best so far."""
         if self.validation is None:
             return
-        loss = hard_loss(self.model, self.validation, self.tokenizer, VALIDATION_IMAGES)
+        loss = self.objective.held_out_loss(self.validation, self.tokenizer, VALIDATION_IMAGES)
         self.history.validation.append({"step": self.step, "loss": loss})
         self.is_best = self.best_loss is None or loss < self.best_loss
         if self.is_best:
@@ -219,7 +219,8 @@ class _Trainer:
             raise FileNotFoundError(
                 f"run {self.run}: got no checkpoint to resume, expected one; start without --resume"
             )
-        found = checkpoint.load(self.run, layers=self.model.layers, which="latest")
+        kind = kind_of(self.model)
+        found = checkpoint.load(self.run, layers=self.model.layers, which="latest", kind=kind)
         got, expected = found.config.get("training"), self._identity()
         if got != expected or found.model.settings != self.model.settings:
             raise ValueError(
@@ -233,7 +234,7 @@ class _Trainer:
         except (KeyError, TypeError, RuntimeError) as error:  # absent, of another kind or shape
             raise ValueError(
                 f"run {self.run}: got a checkpoint without all of what a training goes on from "
-                f"({error!r}), expected one of `mbm-kernels caption train`; start without --resume"
+                f"({error!r}), expected one of `mbm-kernels {kind.command}`; start without --resume"
             ) from error
 
     def _take(self, training: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -303,26 +304,6 @@ def mask_words(inputs: Tensor, share: float, tokenizer: WordTokenizer) -> Tensor
         return inputs
     hide = (torch.rand(inputs.shape) < share) & (inputs > tokenizer.unk_id)
     return inputs.masked_fill(hide, tokenizer.unk_id)
-
-
-@torch.no_grad()
-def hard_loss(
-    model: Captioner, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int
-) -> float:
-    """Mean cross-entropy per word on the first ``limit`` images."""
-    was_training = model.training
-    objective = CrossEntropyObjective(model).eval()
-    total = words = 0.0
-    count = min(limit, len(caption_set))
-    for start in range(0, count, 128):
-        rows = range(start, min(start + 128, count))
-        images, tokens, lengths = collate(caption_set, rows, tokenizer)
-        predicted = float((lengths - 1).sum())
-        loss = objective(images, tokens)
-        total += float(loss.total) * predicted
-        words += predicted
-    model.train(was_training)
-    return total / words
 
 
 def mix_seed(seed: int, step: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class TrainSettings:
     def shortened(self, steps: int) -> TrainSettings:
         """The same for other steps; the warm-up never exceeds half of them."""
         return replace(self, steps=steps, warmup=min(self.warmup, steps // 2))
+
+    def changed(
+        self, steps: int | None, batch_size: int | None, learning_rate: float | None
+    ) -> TrainSettings:
+        """The same but for what is given."""
+        settings = self if steps is None else self.shortened(steps)
+        given = {"batch_size": batch_size, "learning_rate": learning_rate}
+        changes: dict[str, Any] = {n: x for n, x in given.items() if x is not None}
+        return replace(settings, **changes)
 
 
 @dataclass(frozen=True)

@@ -21,32 +21,42 @@ from torch import Tensor
 EXCLUDED = -3.0
 
 
+def word_classes(captions: Iterable[list[int]], vocab_size: int) -> Tensor:
+    """The class of each word, int64 [V], named by one of its members.
+
+    Two words are of one class if some seen triple of words stays a seen triple when its middle word
+    is replaced by the other.
+    """
+    contexts: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for words in captions:
+        for left, middle, right in zip(words, words[1:], words[2:], strict=False):
+            contexts[left, right].add(middle)
+    group = list(range(vocab_size))
+
+    def root(word: int) -> int:
+        while group[word] != word:
+            word = group[word]
+        return word
+
+    for middles in contexts.values():
+        first, *others = sorted(middles)
+        for other in others:
+            group[root(other)] = root(first)
+    return torch.tensor([root(word) for word in range(vocab_size)])
+
+
 class NeighbourPrior:
     """Pairs of neighbouring words never seen, though either could be replaced to give a seen one.
 
-    Only words of one class compete: two words are of one class if some seen triple of words stays
-    a seen triple when its middle word is replaced by the other.
+    Only words of one class compete.
     """
 
     def __init__(self, captions: Iterable[list[int]], vocab_size: int) -> None:
-        contexts: dict[tuple[int, int], set[int]] = defaultdict(set)
+        captions = list(captions)
         seen = torch.zeros(vocab_size, vocab_size, dtype=torch.bool)
         for words in captions:
-            for left, middle, right in zip(words, words[1:], words[2:], strict=False):
-                contexts[left, right].add(middle)
             seen[words[:-1], words[1:]] = True
-        group = list(range(vocab_size))
-
-        def root(word: int) -> int:
-            while group[word] != word:
-                word = group[word]
-            return word
-
-        for middles in contexts.values():
-            first, *others = sorted(middles)
-            for other in others:
-                group[root(other)] = root(first)
-        same = torch.tensor([root(word) for word in range(vocab_size)])
+        same = word_classes(captions, vocab_size)
         one_hot = F.one_hot(same, vocab_size).bool()  # [V, V], word to class
         # A class follows (precedes) a word if any of its members does.
         follows = seen.float() @ one_hot.float() > 0

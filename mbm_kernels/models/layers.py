@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mbm_kernels.models import stock_layers
+from mbm_kernels.ops.gru.op import gru as gru_op
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Layers:
     gru_cell: Callable[..., Any]
     attend_additive: Callable[..., Any]
     attend_dot: Callable[..., Any]
+    last_state: Callable[..., Tensor]
+    join: Callable[..., Tensor]
+    contrastive_loss: Callable[..., Tensor]
 
 
 STOCK = Layers(
@@ -34,6 +38,9 @@ STOCK = Layers(
     gru_cell=stock_layers.gru_cell,
     attend_additive=stock_layers.additive_attention,
     attend_dot=stock_layers.cross_attention,
+    last_state=stock_layers.last_state,
+    join=stock_layers.concat_linear,
+    contrastive_loss=stock_layers.contrastive_loss,
 )
 
 
@@ -59,5 +66,15 @@ def layers_named(name: str) -> Layers:
             gru_cell=mbm_kernels.gru_cell,
             attend_additive=mbm_kernels.additive_attention,
             attend_dot=mbm_kernels.cross_attention,
+            last_state=_last_state,
+            join=mbm_kernels.concat_linear,
+            contrastive_loss=mbm_kernels.contrastive_loss,
         )
     raise ValueError(f"layers: got {name!r}, expected 'mbm' or 'stock'")
+
+
+def _last_state(gru: Any, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """As stock_layers.last_state; no step past a row's length is taken."""
+    weights = gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0
+    steps = x.transpose(0, 1)
+    return gru_op(steps, None, *weights, lengths=lengths, backend=gru.backend)[1]

@@ -1,4 +1,4 @@
-"""The captioner's layers in stock PyTorch, with the parameter names and shapes of mbm_kernels.nn.
+"""The models' layers in stock PyTorch, with the parameter names and shapes of mbm_kernels.nn.
 
 Each is the best plain form known for the operation, so a comparison with it is honest.
 """
@@ -48,9 +48,49 @@ class ConcatLinear(nn.Linear):
         super().__init__(sum(in_features), out_features)
 
     def forward(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
-        parts = [x.expand(*leading, x.shape[-1]) for x in inputs]
-        return super().forward(torch.cat(parts, dim=-1))
+        return concat_linear(inputs, self.weight, self.bias)
+
+
+def concat_linear(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer over the concatenation of the broadcast inputs [..., C_i]."""
+    leading = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    parts = [x.expand(*leading, x.shape[-1]) for x in inputs]
+    return F.linear(torch.cat(parts, dim=-1), weight, bias)
+
+
+def last_state(gru: nn.GRU, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """State [B, H] of a batch-first layer after each row's last step; x [B, T, C], lengths [B].
+
+    All rows run to T and the state is taken where a row ends: a packed sequence computes the same.
+    """
+    y, h_n = gru(x)
+    if lengths is None:
+        return h_n[-1]
+    last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, y.shape[-1])
+    return y.gather(1, last).squeeze(1).masked_fill((lengths == 0)[:, None], 0.0)
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    kind: str = "infonce",
+) -> Tensor:
+    """Softmax (CLIP) or sigmoid (SigLIP) loss of pairs; image, text [B, D], scale and bias []."""
+    logits = (image * scale) @ text.t()  # [B, B]; pairs stand on the diagonal
+    if kind == "infonce":
+        by_image = torch.log_softmax(logits, 1).diagonal()
+        by_text = torch.log_softmax(logits, 0).diagonal()
+        return -(by_image + by_text).mean() / 2
+    if kind != "siglip":
+        raise ValueError(f"kind: got {kind!r}, expected 'infonce' or 'siglip'")
+    if bias is not None:
+        logits = logits + bias
+    margins = -logits
+    margins.diagonal().neg_()
+    return -F.logsigmoid(margins).sum() / len(image)
 
 
 def gru_cell(

@@ -9,9 +9,13 @@ import torch
 
 from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.data import WordTokenizer, collate
-from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
+from mbm_kernels.captioning.distill import (
+    CrossEntropyObjective,
+    DistillationObjective,
+    hard_loss,
+)
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.fit import fit, hard_loss, mask_words, schedule
+from mbm_kernels.captioning.fit import fit, mask_words, schedule
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.captioning.presets import PRESETS, DistillSettings, TrainSettings, preset
 from mbm_kernels.captioning.prior import NeighbourPrior

@@ -1,6 +1,7 @@
 """torch.compile: one graph, compiled at most twice for any number of batch sizes."""
 
 import time
+from functools import cached_property
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def test_batch_sizes_share_a_graph(name):
         inputs = case.inputs(batch)
         assert_same(compiled(*inputs), model(*inputs))
     assert counter.frame_count <= 2
+
+
+def test_what_a_compiler_cannot_trace_is_computed_before():
+    """functools.cached_property takes a lock at its first use in Python 3.11."""
+    for op in OPS.values():
+        names = [n for n, x in vars(type(op.spec)).items() if isinstance(x, cached_property)]
+        assert names
+        assert set(names) <= vars(op.spec).keys()
 
 
 def test_six_layers_are_traced_in_seconds():

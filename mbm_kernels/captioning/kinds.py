@@ -1,0 +1,80 @@
+"""The kinds of models that a run's folder may hold, each with what tells it from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from mbm_kernels.models import (
+    Captioner,
+    MultimodalBigModel,
+    MultimodalConfig,
+    TwoTower,
+    TwoTowerConfig,
+)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[Model]):
+    """A model's class and what a checkpoint of it looks like.
+
+    format: in config.json. noun: in messages. command: of mbm-kernels, which trains one. build: the
+    model from `layers` and its settings, raising ValueError or TypeError for impossible ones.
+    settings: the type of each setting in JSON.
+    """
+
+    model: type[Model]
+    format: str
+    noun: str
+    command: str
+    build: Callable[..., Model]
+    settings: Mapping[str, type]
+
+    def describes(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these are settings by name and type."""
+        return {name: type(value) for name, value in settings.items()} == dict(self.settings)
+
+
+def _two_tower(*, layers: str, vocab_size: int, config: dict[str, Any]) -> TwoTower:
+    return TwoTower(vocab_size, config=TwoTowerConfig.from_dict(config), layers=layers)
+
+
+def _multimodal(*, layers: str, config: dict[str, Any]) -> MultimodalBigModel:
+    return MultimodalBigModel(MultimodalConfig.from_dict(config), layers=layers)
+
+
+CAPTIONER = Kind(
+    Captioner,
+    "mbm_kernels.captioner",
+    "captioner",
+    "caption train",
+    Captioner,
+    {"vocab_size": int, "size": str, "attention": str, "image_size": int}
+    | {"pad_id": int, "bos_id": int, "eos_id": int},
+)
+TWO_TOWER = Kind(
+    TwoTower,
+    "mbm_kernels.two_tower",
+    "two-tower model",
+    "retrieve train",
+    _two_tower,
+    {"vocab_size": int, "config": dict},
+)
+MULTIMODAL = Kind(
+    MultimodalBigModel,
+    "mbm_kernels.multimodal",
+    "multimodal model",
+    "retrieve match",
+    _multimodal,
+    {"config": dict},
+)
+KINDS: tuple[Kind[Any], ...] = (CAPTIONER, TWO_TOWER, MULTIMODAL)
+
+
+def kind_of(model: nn.Module) -> Kind[Any]:
+    return next(kind for kind in KINDS if isinstance(model, kind.model))

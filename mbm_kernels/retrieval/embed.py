@@ -1,0 +1,53 @@
+"""Embeddings of captioned sets and of texts, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate, normalise
+from mbm_kernels.models import TwoTower
+from mbm_kernels.retrieval.objective import text_lengths
+
+BATCH = 128
+
+
+@torch.no_grad()
+def embed_set(
+    model: TwoTower, captions: CaptionSet, tokenizer: WordTokenizer
+) -> tuple[Tensor, Tensor]:
+    """Images and captions of a set: two tensors [N, D], rows of length 1."""
+    images, texts = [], []
+    for start in range(0, len(captions), BATCH):
+        rows = range(start, min(start + BATCH, len(captions)))
+        embeddings = model(*collate(captions, rows, tokenizer))
+        images.append(embeddings[0])
+        texts.append(embeddings[1])
+    return torch.cat(images), torch.cat(texts)
+
+
+@torch.no_grad()
+def embed_texts(model: TwoTower, texts: Sequence[str], tokenizer: WordTokenizer) -> Tensor:
+    """[N, D] of N texts.
+
+    Raises:
+        ValueError: a text without words, or of words that the model has never seen.
+    """
+    encoded = [tokenizer.encode(text) for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        if all(i <= tokenizer.unk_id for i in ids):
+            raise ValueError(
+                f"text: got {text!r}, which has no word that the model knows, expected some; use "
+                "words of the captions that it was trained on"
+            )
+    rows = [torch.tensor(ids) for ids in encoded]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_id)
+    return model.embed_texts(tokens, text_lengths(tokens, tokenizer.pad_id))
+
+
+@torch.no_grad()
+def embed_pictures(model: TwoTower, pictures: Tensor) -> Tensor:
+    """[N, D] of uint8 images [N, 3, Y, X]."""
+    return model.embed_images(normalise(pictures))

@@ -1,0 +1,43 @@
+"""R@k of a model on the splits of a data set, beside its two baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.models import TwoTower
+from mbm_kernels.retrieval.baselines import HistogramCCA
+from mbm_kernels.retrieval.embed import embed_set
+from mbm_kernels.retrieval.recall import Recalls, chance, recalls
+
+Table = dict[str, dict[str, Recalls]]  # split -> method -> recalls
+
+
+def evaluate(
+    model: TwoTower,
+    sets: dict[str, CaptionSet],
+    tokenizer: WordTokenizer,
+    splits: Sequence[str],
+) -> Table:
+    """The model, `colour_words_cca` fitted on the `train` of `sets`, and `chance`, by split."""
+    baseline = HistogramCCA(sets["train"], tokenizer)
+    table: Table = {}
+    for split in splits:
+        found = sets[split]
+        table[split] = {
+            "two_tower": recalls(*embed_set(model, found, tokenizer), found.captions),
+            "colour_words_cca": recalls(*baseline.embed_set(found), found.captions),
+            "chance": chance(found.captions),
+        }
+    return table
+
+
+def as_text(table: Table) -> str:
+    """One line a split, method and direction, in percent."""
+    lines = []
+    for split, methods in table.items():
+        for method, found in methods.items():
+            for way, values in found.items():
+                shown = "  ".join(f"{name} {value:6.1%}" for name, value in values.items())
+                lines.append(f"{split:13} {method:17} {way:14} {shown}")
+    return "\n".join(lines)

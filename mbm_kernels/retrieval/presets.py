@@ -1,0 +1,42 @@
+"""Hyper-parameters of the two towers by data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mbm_kernels.captioning.presets import TrainSettings
+from mbm_kernels.models import TwoTowerConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one data set needs.
+
+    settings: of the towers' training. matching: of the similarity head's. config: the towers'
+    sizes, of which the image's side is both models'.
+    """
+
+    settings: TrainSettings
+    matching: TrainSettings
+    config: TwoTowerConfig
+
+
+PRESETS = {
+    "scenes": Preset(
+        TrainSettings(steps=1200, batch_size=64, learning_rate=3e-3),
+        TrainSettings(steps=1200, batch_size=64, learning_rate=2e-3),
+        TwoTowerConfig(image_size=56),
+    ),
+    "emoji": Preset(
+        TrainSettings(
+            steps=2000, batch_size=64, learning_rate=3e-3, augment=True, word_dropout=0.1
+        ),
+        TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3, augment=True),
+        TwoTowerConfig(image_size=64),
+    ),
+}
+
+
+def preset(data: str) -> Preset:
+    """The preset of a data set; one without its own has that of emoji, made for real drawings."""
+    return PRESETS.get(data, PRESETS["emoji"])

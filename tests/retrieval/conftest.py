@@ -1,0 +1,1 @@
+from .helpers import trained_run as trained_run
