@@ -1,7 +1,7 @@
 """What mkdocs does to a page before it renders it.
 
-Files of the repository stay where they are: a line `<!-- include: PATH -->` is replaced by the file
-of that path without its title, `<!-- include: PATH # HEADING -->` by the section under that heading.
+A line `<!-- include: PATH -->` is replaced by that file of the repository without its title,
+`<!-- include: PATH # HEADING -->` by the section under that heading.
 A link that leaves docs/ becomes the name of the file it pointed to, or a link to it if mkdocs.yml
 has a repo_url.
 """

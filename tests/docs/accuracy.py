@@ -43,14 +43,14 @@ algorithm (3x3 convolutions) multiplies sums of inputs, which costs about a digi
 
 A result's error, in the max-abs norm, may be twice that of PyTorch in the same dtype (three times
 for gradients) plus a floor of 4 eps times the definition on the absolute values of its inputs.
-Winograd has a constant of its own, 5e-6 of the largest value. `mbm_kernels.check_parity` applies the
-same rule to your model, on your inputs.
+Winograd has a constant of its own, 5e-6 of the largest value. `mbm_kernels.check_parity` applies
+the same rule to your model, on your inputs.
 
 ## Determinism
 
-Results are bitwise the same from run to run and for any number of threads. They may differ between
-instruction sets and between `auto`'s choices: name a backend where bits must repeat on other machines
-of the same kind.
+The kernels' results are bitwise the same from run to run and for any number of threads. They may
+differ between instruction sets, and `auto` may choose otherwise on another machine or with another
+number of threads: name a backend where bits must repeat.
 """
 
 

@@ -38,11 +38,13 @@ One word for the forward and the backward pass, two where they differ.
 - **kernel**: `auto` compares the predicted times of the kernel and of PyTorch, call by call;
   `backend="cpu"` always runs the kernel.
 - **by name**: the kernel runs if it is asked for; `auto` takes PyTorch.
-- **refused**: there is no kernel. Asking for it raises `BackendUnavailableError`; `auto` takes PyTorch.
+- **refused**: there is no kernel. Asking for it raises `BackendUnavailableError`; `auto` takes
+  PyTorch.
 
 CPU kernels compute in float32 and round 16-bit results when they store them. The GPU kernels are
 compiled and tested without a GPU, **not measured on hardware**: `auto` takes PyTorch there.
-The last column says whether `backend="torch"` runs on a CPU in that dtype, both passes. {internal}
+The last column says whether `backend="torch"` runs on a CPU in that dtype, both passes.
+{internal}
 
 {dtypes}
 Second derivatives (`create_graph=True`) and `torch.func` transforms come from the definition in
@@ -85,7 +87,7 @@ def assuming(isa: str | None = None) -> Iterator[None]:
 
     table = Wins("assumed", {}, {}, {}) if isa in cost.LANES else None
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(cost, "table", lambda: table))
+        stack.enter_context(mock.patch.object(cost, "table", return_value=table))
         stack.enter_context(mock.patch.object(cuda_launch, "_emulates", True))
         stack.enter_context(mock.patch.object(dispatch, "_defaults", {}))
         stack.enter_context(triton_launch.record())
