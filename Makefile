@@ -6,7 +6,7 @@ DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
-  gate-static-update mutants gpu-check dispatch clean
+  gate-static-update mutants gpu-check dispatch docs wheel test-wheel test-torch clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
@@ -14,6 +14,7 @@ help:
 	@echo "make demo    train, distil, caption and time on generated scenes (DATA=emoji: real drawings)"
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
 	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
+	@echo "make docs    the documentation's site into build/site"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
@@ -58,6 +59,14 @@ demo: native
 
 bench: native
 	$(PY) -m benchmarks --publish
+
+# The pages that commands write are tests/docs's; a test says when one is out of date.
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize
