@@ -15,6 +15,8 @@ help:
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
 	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
 	@echo "make docs    the documentation's site into build/site"
+	@echo "make wheel   a wheel of the CPU kernels into dist/; make test-wheel: one and an sdist, tried"
+	@echo "make test-torch TORCH=2.15.0   the core of the tests with another torch"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
@@ -67,6 +69,14 @@ $(VENV)/.docs: $(VENV)/.installed
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+
+# CPU kernels alone; it links the objects that make build compiled.
+wheel: $(VENV)/.installed
+	MBM_CUDA=0 $(PY) setup.py -q bdist_wheel --dist-dir dist
+
+test-wheel: wheel
+	$(PY) setup.py -q sdist --dist-dir dist
+	DIST=dist $(PY) -m pytest -n0 tests/wheel -s
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize
