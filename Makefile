@@ -67,8 +67,9 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
+# Without -q, which would hide warnings from --strict.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # CPU kernels alone; it links the objects that make build compiled.
 wheel: $(VENV)/.installed
@@ -77,6 +78,20 @@ wheel: $(VENV)/.installed
 test-wheel: wheel
 	$(PY) setup.py -q sdist --dist-dir dist
 	DIST=dist $(PY) -m pytest -n0 tests/wheel -s
+
+# Another torch, in a folder of its own without its dependencies, which Python then looks into first.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu where pip's own index has CUDA builds alone.
+build/torch-%: | $(VENV)/.installed
+	$(PY) -m pip install -q --no-deps --target $@ $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$*
+
+CORE_TESTS = tests/core tests/ops/test_gru.py tests/ops/test_gru_cell.py \
+  tests/ops/test_conv_bias_act.py tests/ops/test_additive_attention.py \
+  tests/ops/test_cross_attention.py tests/ops/test_linear_cross_entropy.py
+
+test-torch: native $(if $(TORCH),build/torch-$(TORCH))
+	@test -n "$(TORCH)" || { echo "test-torch: say which: make test-torch TORCH=2.15.0"; exit 2; }
+	PYTHONPATH=$(CURDIR)/build/torch-$(TORCH) $(PY) -c "import torch; print('torch', torch.__version__)"
+	PYTHONPATH=$(CURDIR)/build/torch-$(TORCH) $(PY) -m pytest -n auto --dist worksteal -m "not slow" $(CORE_TESTS)
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize
