@@ -73,6 +73,7 @@ docs: $(VENV)/.docs
 
 # CPU kernels alone; it links the objects that make build compiled.
 wheel: $(VENV)/.installed
+	rm -rf build/lib.* build/bdist.*
 	MBM_CUDA=0 $(PY) setup.py -q bdist_wheel --dist-dir dist
 
 test-wheel: wheel

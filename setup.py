@@ -159,6 +159,8 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if not self.in_place:
             self.extensions = [e for e in self.extensions if not e.name.endswith(EMULATED)]
+            for stale in Path(self.build_lib, "mbm_kernels").glob("_C_*.so"):
+                stale.unlink()  # of a build with other extensions, which a wheel would take along
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
