@@ -29,15 +29,19 @@ TEXT = """# Numerical accuracy
 Written by `python -m tests.docs.accuracy` with torch {torch}, {isa}, on {device}.
 
 The largest error of a result against the definition in float64, over the result's largest value:
-the median and the 90th percentile over {problems} drawn problems of each operation, every output and
-every gradient counted. Sizes go past every tile of the kernels, magnitudes from 0.001 to 3. float64
-is given the same rounded inputs, so that what is measured is the computation alone.
+the median and the 90th percentile over {problems} drawn problems of each operation, every output
+and every gradient counted. Sizes go past every tile of the kernels, magnitudes from 0.001 to 3.
+float64 is given the same rounded inputs, so that what is measured is the computation alone.
 
 What lies beyond the 90th percentile are results that no float32 has: what is left when terms cancel
-(the gradient through a softmax over one position), rows of attention that a mask of -1e9 covers as a
-whole. PyTorch is as far off there, and the rule below judges them too.
+(the gradient through a softmax over one position), rows of attention that a mask of -1e9 covers
+as a whole. PyTorch is as far off there, and the rule below judges them too. In bfloat16 a rounding
+may also decide a relu or a maximum the other way, which the gradients show.
 
-{tables}float32 rounds to 6e-8, bfloat16 to 4e-3, each of the value rounded. The kernels compute in float32
+These are the CPU kernels; those for GPUs have run in interpreters and emulation alone.
+
+{tables}
+float32 rounds to 6e-8, bfloat16 to 4e-3, each of the value rounded. The kernels compute in float32
 whatever they are given, and sum in another order than PyTorch; neither is the true one. Winograd's
 algorithm (3x3 convolutions) multiplies sums of inputs, which costs about a digit;
 `MBM_WINOGRAD=0` turns it off.
@@ -65,13 +69,13 @@ def page() -> str:
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
             columns += [f"kernel, {name}", f"PyTorch, {name}"]
-        parts.append(f"## {title}\n\n{pages.table(columns, rows)}\n")
+        parts.append(f"## {title}\n\n{pages.table(columns, rows)}")
     return TEXT.format(
         torch=torch.__version__.partition("+")[0],
         isa=native.isa(),
         device=processor.name(),
         problems=PROBLEMS,
-        tables="".join(parts),
+        tables="\n".join(parts),
     )
 
 
