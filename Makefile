@@ -6,7 +6,7 @@ DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
-  gate-static-update mutants gpu-check dispatch zoo clean
+  gate-static-update mutants gpu-check dispatch zoo docs wheel test-wheel test-torch clean
 
 help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
@@ -15,6 +15,9 @@ help:
 	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
 	@echo "make zoo     other people's models, as they are and optimized (MODELS=, needs the network)"
 	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
+	@echo "make docs    the documentation's site into build/site"
+	@echo "make wheel   a wheel of the CPU kernels into dist/; make test-wheel: one and an sdist, tried"
+	@echo "make test-torch TORCH=2.15.0   the core of the tests with another torch"
 	@echo "make gpu-check  CUDA tests and benchmarks by PYTHON, no .venv (OPS= STAGE= MINUTES=)"
 	@echo "make dispatch   RESULTS=file of gpu-check into the dispatch tables"
 	@echo "make sanitize   every kernel under ASan, UBSan and TSan, between guard pages"
@@ -64,6 +67,38 @@ bench: native
 zoo: native
 	$(PY) -m pip install -q --no-deps torchvision==0.28.0 timm huggingface_hub safetensors pyyaml
 	$(PY) -m benchmarks.zoo --save $(MODELS)
+
+# The pages that commands write are tests/docs's; a test says when one is out of date.
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+# Without -q, which would hide warnings from --strict.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# CPU kernels alone; it links the objects that make build compiled.
+wheel: $(VENV)/.installed
+	rm -rf build/lib.* build/bdist.*
+	MBM_CUDA=0 $(PY) setup.py -q bdist_wheel --dist-dir dist
+
+test-wheel: wheel
+	$(PY) setup.py -q sdist --dist-dir dist
+	DIST=dist $(PY) -m pytest -n0 tests/wheel -s
+
+# Another torch, in a folder of its own without its dependencies, which Python then looks into first.
+# TORCH_INDEX= is the package index to take it from, where pip's own has CUDA builds alone.
+build/torch-%: | $(VENV)/.installed
+	$(PY) -m pip install -q --no-deps --target $@ $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$*
+
+CORE_TESTS = tests/core tests/ops/test_gru.py tests/ops/test_gru_cell.py \
+  tests/ops/test_conv_bias_act.py tests/ops/test_additive_attention.py \
+  tests/ops/test_cross_attention.py tests/ops/test_linear_cross_entropy.py
+
+test-torch: native $(if $(TORCH),build/torch-$(TORCH))
+	@test -n "$(TORCH)" || { echo "test-torch: say which: make test-torch TORCH=2.15.0"; exit 2; }
+	PYTHONPATH=$(CURDIR)/build/torch-$(TORCH) $(PY) -c "import torch; print('torch', torch.__version__)"
+	PYTHONPATH=$(CURDIR)/build/torch-$(TORCH) $(PY) -m pytest -n auto --dist worksteal -m "not slow" $(CORE_TESTS)
 
 sanitize: native
 	$(PY) -m tests.gates.sanitize

@@ -151,12 +151,16 @@ def ninja_is_quiet() -> bool:
 
 
 class BuildNative(build_ext):
+    def finalize_options(self) -> None:
+        # Otherwise an editable install or a wheel compiles in a folder of its own, all of it again.
+        self.build_temp = self.build_temp or str(ROOT / "build")
+        super().finalize_options()
+
     def run(self) -> None:
-        # Otherwise an editable install compiles in a folder of its own, and `make` all of it again.
-        if self.inplace or self.editable_mode:
-            self.build_temp = str(ROOT / "build")
-        else:
+        if not self.in_place:
             self.extensions = [e for e in self.extensions if not e.name.endswith(EMULATED)]
+            for stale in Path(self.build_lib, "mbm_kernels").glob("_C_*.so"):
+                stale.unlink()  # of a build with other extensions, which a wheel would take along
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -171,32 +175,36 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"setup.py: compiling {ext.name} failed, see above") from error
 
+    @property
+    def in_place(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
+
     def wants_lowered(self) -> bool:
         asked = chosen("MBM_LOWERED", ("", "0", "1"))
-        in_place = self.inplace or self.editable_mode
-        return asked == "1" or (not asked and in_place and not cpu_has_avx512())
+        return asked == "1" or (not asked and self.in_place and not cpu_has_avx512())
 
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         base = [*cxx, *CXXFLAGS, INCLUDE]
         sanitizer = SANITIZERS[chosen("MBM_SANITIZE", SANITIZERS)]
         only = chosen("MBM_BUILD_ISA", ("", *ISAS, *LOWERED))
-        objects, calls, isas = [], [], ISAS
+        objects, calls, isas, tag = [], [], ISAS, "any"
         if only:
             isas, calls = {only: {**ISAS, **LOWERED}[only]}, [f"-DMBM_ONLY_ISA={only}"]
         elif self.wants_lowered():
-            isas, calls = {**ISAS, **LOWERED}, ["-DMBM_LOWERED"]
+            isas, calls, tag = {**ISAS, **LOWERED}, ["-DMBM_LOWERED"], "lowered"
         for source in sorted(CSRC.glob("*/*_cpu*.cpp")):
             for isa, (lanes, flags) in isas.items():
                 defines = [f"-DMBM_ISA={isa}", f"-DMBM_LANES={lanes}"]
                 objects.append(ninja.compile(source, isa, [*base, *sanitizer, *flags, *defines]))
         for name in ("isa.cpp", "contention.cpp"):
-            objects.append(ninja.compile(CSRC / "common" / name, "any", [*base, *calls]))
+            objects.append(ninja.compile(CSRC / "common" / name, tag, [*base, *calls]))
         # -O1: the binding only converts arguments, and compiles twice as fast.
         binding = [*base, *calls, "-O1", *python_includes()]
         for source in sorted(CSRC.glob("*/bind.cpp")):
-            objects.append(ninja.compile(source, "any", binding))
-        ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *sanitizer], [])
+            objects.append(ninja.compile(source, tag, binding))
+        strip = [] if self.in_place or only or sanitizer else ["-s"]
+        ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *strip, *sanitizer], [])
 
     def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
         nvcc = find_nvcc()

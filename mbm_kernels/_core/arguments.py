@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbm_kernels._core import torch_private
+
 Layout = tuple[int | None, ...]  # length of each list argument, None if it is not a list
 
 
@@ -80,6 +82,6 @@ def any_of(needs: Any) -> bool:
 def fresh(output: Tensor, args: Sequence[Any]) -> Tensor:
     """A registered op may not return a view of an input, as a no-op in plain torch may."""
     storages = {
-        a.untyped_storage()._cdata for a in flat(args) if isinstance(a, Tensor) and a.numel() > 0
+        torch_private.storage_of(a) for a in flat(args) if isinstance(a, Tensor) and a.numel() > 0
     }
-    return output.clone() if output.untyped_storage()._cdata in storages else output
+    return output.clone() if torch_private.storage_of(output) in storages else output

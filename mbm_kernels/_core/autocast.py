@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbm_kernels._core import torch_private
+
 
 def enabled(device: torch.device) -> bool:
-    if not torch._C._is_any_autocast_enabled():  # 0.1 us; what follows takes 0.4
+    if not torch_private.autocast_enabled():  # 0.1 us; what follows takes 0.4
         return False
     # torch.is_autocast_enabled raises for device types that have no autocast.
     kind = device.type
@@ -16,7 +18,7 @@ def enabled(device: torch.device) -> bool:
 
 def cast(*tensors: Tensor | None) -> tuple[Any, ...]:  # None where the argument is
     """The tensors in autocast's dtype where it is on; float64 and integers stay as they are."""
-    if not torch._C._is_any_autocast_enabled():
+    if not torch_private.autocast_enabled():
         return tensors
     device = next(t.device for t in tensors if t is not None)
     if not enabled(device):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import arguments, by_autograd, made, profiling
+from mbm_kernels._core import arguments, by_autograd, made, profiling, torch_private
 from mbm_kernels._core.arguments import as_tuple
 from mbm_kernels._core.spec import Operation
 from mbm_kernels._core.tracing import is_plain
@@ -19,7 +19,7 @@ from mbm_kernels._core.tracing import is_plain
 if TYPE_CHECKING:
     from mbm_kernels._core.problem import Problem
 
-_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_unwrap_if_dead = torch_private.unwrap_if_dead
 
 
 def apply(function: type[torch.autograd.Function], args: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import native, tracing
+from mbm_kernels._core import native, torch_private, tracing
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +84,7 @@ class Remembered:
     def key(self, *tensors: Tensor | None) -> tuple[Any, ...] | None:
         """Their dtype and shapes; None where they differ in dtype or device, or are no tensors,
         where autocast would change them, and where something traces."""
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_compiling() or torch_private.autocast_enabled():
             return None
         first = tensors[0]
         if not isinstance(first, Tensor):

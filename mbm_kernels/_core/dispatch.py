@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from mbm_kernels._core import cost, env, tracing
+from mbm_kernels._core import cost, env, torch_private, tracing
 from mbm_kernels._core.errors import BackendUnavailableError
 
 OPS_FOLDER = Path(__file__).resolve().parent.parent / "ops"
@@ -89,9 +89,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _constant_for_compilers(function: F) -> F:
-    # What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which
-    # would triple the time of `import mbm_kernels`.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    torch_private.constant(function)
     return function
 
 
@@ -218,7 +216,7 @@ def _choose(
         backend = default(op)
     if backend == "torch":
         return backend
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or torch_private.jit_state() is not None:
         return _select(op, backend, device, dtype, tracing.concrete(sizes))
     # An op always names its sizes in one order, so their values are the key.
     key = (_tables[op], backend, device, dtype, torch.get_num_threads(), *sizes.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from mbm_kernels._core import packing
+from mbm_kernels._core import packing, torch_private
 
 
 class _QConfig:
@@ -89,7 +89,7 @@ def _without_views(forward: Any) -> Any:
 
 def _owned(result: Any) -> Any:
     if isinstance(result, Tensor):
-        return result.clone() if result.requires_grad and result._is_view() else result
+        return result.clone() if result.requires_grad and torch_private.is_view(result) else result
     if isinstance(result, PackedSequence):
         return result._replace(data=_owned(result.data))
     return tuple(map(_owned, result)) if isinstance(result, tuple) else result

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
 
+from mbm_kernels._core import torch_private
 from mbm_kernels._core.arguments import any_of, as_tuple
 from mbm_kernels._core.when_imported import when_imported
 
@@ -54,7 +55,7 @@ def _register(module: ModuleType, op: Counted) -> None:
         (op.registered, _forward(op)),
         (op.registered_backward, _backward(op)),
     ):
-        module.register_flop_formula(registered._overloadpacket, get_raw=True)(formula)
+        module.register_flop_formula(torch_private.packet(registered), get_raw=True)(formula)
 
 
 def _forward(op: Counted) -> Callable[..., int]:

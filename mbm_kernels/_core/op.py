@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 
 from mbm_kernels._core import (
     arguments,
@@ -42,6 +41,7 @@ from mbm_kernels._core import (
 from mbm_kernels._core.arguments import as_tuple as as_tuple
 from mbm_kernels._core.problem import Call, Problem, Problems
 from mbm_kernels._core.spec import Spec
+from mbm_kernels._core.torch_private import functionalized, profiling_state
 from mbm_kernels._core.tracing import in_functorch, is_plain, may_need_grad, no_kernel
 
 OPS: dict[str, "Op"] = {}
@@ -129,7 +129,7 @@ class Op:
                 tensors = arguments.flat(tensors)
             return autograd.apply(function, (call.problem, chosen, *tensors))
         save = self.all_saved if training else self.nothing_saved
-        if profiler._is_profiler_enabled:  # as profiling.active(), without a frame
+        if profiling_state._is_profiler_enabled:  # as profiling.active(), without a frame
             with profiling.event(self.label, tensors):
                 outputs = self.problem_fwd(chosen, call.problem, tensors, save)
         elif chosen == "torch":
@@ -268,10 +268,8 @@ class Op:
 
     def decomposed(self, *args: Any) -> Any:
         """All results of the registered forward's arguments, by what ONNX has."""
-        from torch._subclasses.functional_tensor import dispatch_functionalize
-
         # Programs hold nothing in place, as the torch backend does.
-        public = dispatch_functionalize(self._onnx_form)(args[:-1])[: len(self.public)]
+        public = functionalized(self._onnx_form)(args[:-1])[: len(self.public)]
         results = (*public, *as_tuple(self.fake(*args[:-1]))[len(public) :])
         return results if len(results) > 1 else results[0]
 

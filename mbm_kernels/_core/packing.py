@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mbm_kernels._core import native, problem
+from mbm_kernels._core import native, problem, torch_private
 
 Key = tuple[Any, ...]  # of the owner's id and `pack`, of a view its offset too
 _entries: dict[Key, "_Entry"] = {}
@@ -118,7 +118,7 @@ def packed(
     """
     sources = (owner, *others)
     key: Key = (id(owner), pack)
-    base = owner._base
+    base = torch_private.base(owner)
     if type(base) is Parameter:  # views of one are made anew at each call
         key = (id(base), pack, owner.storage_offset())
         owner = base
@@ -236,7 +236,7 @@ def forget(weight: Tensor) -> None:
     same. It is for memory, and for `torch.utils.swap_tensors`, which refuses a tensor to which a
     weak reference is held.
     """
-    base = weight._base
+    base = torch_private.base(weight)
     owner = base if type(base) is Parameter else weight
     # A copy: another thread may add an entry, and the garbage collector drop one.
     for key in _entries.copy():

@@ -19,15 +19,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from mbm_kernels._core import arguments, dispatch, tracing
-
-try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # another torch: every call is found by its key
-    TensorGuards = None  # type: ignore[assignment,misc]
+from mbm_kernels._core import arguments, dispatch, torch_private, tracing
+from mbm_kernels._core.torch_private import TensorGuards, tangents
 
 Key = tuple[Any, ...]
 
@@ -170,7 +165,7 @@ class Problems(Generic[P]):
 
     def call(self, tensors: Sequence[Any], options: tuple[Any, ...]) -> Call[P] | None:
         """The call like this one; `options` say which tensors are left out of `tensors`."""
-        if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        if torch.compiler.is_compiling() or tangents._current_level >= 0:
             return None
         try:
             for call in self._calls[options, tensors[0].shape]:
@@ -251,7 +246,7 @@ def _guards_hold() -> bool:
         check = _guard((like,))
         with torch.autocast("cpu", torch.bfloat16):
             refused = [not check(like)]
-        others = (other, other.t(), like.double(), like.to("meta"), torch._neg_view(like))
+        others = (other, other.t(), like.double(), like.to("meta"), torch_private.negated(like))
         refused += [not check(x) for x in (*others, Parameter(like), like.clone().requires_grad_())]
         return bool(check(like.clone())) and all(refused)
     except Exception:

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast
-from torch.autograd import profiler
+
+from mbm_kernels._core import torch_private
 
 
 def active() -> bool:
-    return profiler._is_profiler_enabled
+    return torch_private.profiling_state._is_profiler_enabled
 
 
 def event(name: str, args: Sequence[Any]) -> AbstractContextManager[Any]:
     """A span of the profile with the shapes of the tensors, and lists of tensors, in `args`."""
-    return _RecordFunctionFast(name, [arg if _is_shown(arg) else None for arg in args])
+    return torch_private.profiler_event(name, [arg if _is_shown(arg) else None for arg in args])
 
 
 def _is_shown(arg: Any) -> bool:
@@ -33,5 +33,5 @@ def _is_shown(arg: Any) -> bool:
 def rename(function: type[torch.autograd.Function], label: str) -> None:
     """Names the events of the forward and of the backward, where torch takes the classes' names."""
     function.__name__ = function.__qualname__ = label
-    node: type = function._backward_cls  # type: ignore[attr-defined]
+    node = torch_private.backward_node(function)
     node.__name__ = node.__qualname__ = f"{label}_backward"

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from mbm_kernels._core import dispatch, env, problem, tracing
+from mbm_kernels._core.torch_private import tangents
 
 
 class StockCalls:
@@ -36,7 +36,7 @@ class StockCalls:
         now = dispatch._epoch, env._raw.get(env._BACKEND), torch.get_num_threads()  # moment()
         for then, known, check, served in self._known:
             if known == options and then == now and check(*tensors):
-                return served if forward_ad._current_level < 0 else None
+                return served if tangents._current_level < 0 else None
         return None
 
     def remember(self, tensors: Sequence[Any], options: tuple[Any, ...], served: bool) -> None:

@@ -12,21 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from mbm_kernels._core import arguments
+from mbm_kernels._core import arguments, torch_private
+from mbm_kernels._core.torch_private import tangents
 
 
 def in_functorch() -> bool:
     """Whether torch.func's vmap, grad, ... is at work; their tensors have no data pointer."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not torch.compiler.is_compiling() and torch_private.functorch_level() is not None
 
 
-_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_jit_state = torch._C._get_tracing_state
-_autocast = torch._C._is_any_autocast_enabled
+_modes = torch_private.dispatch_modes
+_functorch_level = torch_private.functorch_level
+_jit_state = torch_private.jit_state
+_autocast = torch_private.autocast_enabled
 
 
 def is_eager() -> bool:
@@ -40,7 +38,7 @@ def is_eager() -> bool:
         or _functorch_level() is not None
         or _jit_state() is not None
         or _autocast()
-        or forward_ad._current_level >= 0
+        or tangents._current_level >= 0
     )
 
 
@@ -54,7 +52,7 @@ def _in_onnx_export() -> bool:
     return module is not None and module.is_in_onnx_export()
 
 
-_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+torch_private.constant(_in_onnx_export)
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -134,7 +132,7 @@ def may_need_grad(tensors: Sequence[Tensor | None]) -> bool:
     What torch.jit.trace records is constant: the graph trains and infers alike, and torch compares
     it with a second one that is traced without gradients.
     """
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_compiling() and torch_private.jit_state() is not None:
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:
@@ -149,7 +147,7 @@ def concrete(sizes: dict[str, int]) -> dict[str, int]:
     Any backend is right for any size, so no guard may come of the choice: it would compile again at
     each boundary of a table, and make torch.export refuse a range that holds one.
     """
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not torch.compiler.is_compiling() and torch_private.jit_state() is not None:
         return {name: int(size) for name, size in sizes.items()}
     from torch.fx.experimental import symbolic_shapes  # imports sympy
 
@@ -164,7 +162,7 @@ def no_kernel(tensors: Sequence[Tensor], takes_bools: bool) -> str | None:
     """Why plain torch alone can run this call, if so; `takes_bools`: an argument is a bool[]."""
     if torch.compiler.is_compiling():
         return None
-    if takes_bools and torch._C._get_tracing_state() is not None:
+    if takes_bools and torch_private.jit_state() is not None:
         return "torch.jit.trace records no list of bool"
     if has_tangent(tensors):
         return "it has no forward-mode derivative"
@@ -172,7 +170,7 @@ def no_kernel(tensors: Sequence[Tensor], takes_bools: bool) -> str | None:
 
 
 def has_tangent(tensors: Sequence[Tensor]) -> bool:
-    return forward_ad._current_level >= 0 and any(
+    return tangents._current_level >= 0 and any(
         t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
@@ -186,4 +184,4 @@ def wants_gradient(tensor: Tensor) -> bool:
 
 def graph_is_kept() -> bool:
     """Within a backward: whether its graph will be run again."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    return bool(torch_private.graph_is_kept())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels._core import dispatch
+from mbm_kernels._core import dispatch, torch_private
 from mbm_kernels._core.accuracy import (
     FLOOR_EPS,
     FORWARD_FACTOR,
@@ -114,7 +114,7 @@ def _is_output(what: str) -> bool:
 def without_dropout(model: nn.Module) -> nn.Module:
     """The model, in place, with no dropout in any module of torch."""
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
+        if isinstance(module, torch_private.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "dropout", None), float):
             vars(module)["dropout"] = 0.0

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from mbm_kernels._core import tracing
+from mbm_kernels._core import torch_private, tracing
 from mbm_kernels.nn import counterparts
 from mbm_kernels.optimize import outputs
 from mbm_kernels.optimize.chain import Chain
@@ -72,7 +71,7 @@ class Plan:
             return "a compiler, a tracer, autocast or a mode is at work"
         if torch.is_grad_enabled() and _has_gradients(module, args):
             return "gradients are recorded; call the model under torch.no_grad()"
-        if torch_module._has_any_global_hook():
+        if torch_private.any_global_hook():
             return "a hook sits on all modules"
         for inlined, count in self.inlined:
             if len(inlined._modules) != count or counterparts.has_hooks(inlined):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels._core import torch_private
 from mbm_kernels._core.problem import derived
 from mbm_kernels._core.tracing import in_functorch
 from mbm_kernels.ops.conv_bias_act.activations import TABLE, Form
@@ -53,7 +54,7 @@ class _Stock:
             known = TABLE[p.activation]
             self.activate_recorded = known.form(recorded=True)
             # jit.trace compares what it records with and without gradients.
-            recorded = self.functorch or torch._C._get_tracing_state() is not None
+            recorded = self.functorch or torch_private.jit_state() is not None
             self.activate = known.form(recorded=recorded)
 
     def activation(self, z: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class ConvBiasAct(Conv2d):
     """A Conv2d with residual, activation and maximum pooling; parameters as torch.nn.Conv2d.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        in_channels, out_channels, kernel_size: as for torch.nn.Conv2d.
+        stride, padding, dilation, groups, bias: as for torch.nn.Conv2d.
         padding_mode, device, dtype: as for torch.nn.Conv2d.
         activation, max_pool, backend: as for `mbm_kernels.conv_bias_act`.
     """

@@ -102,7 +102,7 @@ def _packed(
         time = falling[column] - 1 - time
     source = (time * batch + order[column]).to(x.device)
     started = order[: int(inside[0].sum())].to(x.device)  # rows of length 0 rest in h0
-    data, states = torch._VF.gru(  # type: ignore[attr-defined]
+    data, states = torch.gru(
         x.reshape(steps * batch, features).index_select(0, source),
         batch_sizes,
         h0.index_select(0, started).unsqueeze(0),

@@ -8,6 +8,7 @@ so it is allowed, and only it: the flag is on for no other module.
 from types import ModuleType
 from typing import Any
 
+from mbm_kernels._core import torch_private
 from mbm_kernels._core.when_imported import when_imported
 
 BUILDER = "torch._dynamo.variables.builder"  # importing it here would take 2 s
@@ -19,7 +20,7 @@ def traceable(module: type) -> None:
 
 
 def _allow(builder: ModuleType, module: type) -> None:
-    tables = getattr(getattr(builder, "VariableBuilder", None), "_type_dispatch_impl", None)
+    tables = torch_private.tables_of_types(builder)
     if tables is None:  # another torch than 2.11 to 2.13: the graph breaks, as at torch.nn.GRU
         return
     for trace_numpy in (True, False):
@@ -27,7 +28,5 @@ def _allow(builder: ModuleType, module: type) -> None:
 
 
 def _wrap(builder: Any, value: Any) -> Any:
-    from torch._dynamo import config
-
-    with config.patch(allow_rnn=True):
+    with torch_private.allowing_rnn():
         return builder.wrap_module(value)
