@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Images set it; each of the tests' processes would compile what the one before it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
   gate-static-update mutants gpu-check dispatch clean
