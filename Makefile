@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DATA ?= scenes
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Images set it; each of the tests' processes would compile what the one before it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help build native test test-fast lint format demo bench sanitize gate gate-static gate-update \
   gate-static-update mutants gpu-check dispatch zoo docs wheel test-wheel test-torch clean
@@ -69,12 +71,8 @@ zoo: native
 	$(PY) -m benchmarks.zoo --save $(MODELS)
 
 # The pages that commands write are tests/docs's; a test says when one is out of date.
-$(VENV)/.docs: $(VENV)/.installed
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
-	@touch $@
-
 # Without -q, which would hide warnings from --strict.
-docs: $(VENV)/.docs
+docs: native
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # CPU kernels alone; it links the objects that make build compiled.

@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import mbm_kernels
+from mbm_kernels.cli import main
 
 
 def run(*args, **environment):
@@ -49,18 +52,27 @@ def test_disabled_from_the_import_on():
         assert done.stdout.strip() == str({backend}), done.stderr
 
 
-def test_info_table():
-    done = run("info", COLUMNS="120")
-    assert done.returncode == 0, done.stderr
+def end(monkeypatch, capsys, *arguments):
+    """Exit status and both outputs of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["mbm-kernels", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capsys.readouterr()
+
+
+def test_info_table(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, said = end(monkeypatch, capsys, "info")
+    assert code == 0, said.err
     for word in ("OpenMP runtimes", "CPU kernels", "GPU", "additive_attention", "MBM_* in force"):
-        assert word in done.stdout
+        assert word in said.out
 
 
-def test_bad_input_ends_without_a_traceback():
+def test_bad_input_ends_without_a_traceback(monkeypatch, capsys):
     done = run("info", MBM_ISA="sse9")
     assert done.returncode == 2
     assert done.stderr.startswith("error: MBM_ISA: got 'sse9'; expected one of baseline")
     assert "Traceback" not in done.stderr
-    done = run("no-such-command")
-    assert done.returncode == 2
-    assert "No such command" in done.stderr
+    code, said = end(monkeypatch, capsys, "no-such-command")
+    assert code == 2
+    assert "No such command" in said.err

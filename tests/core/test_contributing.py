@@ -43,8 +43,9 @@ def test_the_example_works(tmp_path):
             shutil.copy(source, target)
     # ninja compiles what differs from the objects of this checkout: commands and paths in them are
     # relative, and copies keep their times.
-    for objects in (ROOT / "build").glob("*_C_cpu"):
-        shutil.copytree(objects, tmp_path / "build" / objects.name)
+    for name in ("_C_cpu", "_C_cuda_emulated"):
+        for objects in (ROOT / "build").glob(f"*{name}"):
+            shutil.copytree(objects, tmp_path / "build" / objects.name)
     written = follow(tmp_path)
     assert len(written) == 11
     assert len(EDIT.findall(TEXT)) == 1, "its own files and one line"
