@@ -1,3 +1,5 @@
+import functools
+import gc
 import os
 
 # Before torch is imported: a thread that spins at a barrier takes the core of another worker, for
@@ -6,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+import typer
 
 if not torch.cuda.is_available():
     # Before triton is imported: its kernels then run on CPU tensors, one program after another.
@@ -17,6 +20,15 @@ from mbm_kernels.testing import grid, interpreter
 
 if not torch.cuda.is_available():
     interpreter.leave_out_repeated_work()
+# A call of an app builds all of its commands anew, which takes longer than most of them run.
+typer.main.get_command = functools.cache(typer.main.get_command)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: each collection of garbage would look through it, for
+    half a second before each form that is timed."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
