@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import tarfile
 
 import pytest
@@ -361,3 +363,29 @@ def test_what_no_reader_fits_is_refused(name, error, message, tmp_path):
     (tmp_path / "binary.bin").write_bytes(os.urandom(100) + b"\0\xff\n")
     with pytest.raises(error, match=message):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damage_of_any_kind_is_counted_or_refused(format, tmp_path):
+    """Bytes cut off, overwritten, doubled: a listing, or an error of one line."""
+    path, _ = write(format, tmp_path)
+    target = path if path.is_file() else min(f for f in path.iterdir() if f.suffix != ".png")
+    whole, draw = target.read_bytes(), random.Random(0)
+    for _ in range(40):
+        content, start = bytearray(whole), draw.randrange(len(whole))
+        stop = min(len(whole), start + draw.choice((1, 3, 40)))
+        content[start:stop] = draw.choice((
+            b"", draw.randbytes(stop - start), b'"', b"\0", b"\r", b"\t", b"{", b"[" * 2000,
+            b"\xff" * (stop - start), whole[start:],
+        ))  # fmt: skip
+        target.write_bytes(content if draw.random() < 0.7 else content[:stop])
+        message = "data x: got nothing, expected nothing"
+        try:
+            listing = read(path)
+        except ValueError as error:
+            message = str(error)
+        else:
+            texts = [text for entry in listing.entries.values() for text in entry.captions]
+            assert all(isinstance(text, str) and text for text in texts)
+            assert all(line.isprintable() for line in listing.skipped.lines())
+        assert re.fullmatch(r"data .*: got .*, expected .*", message)

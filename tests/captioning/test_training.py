@@ -352,6 +352,6 @@ def test_bad_settings(changes):
 
 
 def test_presets():
-    assert set(PRESETS) == {"scenes", "emoji"}
+    assert set(PRESETS) == {"scenes", "emoji", "tuxpaint", "fashion"}
     with pytest.raises(ValueError, match="data: got 'coco', expected one of"):
         preset("coco")
