@@ -28,6 +28,8 @@ struct Launch {
   size_t shared = 0;  // bytes
 };
 
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 
 #ifdef MBM_EMULATED
