@@ -172,6 +172,7 @@ MBM_DEVICE T from_float(float x) {
 }
 
 MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
+MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 
 MBM_DEVICE void store(float* p, int64_t i, float x) { p[i] = x; }
 MBM_DEVICE void store(bfloat16* p, int64_t i, float x) { p[i] = from_float<bfloat16>(x); }

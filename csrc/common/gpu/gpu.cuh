@@ -19,7 +19,7 @@
 //   mma<T>(d, a, b)                         m16n8k16, elements where mma_layout.h says
 //   reciprocal(x) exp(x)                    to 1 ulp and 2 ulp
 //   to_float(x) from_float<T>(x) store(p, i, x)   elements of any Dtype as float
-//   load_words(p)                           16 bytes on a multiple of 16
+//   load_words(p) store_words(p, words)     16 bytes on a multiple of 16
 #pragma once
 
 #ifdef MBM_EMULATED

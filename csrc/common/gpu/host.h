@@ -100,6 +100,7 @@ inline uint4 load_words(const void* p) {
   std::memcpy(&words, p, sizeof(words));
   return words;
 }
+inline void store_words(void* p, uint4 words) { std::memcpy(p, &words, sizeof(words)); }
 
 inline uint32_t bits_of(bfloat16 x) { return x.bits; }
 inline uint32_t bits_of(float16 x) {
