@@ -31,7 +31,7 @@ struct Shape {
   static constexpr int kRegisterChunks = least(kWarpChunks, 144 / (8 * kWarpTiles));
   static constexpr int kHeldQuads = (kWarpChunks - kRegisterChunks) * kWarpTiles * 2;
   static constexpr int kHeld = kHeldQuads * kThreads * 16;
-  static constexpr int kOwn = kUnits * kRows / kThreads > 0 ? kUnits * kRows / kThreads : 1;
+  static constexpr int kOwn = (kUnits * kRows + kThreads - 1) / kThreads;  // units of a thread
   // Shared memory, in bytes: a row of states takes 64 more than a multiple of 128, so that the
   // loads of two rows at once meet no bank twice.
   static constexpr int kRowBytes = VECTORS * UNITS * sizeof(T) + 64;

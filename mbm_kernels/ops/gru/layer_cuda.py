@@ -100,8 +100,8 @@ def bwd(
     carried = x.new_empty(state_shape, dtype=torch.float32)
     carried = carried.zero_() if grad_h_n is None else carried.copy_(grad_h_n)
     if y.numel() > 0:
-        rows, place = native.rows(grad_y, p.dtype)
-        read = (_dense(h0), y, reserve.contiguous())  # alive, as the others, until the launch
+        _rows, place = native.rows(grad_y, p.dtype)
+        read = (_dense(h0), y, reserve.contiguous())  # alive, as _rows is, until the launch
         transposed = [w_hh.t().contiguous() for _, w_hh, *_ in layers]
         cuda_launch.module().gru_cuda_bwd(
             derived(p, "cuda", _block),
