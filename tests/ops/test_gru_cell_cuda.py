@@ -19,9 +19,11 @@ class TestEmulated(Emulated, suite.TestGruCell):
 
     # Clusters of 8 with tiles of 8 rows, of 1, and tiles of 32 or 16 rows.
     @pytest.mark.parametrize("device", [H200, SM_80, SMALL], ids=["H200", "sm_80", "small"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-    def test_clusters(self, backend, device, dtype):
-        inputs = self.inputs(Case("", sizes(35, 1032, 24)), dtype)
+    @pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16"])
+    def test_clusters(self, backend, device, rounded):
+        inputs = self.inputs(
+            Case("", sizes(35, 1032, 24)), torch.bfloat16 if rounded else torch.float32
+        )
         with on(device):
             self.check_forward(inputs, backend)
 
