@@ -126,6 +126,7 @@ def bwd(
             p.reverse if p.directions == 1 else i == 1,
             (needs[0], *wanted),
         )
-        grad_x = by_x if grad_x is None else grad_x + by_x
+        if by_x is not None:
+            grad_x = by_x if grad_x is None else grad_x + by_x
         found += by_weights
     return grad_x, carried.to(p.dtype) if needs[1] and h0 is not None else None, *found
