@@ -7,11 +7,14 @@
 
 #include "additive_attention/additive_attention_cuda.h"
 #include "additive_attention/additive_attention_problem.h"
-#include "common/bind.h"
-#include "common/gpu/check.h"
+#include "common/gpu/bind.h"
 #include "common/problem_fields.h"
 
 namespace {
+
+using mbm::gpu::Place;
+using mbm::gpu::pointer;
+using mbm::gpu::writable;
 
 // clang-format off
 #define MBM_ADDITIVE_ATTENTION_CUDA_PROBLEM(FIELD) MBM_ADDITIVE_ATTENTION_PROBLEM(FIELD) FIELD(dtype)
@@ -31,17 +34,6 @@ struct Problem {
 
 using Inputs = Addresses<6>;                         // query, key, value, v, key_lengths, mask
 using Rows = std::tuple<Address, int64_t, int64_t>;  // address, stride of b, stride of the rows
-using Place = std::tuple<int, Address>;              // device, stream
-
-const void* pointer(Address address, int64_t dtype, int64_t count, const char* name) {
-  if (dtype == 0) return checked_ptr<const float>(address, count, name);
-  return checked_ptr<const uint16_t>(address, count, name);
-}
-
-void* writable(Address address, int64_t dtype, int64_t count, const char* name) {
-  return const_cast<void*>(pointer(address, dtype, count, name));
-}
-
 mbm::AdditiveAttentionCudaInputs inputs_of(const Problem& p, const Inputs& inputs) {
   const auto [query, key, value, v, key_lengths, mask] = inputs;
   mbm::AdditiveAttentionCudaInputs in{};

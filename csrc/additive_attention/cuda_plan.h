@@ -12,7 +12,7 @@ namespace mbm::additive {
 // Largest chunk or tile first: of equal costs it makes the fewest exponentials again.
 constexpr int kTiles[] = {20, 8, 4};
 
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using gpu::ceil_div;
 
 // Queries whose sums a thread of grad_terms holds: the least padding of T.
 inline int chunk_of(int64_t T) {

@@ -1,11 +1,25 @@
 // The module of the CUDA kernels, whose bind_cuda.cpp register themselves. The CUDA runtime is
 // linked statically, so that it imports on a machine without a driver. With MBM_EMULATED the same
 // kernels run on the host (gpu/emulation.h).
-#include <pybind11/stl.h>
-
-#include "common/bind.h"
+#include "common/gpu/bind.h"
 #include "common/gpu/launch.h"
 #include "common/probe.h"
+
+namespace {
+
+void bind_common(py::module_& m) {
+  m.def(
+      "max_cluster",
+      [](int device) {
+        mbm::gpu::Device found;
+        mbm::gpu::check(mbm::gpu::find_device(device, &found), "max_cluster");
+        return found.max_cluster;
+      },
+      "Blocks of the largest portable cluster; 1 where the device has none.");
+  for (const Binding::Function bind : Binding::all()) bind(m);
+}
+
+}  // namespace
 
 #ifdef MBM_EMULATED
 
@@ -19,7 +33,7 @@ PYBIND11_MODULE(_C_cuda_emulated, m) {
       "What launches see: multiprocessors, bytes of shared memory, blocks of a cluster.");
   m.def("drop", &mbm::emulation::drop, "Barriers of this name do nothing from now on.");
   m.def("sites", &mbm::emulation::sites, "Barriers reached, each with how often by one thread.");
-  for (const Binding::Function bind : Binding::all()) bind(m);
+  bind_common(m);
 }
 
 #else
@@ -38,7 +52,7 @@ PYBIND11_MODULE(_C_cuda, m) {
         return py::str(reason);
       },
       "None when a kernel of this build ran on the current device, else the reason.");
-  for (const Binding::Function bind : Binding::all()) bind(m);
+  bind_common(m);
 }
 
 #endif

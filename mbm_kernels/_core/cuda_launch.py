@@ -36,6 +36,12 @@ def module() -> ModuleType:
     return emulation() if _emulates else native.cuda()
 
 
+def max_cluster(device: torch.device) -> int:
+    """Blocks of the largest portable thread-block cluster; 1 where the device has none."""
+    found: int = module().max_cluster(place(device)[0])
+    return found
+
+
 def place(device: torch.device) -> tuple[int, int]:
     """The device and the stream of a launch, as the bindings take them."""
     if _emulates:

@@ -4,8 +4,8 @@
 
 benchmarks/static/nvcc-<version>/<op>.json has the form of the Triton kernels' baselines; an entry's
 key is "kernel | target". Kernels with a reciprocal in their innermost loop also have a budget of
-instructions for each of its elements, two of which share one. Needs nvcc, no GPU; without nvcc
-there is nothing to hold.
+instructions for each of its elements, two of which share one; kernels that wait for an mbarrier in
+their loop, one for each of its steps. Needs nvcc, no GPU; without nvcc there is nothing to hold.
 """
 
 import argparse
@@ -23,12 +23,18 @@ from mbm_kernels.gate import compare, resources
 from mbm_kernels.gate.compare import Entry
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
+OF_CLUSTERS = ("gru",)  # whose kernels are empty for sm_80
 # Instructions for an element of the innermost loop, of the tiles that long targets take; a kernel
 # over its own fails. The aim for grad_terms was 11: a key's addresses take 2 of its 12.2. A tile of
 # 4 has no inner loop of its own, only that over stages, with their exponentials.
 BUDGETS = {
     r"additive_attention_fwd<\w+, 20>": 7.0,
     r"additive_attention_grad_terms<\w+, 20>": 12.5,
+}
+# Instructions of a warp for a step of the recurrence, where 16 blocks hold 512 units.
+STEP_BUDGETS = {
+    r"gru_fwd<(?:bfloat16|float16), 512, 16>": 330,
+    r"gru_bwd<(?:bfloat16|float16), 512, 16>": 510,
 }
 INSTRUCTION = re.compile(
     r"^\s+(?:/\*[0-9a-f]{4,}\*/\s+)?(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)\b(.*);"
@@ -41,13 +47,13 @@ def nvcc() -> str | None:
 
 
 def kernel_name(mangled: str) -> str:
-    """As `additive_attention_fwd<bfloat16, 20>`, of a template over a dtype and one number."""
-    found = re.search(r"\d+([a-z]\w*?)_kernelI(.*?)Li(\d+)E", mangled)
+    """As `additive_attention_fwd<bfloat16, 20>`, of a template over a dtype and numbers."""
+    found = re.search(r"\d+([a-z]\w*?)_kernelI(f|6__half|13__nv_bfloat16)((?:Li\d+E)*)E", mangled)
     if found is None:
         return mangled
     kinds = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
-    name = re.sub(r"^.*additive\d+", "", found.group(1))
-    return f"{name}<{kinds.get(found.group(2), found.group(2))}, {found.group(3)}>"
+    name = re.sub(r"^.*(?:additive|3gru)\d+", "", found.group(1))
+    return f"{name}<{', '.join([kinds[found.group(2)], *re.findall(r'[0-9]+', found.group(3))])}>"
 
 
 def loop_per_element(instructions: Sequence[tuple[str, str]], labels: dict[str, int]) -> float:
@@ -63,6 +69,18 @@ def loop_per_element(instructions: Sequence[tuple[str, str]], labels: dict[str, 
         if reciprocals >= 8:
             found.append(round(len(body) / (2 * reciprocals), 2))
     return min(found, default=0.0)
+
+
+def loop_of_steps(instructions: Sequence[tuple[str, str]], labels: dict[str, int]) -> int:
+    """Instructions of the longest loop that waits for an mbarrier, 0 where none does."""
+    lengths = [0]
+    for end, (name, rest) in enumerate(instructions):
+        target = re.search(r"(\.L_\w+)", rest)
+        begin = labels.get(target.group(1), end + 1) if target and name.startswith("BRA") else end
+        body = instructions[begin : end + 1]
+        if any(each.startswith("SYNCS.PHASECHK") for each, _ in body) and len(body) > 1:
+            lengths.append(len(body))
+    return max(lengths)
 
 
 def disassembled(sass: str) -> dict[str, tuple[list[tuple[str, str]], dict[str, int]]]:
@@ -104,11 +122,19 @@ def measure(compiler: str, source: Path, target: str) -> dict[str, Entry]:
             "instructions": len(instructions),
             "loop_per_element": loop_per_element(instructions, labels),
         }
+        if step := loop_of_steps(instructions, labels):
+            found[f"{kernel_name(mangled)} | {target}"]["instructions_per_step"] = step
     return found
 
 
 def over_budget(entries: dict[str, Entry]) -> list[str]:
-    return [
+    found = [
+        f"{key}: {entry['instructions_per_step']} instructions a step of at most {most}"
+        for key, entry in entries.items()
+        for name, most in STEP_BUDGETS.items()
+        if re.match(name, key) and entry.get("instructions_per_step", 0) > most
+    ]
+    return found + [
         f"{key}: {entry['loop_per_element']} instructions an element of at most {most}"
         for key, entry in entries.items()
         for name, most in BUDGETS.items()
@@ -132,7 +158,8 @@ def run(root: Path, update: bool, because: str | None) -> int:
         if not update and baseline["versions"] != versions:
             print(f"gate: {path.name}: no baseline of nvcc {versions['nvcc']}: not held")
             continue
-        jobs = [(compiler, source, t) for source in op.glob("*_cuda*.cu") for t in TARGETS]
+        targets = TARGETS[1:] if op.name in OF_CLUSTERS else TARGETS
+        jobs = [(compiler, source, t) for source in op.glob("*_cuda*.cu") for t in targets]
         now: dict[str, Entry] = {}
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for entries in pool.map(lambda job: measure(*job), jobs):

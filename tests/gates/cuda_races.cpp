@@ -14,6 +14,8 @@
 #include "additive_attention/additive_attention_cuda.h"
 #include "common/gpu/emulation.h"
 #include "common/gpu/launch.h"
+#include "gru/gru_cuda.h"
+#include "gru_cell/gru_cell_cuda.h"
 
 namespace {
 
@@ -77,6 +79,62 @@ std::vector<Results> additive(bool backward) {
   return found;
 }
 
+struct CellCase {
+  int64_t B, C, H;
+};
+// Clusters of several blocks; tiles of 8 and of 16 rows.
+const CellCase kCells[] = {{3, 140, 20}, {20, 5, 20}};
+
+Results run_cell(const CellCase& c) {
+  Random random;
+  const int64_t units = c.B * c.H;
+  const auto x = random.normal(c.B * c.C, 1.0f), h = random.normal(units, 1.0f);
+  const auto w_ih = random.normal(3 * c.H * c.C, 0.2f), w_hh = random.normal(3 * c.H * c.H, 0.2f);
+  std::vector<float> h_new(units), reserve(4 * units);
+  const mbm::GruCellCudaForward forward{
+      c.B, c.C,         c.H,         {},      x.data(), c.C,          h.data(),
+      c.H, w_ih.data(), w_hh.data(), nullptr, nullptr,  h_new.data(), reserve.data()};
+  mbm::gru_cell_cuda_fwd(forward, 0, nullptr);
+  return {h_new, reserve};
+}
+
+std::vector<Results> cell() {
+  std::vector<Results> found;
+  for (const CellCase& c : kCells) found.push_back(run_cell(c));
+  return found;
+}
+
+// Two clusters of 4, with rows that end early, both directions of time; units past one tile.
+Results run_gru(int64_t H, bool reverse, bool backward) {
+  constexpr int64_t kT = 5, kB = 9;
+  const int64_t units = kB * H;
+  Random random;
+  const auto inputs = random.normal(3 * kT * units, 1.0f), w_hh = random.normal(3 * H * H, 0.2f);
+  const std::vector<int64_t> lengths = {5, 0, 3, 4, 5, 2, 1, 5, 4};
+  std::vector<float> y(kT * units), h_n(units), reserve(4 * kT * units);
+  mbm::GruCudaForward forward{};
+  forward.sizes = {kT, kB, H, {}, 1, 4, lengths.data(), units, H};
+  forward.direction[0] = {reverse, inputs.data(), w_hh.data(), nullptr,
+                          nullptr, y.data(),      h_n.data(),  reserve.data()};
+  if (!backward) {
+    mbm::gru_cuda_fwd(forward, 0, nullptr);
+    return {y, h_n, reserve};
+  }
+  const auto grad_y = random.normal(kT * units, 1.0f);
+  reserve = random.normal(4 * kT * units, 0.5f);
+  std::vector<float> carried(units, 1.0f), gates(4 * kT * units);
+  mbm::GruCudaBackward args{};
+  args.sizes = forward.sizes;
+  args.direction[0] = {reverse, grad_y.data(),  units,          H,           w_hh.data(), y.data(),
+                       nullptr, reserve.data(), carried.data(), gates.data()};
+  mbm::gru_cuda_bwd(args, 0, nullptr);
+  return {carried, gates};
+}
+
+std::vector<Results> gru(bool backward) {
+  return {run_gru(37, false, backward), run_gru(64, true, backward)};
+}
+
 uint64_t hash(const std::vector<Results>& all) {
   uint64_t state = 1469598103934665603u;
   for (const Results& results : all)
@@ -92,6 +150,9 @@ uint64_t hash(const std::vector<Results>& all) {
 const std::map<std::string, std::function<std::vector<Results>()>> kKernels = {
     {"additive_attention_fwd", [] { return additive(false); }},
     {"additive_attention_bwd", [] { return additive(true); }},
+    {"gru_cell_fwd", [] { return cell(); }},
+    {"gru_fwd", [] { return gru(false); }},
+    {"gru_bwd", [] { return gru(true); }},
 };
 
 }  // namespace

@@ -35,3 +35,13 @@ def test_a_kernel_over_its_budget_is_named():
     entry = {"loop_per_element": 7.5}
     key = "additive_attention_fwd<float32, 20> | sm_90"
     assert cuda.over_budget({key: entry}) == [f"{key}: 7.5 instructions an element of at most 7.0"]
+
+
+def test_a_loop_of_steps_waits_for_an_mbarrier():
+    wait = "        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;\n"
+    sass = SASS.replace(RECIPROCAL * 8, wait).replace("additive_attention_fwd", "gru_fwd")
+    ((_, (instructions, labels)),) = cuda.disassembled(sass).items()
+    assert cuda.loop_of_steps(instructions, labels) == 3
+    key = "gru_fwd<float16, 512, 16> | sm_90"
+    entry = {"loop_per_element": 0.0, "instructions_per_step": 331}
+    assert cuda.over_budget({key: entry}) == [f"{key}: 331 instructions a step of at most 330"]

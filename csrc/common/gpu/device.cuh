@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define MBM_DEVICE __device__ __forceinline__
 #define MBM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -70,6 +71,74 @@ MBM_DEVICE void store_peer(float* p, int rank, float x) {
 #endif
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+using Mbarrier = uint64_t;
+
+MBM_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+MBM_DEVICE void mbarrier_init(Mbarrier* m, int arrivals) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(m)),
+      "r"(arrivals)
+      : "memory");
+}
+
+MBM_DEVICE void mbarrier_expect(Mbarrier* m, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(m)),
+               "r"(bytes)
+               : "memory");
+}
+
+MBM_DEVICE void mbarrier_wait(const char*, Mbarrier* m, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+      "@!ended bra again;\n"
+      "}" ::"r"(shared_address(m)),
+      "r"(parity)
+      : "memory");
+}
+
+MBM_DEVICE void store_peer_async(uint4* p, Mbarrier* m, int rank, uint4 words) {
+  uint32_t to, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(p)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(m)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(counter)
+      : "memory");
+}
+
+#define MBM_MMA(type)                                                                 \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+template <class T>
+MBM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    MBM_MMA("bf16");
+  else
+    MBM_MMA("f16");
+}
+
+#undef MBM_MMA
+
+MBM_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+MBM_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+MBM_DEVICE uint32_t as_word(float x) { return __float_as_uint(x); }
+
 MBM_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -89,8 +158,24 @@ MBM_DEVICE float to_float(float x) { return x; }
 MBM_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 MBM_DEVICE float to_float(float16 x) { return __half2float(x); }
 
+MBM_DEVICE uint32_t bits_of(bfloat16 x) { return __bfloat16_as_ushort(x); }
+MBM_DEVICE uint32_t bits_of(float16 x) { return __half_as_ushort(x); }
+
+template <class T>
+MBM_DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, float16>)
+    return __float2half_rn(x);
+  else
+    return x;
+}
+
+MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
+MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
+
 MBM_DEVICE void store(float* p, int64_t i, float x) { p[i] = x; }
-MBM_DEVICE void store(bfloat16* p, int64_t i, float x) { p[i] = __float2bfloat16_rn(x); }
-MBM_DEVICE void store(float16* p, int64_t i, float x) { p[i] = __float2half_rn(x); }
+MBM_DEVICE void store(bfloat16* p, int64_t i, float x) { p[i] = from_float<bfloat16>(x); }
+MBM_DEVICE void store(float16* p, int64_t i, float x) { p[i] = from_float<float16>(x); }
 
 }  // namespace mbm::gpu

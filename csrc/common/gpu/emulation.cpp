@@ -6,64 +6,13 @@
 #include <memory>
 #include <stdexcept>
 
-#include "common/gpu/fiber.h"
-#include "common/gpu/race_checker.h"
+#include "common/gpu/emulation_state.h"
 
 namespace mbm::emulation {
+
+Thread* running = nullptr;
+
 namespace {
-
-struct Block;
-
-struct Barrier {
-  int wanted = 0;
-  int arrived = 0;
-  uint64_t generation = 0;
-  char tokens[2] = {};  // of two generations in turn: a thread may arrive before all have left
-};
-
-struct Thread {
-  int index = 0;
-  Block* block = nullptr;
-  const Barrier* barrier = nullptr;  // that it waits at
-  uint64_t generation = 0;           // of the barrier, as it arrived
-  const char* site = "";
-  bool ended = false;
-  Fiber* fiber = nullptr;
-  CheckedThread checked;
-};
-
-struct Warp {
-  Barrier barrier;
-  uint32_t words[32] = {};
-};
-
-struct Cluster;
-
-struct alignas(16) Aligned {  // as shared() promises
-  char bytes[16];
-};
-
-struct Block {
-  int64_t index = 0;
-  int rank = 0;
-  int running = 0;
-  // Written as the block begins and ends, read by peers: an access that may come before or after
-  // the block's life is a race.
-  uint64_t lifetime = 0;
-  Cluster* cluster = nullptr;
-  std::vector<Aligned> memory;
-  size_t bytes = 0;
-  Barrier barrier;
-  std::vector<Warp> warps;
-  std::vector<Thread> threads;
-
-  char* shared() { return reinterpret_cast<char*>(memory.data()); }
-};
-
-struct Cluster {
-  Barrier barrier;
-  std::vector<std::unique_ptr<Block>> blocks;
-};
 
 struct Site {
   const char* name = nullptr;
@@ -71,7 +20,6 @@ struct Site {
 };
 constexpr int kMostSites = 256;
 
-Thread* running = nullptr;
 void* owner = nullptr;
 const std::function<void()>* body = nullptr;
 std::exception_ptr thrown;
@@ -99,39 +47,10 @@ void run_thread(void*) {
   give_turn_back();
 }
 
-void wait(Barrier& barrier, const char* site, bool orders_memory) {
-  Thread* self = running;
-  const uint64_t generation = barrier.generation;
-  char* token = &barrier.tokens[generation & 1];
-  if (orders_memory) release(token);
-  if (++barrier.arrived == barrier.wanted) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  } else {
-    self->barrier = &barrier;
-    self->generation = generation;
-    self->site = site;
-    give_turn_back();
-    self->barrier = nullptr;
-  }
-  if (orders_memory) acquire(token);
-}
-
 // Not strcmp: the race checker sees what it reads.
 bool equal(const char* a, const char* b) {
   while (*a != 0 && *a == *b) ++a, ++b;
   return *a == *b;
-}
-
-bool is_dropped(const char* site) {
-  if (running->index == 0 && running->block->rank == 0) {
-    Site* known = reached_sites;
-    while (known->name != nullptr && !equal(known->name, site)) ++known;
-    if (known == reached_sites + kMostSites) throw std::logic_error("too many barriers' names");
-    known->name = site;
-    ++known->reached;
-  }
-  return equal(dropped_site.c_str(), site);
 }
 
 // To the race checker a stack is one thread's until the launch ends.
@@ -198,9 +117,48 @@ void run_cluster(Cluster& cluster) {
       }
 }
 
-Block& current() { return *running->block; }
-
 }  // namespace
+
+void acquire_all(void* token) {
+  acquire(token);
+  if (!running->stores_async) return;
+  running->stores.enter();
+  acquire(token);
+  running->checked.enter();
+}
+
+void await(Barrier& barrier, uint64_t generation, const char* site) {
+  Thread* self = running;
+  self->barrier = &barrier;
+  self->generation = generation;
+  self->site = site;
+  give_turn_back();
+  self->barrier = nullptr;
+}
+
+void wait(Barrier& barrier, const char* site, bool orders_memory) {
+  const uint64_t generation = barrier.generation;
+  char* token = &barrier.tokens[generation & 1];
+  if (orders_memory) release(token);
+  if (++barrier.arrived == barrier.wanted) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    await(barrier, generation, site);
+  }
+  if (orders_memory) acquire_all(token);
+}
+
+bool is_dropped(const char* site) {
+  if (running->index == 0 && running->block->rank == 0) {
+    Site* known = reached_sites;
+    while (known->name != nullptr && !equal(known->name, site)) ++known;
+    if (known == reached_sites + kMostSites) throw std::logic_error("too many barriers' names");
+    known->name = site;
+    ++known->reached;
+  }
+  return equal(dropped_site.c_str(), site);
+}
 
 void launch(const Launch& launch, const std::function<void()>& kernel) {
   std::vector<std::unique_ptr<Cluster>> clusters;  // to the checker all of them run at once
@@ -216,50 +174,15 @@ void launch(const Launch& launch, const std::function<void()>& kernel) {
   for (auto& cluster : clusters)
     for (auto& block : cluster->blocks)
       for (Thread& thread : block->threads) {
+        if (thread.stores_async) {
+          thread.stores.join(owner);
+          thread.stores.end();
+        }
         thread.checked.join(owner);
         thread.checked.end();
       }
   running = nullptr;
   if (thrown) std::rethrow_exception(std::exchange(thrown, nullptr));
-}
-
-int thread() { return running->index; }
-
-int64_t block() { return current().index; }
-
-int cluster_rank() { return current().rank; }
-
-int cluster_size() { return static_cast<int>(current().cluster->blocks.size()); }
-
-char* shared() { return current().shared(); }
-
-void block_barrier(const char* site) {
-  if (!is_dropped(site)) wait(current().barrier, site, true);
-}
-
-void cluster_barrier(const char* site) {
-  if (!is_dropped(site)) wait(current().cluster->barrier, site, true);
-}
-
-uint32_t shuffle_xor(uint32_t word, int mask) {
-  Warp& warp = current().warps[running->index / 32];
-  const int lane = running->index % 32;
-  warp.words[lane] = word;
-  wait(warp.barrier, "a shuffle", false);
-  const uint32_t other = warp.words[lane ^ mask];
-  wait(warp.barrier, "a shuffle", false);
-  return other;
-}
-
-char* peer(void* p, int rank) {
-  const auto offset = static_cast<char*>(p) - current().shared();
-  if (offset < 0 || static_cast<size_t>(offset) >= current().bytes)
-    throw std::logic_error("peer: the address is not in the block's shared memory");
-  Block& other = *current().cluster->blocks.at(rank);
-  if (other.running == 0)
-    throw std::logic_error("peer: block " + std::to_string(other.index) + " has ended");
-  if (&other != &current()) note_read(&other.lifetime);
-  return other.shared() + offset;
 }
 
 void drop(const std::string& site) { dropped_site = site; }

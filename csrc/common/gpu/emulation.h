@@ -38,6 +38,18 @@ uint32_t shuffle_xor(uint32_t word, int mask);
 // Where `p`, of this block's shared memory, is in that of block `rank` of the cluster. Throws
 // std::logic_error where the block has ended or `p` is no shared memory.
 char* peer(void* p, int rank);
+// all[32][count]: `mine` of each lane of the warp. Orders no memory.
+void gather(const uint32_t* mine, int count, uint32_t* all);
+
+// An mbarrier at `place` in shared memory. A phase ends when `arrivals` threads have arrived, which
+// expect() does, and all the bytes that they expect are there.
+void mbarrier_init(void* place, int arrivals);
+void mbarrier_expect(void* place, int bytes);
+void mbarrier_wait(const char* site, void* place, int parity);
+// `bytes`, a multiple of 8, to `p` in block `rank`, counted by the mbarrier at `place` there. To
+// the race checker it is ordered by barriers alone: after those that the thread has left, before a
+// wait for the phase; what else the thread did is not before that wait.
+void store_peer_async(void* p, const void* words, int bytes, void* place, int rank);
 
 // The barriers named `site` do nothing from now on; "" restores them all.
 void drop(const std::string& site);

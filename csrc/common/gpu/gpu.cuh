@@ -11,8 +11,15 @@
 //   block_barrier(site) cluster_barrier(site)   `site` names the barrier to the race checker
 //   shuffle_xor(x, mask)                    of a full warp; orders no memory
 //   store_peer(p, rank, x)                  *p in another block of the cluster
+//   kHasClusters                            false for targets whose kernels of clusters are empty
+//   Mbarrier; mbarrier_init(m, arrivals), by one thread, a cluster barrier before its first use
+//   mbarrier_expect(m, bytes)               arrives, and adds bytes to what the phase waits for
+//   mbarrier_wait(site, m, parity)          for the end of the phase of this parity, 0 the first
+//   store_peer_async(p, m, rank, words)     16 bytes, which m of the other block counts
+//   mma<T>(d, a, b)                         m16n8k16, elements where mma_layout.h says
 //   reciprocal(x) exp(x)                    to 1 ulp and 2 ulp
-//   to_float(x) store(p, i, x)              elements of any Dtype as float
+//   to_float(x) from_float<T>(x) store(p, i, x)   elements of any Dtype as float
+//   load_words(p) store_words(p, words)     16 bytes on a multiple of 16
 #pragma once
 
 #ifdef MBM_EMULATED

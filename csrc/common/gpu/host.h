@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/gpu/emulation.h"
+#include "common/gpu/mma_layout.h"
 
 #define MBM_DEVICE inline
 #define MBM_KERNEL(threads, blocks) void
@@ -16,6 +17,9 @@ using std::min;
 
 struct alignas(16) float4 {
   float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 
 namespace mbm::gpu {
@@ -35,16 +39,33 @@ inline char* shared() { return emulation::shared(); }
 inline void block_barrier(const char* site) { emulation::block_barrier(site); }
 inline void cluster_barrier(const char* site) { emulation::cluster_barrier(site); }
 
-inline float shuffle_xor(float x, int mask) {
-  uint32_t word;
-  std::memcpy(&word, &x, sizeof(x));
-  word = emulation::shuffle_xor(word, mask);
-  std::memcpy(&x, &word, sizeof(x));
+inline float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+inline uint32_t as_word(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline uint32_t shuffle_xor(uint32_t x, int mask) { return emulation::shuffle_xor(x, mask); }
+inline float shuffle_xor(float x, int mask) { return as_float(shuffle_xor(as_word(x), mask)); }
 
 inline void store_peer(float* p, int rank, float x) {
   *reinterpret_cast<float*>(emulation::peer(p, rank)) = x;
+}
+
+constexpr bool kHasClusters = true;
+using Mbarrier = uint64_t;
+inline void mbarrier_init(Mbarrier* m, int arrivals) { emulation::mbarrier_init(m, arrivals); }
+inline void mbarrier_expect(Mbarrier* m, int bytes) { emulation::mbarrier_expect(m, bytes); }
+inline void mbarrier_wait(const char* site, Mbarrier* m, int parity) {
+  emulation::mbarrier_wait(site, m, parity);
+}
+inline void store_peer_async(uint4* p, Mbarrier* m, int rank, uint4 words) {
+  emulation::store_peer_async(p, &words, sizeof(words), m, rank);
 }
 
 inline int opaque(int x) { return x; }
@@ -54,21 +75,67 @@ inline float expm1(float x) { return std::expm1(x); }
 inline float tanh(float x) { return std::tanh(x); }
 
 inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof(y));
-  return y;
-}
+inline float to_float(bfloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(float16 x) { return static_cast<float>(x); }
 
-inline void store(float* p, int64_t i, float x) { p[i] = x; }
-inline void store(bfloat16* p, int64_t i, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const bool nan = x != x;
-  p[i].bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+template <class T>
+T from_float(float x) {
+  return static_cast<T>(x);
 }
-inline void store(float16* p, int64_t i, float x) { p[i] = static_cast<float16>(x); }
+template <>
+inline bfloat16 from_float(float x) {
+  const uint32_t bits = as_word(x);
+  const bool nan = x != x;
+  return {nan ? uint16_t{0x7fc0}
+              : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+void store(T* p, int64_t i, float x) {
+  p[i] = from_float<T>(x);
+}
+
+inline uint4 load_words(const void* p) {
+  uint4 words;
+  std::memcpy(&words, p, sizeof(words));
+  return words;
+}
+inline void store_words(void* p, uint4 words) { std::memcpy(p, &words, sizeof(words)); }
+
+inline uint32_t bits_of(bfloat16 x) { return x.bits; }
+inline uint32_t bits_of(float16 x) {
+  uint16_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+template <class T>
+float half_of(uint32_t word, int i) {
+  const auto bits = static_cast<uint16_t>(word >> (16 * i));
+  T x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return to_float(x);
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  uint32_t all[32][6];
+  emulation::gather(mine, 6, &all[0][0]);
+  float rows[16][16], columns[8][16];
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      const MmaPlace at = mma_place_of_a(lane, i);
+      rows[at.row][at.column] = half_of<T>(all[lane][i / 2], i % 2);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const MmaPlace at = mma_place_of_b(lane, i);
+      columns[at.column][at.row] = half_of<T>(all[lane][4 + i / 2], i % 2);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const MmaPlace at = mma_place_of_d(lane(), i);
+    for (int k = 0; k < 16; ++k) d[i] += rows[at.row][k] * columns[at.column][k];
+  }
+}
 
 }  // namespace mbm::gpu

@@ -19,6 +19,8 @@ struct Device {
   int multiprocessors = 0;
   int shared = 0;       // bytes of dynamic shared memory that a block may have
   int max_cluster = 1;  // blocks of a portable cluster
+
+  int widest_cluster() const { return max_cluster < 8 ? max_cluster : 16; }
 };
 
 struct Launch {
@@ -27,6 +29,8 @@ struct Launch {
   int threads = 0;
   size_t shared = 0;  // bytes
 };
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 
@@ -55,10 +59,19 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& l, cudaStream_t, con
   const Device& device = emulated_device();
   if (l.blocks < 1 || l.blocks > kMostBlocks || l.threads < 1 || l.threads > 1024)
     return cudaErrorInvalidConfiguration;
-  if (l.cluster < 1 || l.cluster > device.max_cluster || l.blocks % l.cluster != 0)
+  if (l.cluster < 1 || l.cluster > device.widest_cluster() || l.blocks % l.cluster != 0)
     return cudaErrorInvalidConfiguration;
   if (l.shared > static_cast<size_t>(device.shared)) return cudaErrorInvalidValue;
   emulation::launch({l.blocks, l.cluster, l.threads, l.shared}, [&] { kernel(args...); });
+  return cudaSuccess;
+}
+
+template <class... Params>
+cudaError_t active_clusters(void (*)(Params...), const Launch& l, int* found) {
+  const Device& device = emulated_device();
+  const bool fits =
+      l.cluster <= device.widest_cluster() && l.shared <= static_cast<size_t>(device.shared);
+  *found = fits ? std::max(1, device.multiprocessors / l.cluster) : 0;
   return cudaSuccess;
 }
 
@@ -98,29 +111,55 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
+// What the runtime is told of a launch.
+class LaunchConfig {
+ public:
+  template <class... Params>
+  LaunchConfig(void (*kernel)(Params...), const Launch& l, cudaStream_t stream) {
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    constexpr size_t kWithoutAsking = 48 * 1024;
+    if (l.shared > kWithoutAsking)
+      error_ = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(l.shared));
+    constexpr int kPortable = 8;
+    if (error_ == cudaSuccess && l.cluster > kPortable)
+      error_ = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    config_.gridDim = dim3(static_cast<unsigned>(l.blocks));
+    config_.blockDim = dim3(static_cast<unsigned>(l.threads));
+    config_.dynamicSmemBytes = l.shared;
+    config_.stream = stream;
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
+    config_.attrs = &cluster_;
+    config_.numAttrs = l.cluster > 1 ? 1 : 0;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+  cudaError_t error() const { return error_; }
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute cluster_{};
+  cudaError_t error_ = cudaSuccess;
+};
+
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), const Launch& l, cudaStream_t stream,
                    const Args&... args) {
   if (l.blocks < 1 || l.blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (l.shared > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(l.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(l.threads));
-  config.dynamicSmemBytes = l.shared;
-  config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = l.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+  const LaunchConfig config(kernel, l, stream);
+  if (config.error() != cudaSuccess) return config.error();
+  return cudaLaunchKernelEx(config.get(), kernel, Params(args)...);
+}
+
+// Clusters that run at once; 0 where none can.
+template <class... Params>
+cudaError_t active_clusters(void (*kernel)(Params...), const Launch& l, int* found) {
+  const LaunchConfig config(kernel, l, nullptr);
+  if (config.error() != cudaSuccess) return config.error();
+  return cudaOccupancyMaxActiveClusters(found, kernel, config.get());
 }
 
 #endif

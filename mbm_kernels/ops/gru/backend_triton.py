@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div, power_of_two
+from mbm_kernels.ops.gru import weight_gradients
 from mbm_kernels.ops.gru.problem import Problem
-from mbm_kernels.ops.gru_cell import gate_gradients
 
 # Up to this many units one program holds W_hh [3H, H] in registers and needs no barrier.
 ONE_PROGRAM = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
@@ -105,9 +105,10 @@ def bwd(
     saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    x, h0, w_ih, w_hh, *biases, lengths = tensors
+    x, h0, *weights, lengths = tensors
+    w_hh = weights[1]
     (grad_y, grad_h_n), (y, reserve) = grads, saved
-    (T, B, C), H = p.x_shape, p.hidden
+    (T, B, _), H = p.x_shape, p.hidden
     lengths = None if lengths is None else lengths.to(x.device).contiguous()
     gates = _empty(x, lengths, T, B, 4 * H)
     carried = _start(x.new_empty((B, H), dtype=torch.float32), grad_h_n)
@@ -121,38 +122,7 @@ def bwd(
         else:
             counters = _counters(x)
             _grid("grid_backward", p, *given, counters, T, B, H, *strides)
-    flat = gates.view(T * B, 4 * H)
-    if lengths is not None and needs[2]:  # whatever x holds past a length, even NaN, is not read
-        outside = torch.arange(T, device=x.device).unsqueeze(1) >= lengths
-        x = x.masked_fill(outside.unsqueeze(2), 0)
-    grad_x, grad_w_ih = gate_gradients.by_input(
-        flat, x.reshape(T * B, C), w_ih, (needs[0], needs[2])
+    grad_x, *grad_weights = weight_gradients.by_gates(
+        gates, x, y, h0, weights, lengths, p.reverse, (needs[0], *needs[2:])
     )
-    grad_w_hh = _by_recurrent(gates[:, :, H:], y, h0, lengths, p.reverse) if needs[3] else None
-    wanted = [n and bias is not None for n, bias in zip(needs[4:], biases, strict=True)]
-    return (
-        None if grad_x is None else grad_x.view(T, B, C),
-        carried.to(x.dtype) if needs[1] and h0 is not None else None,
-        *(grad_w_ih, grad_w_hh, *gate_gradients.by_biases(flat, wanted)),
-    )
-
-
-def _by_recurrent(
-    from_state: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None, reverse: bool
-) -> Tensor:
-    """Gradient of w_hh [3H, H] of from_state [T, B, 3H]: each step against the state before it.
-
-    That is y one step on, and h0 at a row's first step. y is 0 past a length, and so is from_state.
-    """
-    steps, batch, gates = from_state.shape
-    later, before = (from_state[:-1], y[1:]) if reverse else (from_state[1:], y[:-1])
-    grad = torch.mm(later.flatten(0, 1).t(), before.flatten(0, 1))
-    if h0 is None or steps == 0:
-        return grad
-    first = from_state[-1 if reverse else 0]
-    if lengths is not None:  # a row of length 0 does not read its h0, even a NaN
-        h0 = h0.masked_fill(lengths.unsqueeze(1) <= 0, 0)
-        if reverse:
-            last = lengths.clamp(1, steps).sub(1).view(1, batch, 1).expand(1, batch, gates)
-            first = from_state.gather(0, last)[0]
-    return grad.addmm_(first.t(), h0)
+    return grad_x, carried.to(x.dtype) if needs[1] and h0 is not None else None, *grad_weights

@@ -55,7 +55,7 @@ def bwd(
     saved: Sequence[Any],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    x, h, w_ih, w_hh, *biases = tensors
+    x, h = tensors[:2]
     grad_h_new, reserve = grads[0], saved[0]
     B, H = p.state_shape
     gates = x.new_empty(B, 4 * H)
@@ -68,9 +68,4 @@ def bwd(
         gates.zero_()
         if direct is not None:
             direct.zero_()
-    grad_x, grad_w_ih = gate_gradients.by_input(gates, x, w_ih, (needs[0], needs[2]))
-    from_state = gates[:, H:]
-    grad_h = None if direct is None else torch.addmm(direct, from_state, w_hh)
-    grad_w_hh = torch.mm(from_state.t(), h) if needs[3] else None
-    wanted = [n and bias is not None for n, bias in zip(needs[4:], biases, strict=True)]
-    return grad_x, grad_h, grad_w_ih, grad_w_hh, *gate_gradients.by_biases(gates, wanted)
+    return gate_gradients.of_step(gates, direct, tensors, needs)

@@ -74,8 +74,8 @@ def gru_bidirectional(
 ) -> tuple[Tensor, Tensor]:
     """`mbm_kernels.gru` forwards and in reverse, each by its own weights, features side by side.
 
-    The backend is the one that `gru` would take, or the one set for it. cpu runs both directions
-    at once; any other runs them one after the other.
+    The backend is the one that `gru` would take, or the one set for it. cpu and cuda run both
+    directions at once; any other runs them one after the other.
 
     Args:
         x: [T, B, C], floating; any strides.
@@ -111,7 +111,10 @@ def gru_bidirectional(
     sizes = {**found.sizes, "training": int(training)}
     if tracing.in_onnx_export():
         return OP(backend, *tensors, sizes=sizes)  # type: ignore[no-any-return]
-    if dispatch.select("gru", backend, found.device, found.dtype, sizes) != "cpu":
+    chosen = dispatch.select("gru", backend, found.device, found.dtype, sizes)
+    if chosen == "cuda":
+        return OP("cuda", *tensors, sizes=dict(found.sizes))  # type: ignore[no-any-return]
+    if chosen != "cpu":
         return by_direction(tensors, backend)
     if call is not None:
         return OP.run(call, tensors)  # type: ignore[no-any-return]

@@ -1,0 +1,20 @@
+#include "common/gpu/on_device.h"
+#include "gru/cluster_backward.cuh"
+#include "gru/cuda_shapes.h"
+#include "gru/gru_cuda.h"
+
+namespace mbm {
+
+cudaError_t gru_cuda_bwd(const GruCudaBackward& args, int device, cudaStream_t stream) {
+  const GruCudaSizes& sizes = args.sizes;
+  if (sizes.B == 0 || sizes.H == 0) return cudaSuccess;
+  return gpu::on_device(device, sizes.dtype, [&](const gpu::Device&, auto zero) {
+    using T = decltype(zero);
+    return gru::with_shape<T>(sizes.H, sizes.cluster, [&](auto units, auto blocks) {
+      return gpu::launch(gru::gru_bwd_kernel<T, units, blocks>,
+                         gru::launch_of<gru::BackwardShape<T, units, blocks>>(sizes), stream, args);
+    });
+  });
+}
+
+}  // namespace mbm

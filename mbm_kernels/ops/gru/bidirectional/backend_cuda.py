@@ -1,0 +1,5 @@
+"""csrc/gru over thread-block clusters, both directions in one launch."""
+
+from mbm_kernels.ops.gru.layer_cuda import bwd as bwd
+from mbm_kernels.ops.gru.layer_cuda import fwd as fwd
+from mbm_kernels.ops.gru.layer_cuda import why_not as why_not
