@@ -4,9 +4,8 @@ import torch
 
 import mbm_kernels
 
-from .test_indices import IGNORED, LOSSES, MODES, N, compiled_anew, evaluate, every, op_of
+from .test_indices import IGNORED, LOSSES, MODES, N, evaluate, every, op_of
 
-__all__ = ["compiled_anew"]  # a fixture
 PLAIN_AND_MODES = ("plain", *MODES)
 ROWS = [0, 4, N - 1]
 SPOILT = (float("nan"), float("inf"))

@@ -120,13 +120,6 @@ SLOW = (*((backend, "compiled") for backend in ("cpu", "torch", "reference")),
 NEVER = [("triton", mode) for mode in ("subclass", "functorch", "compiled")]
 
 
-@pytest.fixture(autouse=True)
-def compiled_anew(request):
-    """Graphs are of one test, which compiles one for all its values of the same sizes."""
-    if "compiled" in request.node.name:
-        torch._dynamo.reset()
-
-
 def evaluate(op, inputs, diff, backend, mode, grad=1.0):
     """Outputs, and by name the gradients for one of `grad` of each."""
     inputs, leaves = with_leaves(inputs, diff)
@@ -149,6 +142,7 @@ def evaluate(op, inputs, diff, backend, mode, grad=1.0):
         found = pull(tuple(torch.ones_like(o) * grad for o in outputs))
         return outputs, dict(zip(leaves, found, strict=True))
     if mode == "compiled":
+        torch._dynamo.reset()
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     with FlopCounterMode(display=False) if mode == "flops" else nullcontext():
         outputs = call(*values)
