@@ -170,8 +170,10 @@ def ninja_is_quiet() -> bool:
 
 class BuildNative(build_ext):
     def run(self) -> None:
+        # Setuptools' own run() forgets the first of them while it builds.
+        self.in_checkout = bool(self.inplace or self.editable_mode)
         # Otherwise an editable install compiles in a folder of its own, and `make` all of it again.
-        if self.inplace or self.editable_mode:
+        if self.in_checkout:
             self.build_temp = str(ROOT / "build")
         else:
             self.extensions = [e for e in self.extensions if not e.name.endswith(EMULATED)]
@@ -191,8 +193,7 @@ class BuildNative(build_ext):
 
     def wants_lowered(self) -> bool:
         asked = chosen("MBM_LOWERED", ("", "0", "1"))
-        in_place = self.inplace or self.editable_mode
-        return asked == "1" or (not asked and in_place and not cpu_has_avx512())
+        return asked == "1" or (not asked and self.in_checkout and not cpu_has_avx512())
 
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
