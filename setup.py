@@ -175,7 +175,9 @@ class BuildNative(build_ext):
         super().finalize_options()
 
     def run(self) -> None:
-        if not self.in_place:
+        # Setuptools' own run() forgets the first of them while it builds.
+        self.in_checkout = bool(self.inplace or self.editable_mode)
+        if not self.in_checkout:
             self.extensions = [e for e in self.extensions if not e.name.endswith(EMULATED)]
             for stale in Path(self.build_lib, "mbm_kernels").glob("_C_*.so"):
                 stale.unlink()  # of a build with other extensions, which a wheel would take along
@@ -193,13 +195,9 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"setup.py: compiling {ext.name} failed, see above") from error
 
-    @property
-    def in_place(self) -> bool:
-        return bool(self.inplace or self.editable_mode)
-
     def wants_lowered(self) -> bool:
         asked = chosen("MBM_LOWERED", ("", "0", "1"))
-        return asked == "1" or (not asked and self.in_place and not cpu_has_avx512())
+        return asked == "1" or (not asked and self.in_checkout and not cpu_has_avx512())
 
     def add_cpu(self, ninja: NinjaFile, target: Path) -> None:
         cxx = shlex.split(os.environ.get("CXX", "g++"))
@@ -224,7 +222,7 @@ class BuildNative(build_ext):
         binding = [*base, *calls, "-O1", *python_includes()]
         for source in sorted(CSRC.glob("*/bind.cpp")):
             objects.append(ninja.compile(source, tag, binding))
-        strip = [] if self.in_place or only or sanitizer else ["-s"]
+        strip = [] if self.in_checkout or only or sanitizer else ["-s"]
         ninja.link(target, objects, [*cxx, "-shared", "-fopenmp", *strip, *sanitizer], [])
 
     def add_cuda(self, ninja: NinjaFile, target: Path) -> None:
