@@ -28,7 +28,8 @@ struct Shape {
   static constexpr int kWarpUnitTiles = kUnitTiles / kUnitWarps;
   static constexpr int kWarpTiles = kWarpUnitTiles * TILES_OF_UNITS;
   // As many of a warp's chunks as leave registers for the rest; the others in shared memory.
-  static constexpr int kRegisterChunks = least(kWarpChunks, 144 / (8 * kWarpTiles));
+  static constexpr int kRegisters = kWarpTiles == 6 ? 96 : 144;  // of weights; 6 tiles: their sums
+  static constexpr int kRegisterChunks = least(kWarpChunks, kRegisters / (8 * kWarpTiles));
   static constexpr int kHeldQuads = (kWarpChunks - kRegisterChunks) * kWarpTiles * 2;
   static constexpr int kHeld = kHeldQuads * kThreads * 16;
   static constexpr int kOwn = (kUnits * kRows + kThreads - 1) / kThreads;  // units of a thread
