@@ -104,8 +104,7 @@ class MultimodalBigModel(nn.Module):
     that is to be used so should be trained so.
 
     Y is linear in the encodings, so that it adds what the streams say and relates none to another.
-    The heads do: they see Z = LayerNorm(Y) and Z^2, whose mixed terms are products of the streams'
-    shares.
+    The heads do: they see Y^2, whose mixed terms are products of the streams' shares.
 
     Args:
         config: streams, heads and sizes.
@@ -128,8 +127,6 @@ class MultimodalBigModel(nn.Module):
             self.encoders[stream], self.parts[stream] = _encoder(stream, config, table)
         self.join: Any = table.concat_linear(tuple(self.parts.values()), config.joint)
         outputs = {"similarity": 1, "control": config.controls}
-        # Before the square: without it the products of the shares begin too small to be learnt.
-        self.norm = nn.LayerNorm(config.joint)
         self.heads = nn.ModuleDict(
             {x: table.linear(2 * config.joint, outputs[x]) for x in HEADS if x in config.heads}
         )
@@ -208,8 +205,7 @@ class MultimodalBigModel(nn.Module):
         if name not in self.heads:
             got, expected = f"a call of {name}", f"one of {list(self.heads)}"
             checks.fail(NAME, "heads", got, expected, "name it in the config")
-        z = self.norm(joint)
-        return self.heads[name](torch.cat([z, z.square()], dim=-1))
+        return self.heads[name](torch.cat([joint, joint.square()], dim=-1))
 
     def _encode(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         encoder = self.encoders[stream]
