@@ -23,7 +23,7 @@ class Preset:
 
 PRESETS = {
     "scenes": Preset(
-        TrainSettings(steps=1200, batch_size=64, learning_rate=3e-3),
+        TrainSettings(steps=1000, batch_size=64, learning_rate=3e-3),
         TrainSettings(steps=1200, batch_size=64, learning_rate=2e-3),
         TwoTowerConfig(image_size=56),
     ),
