@@ -6,7 +6,6 @@ Bad input raises; the caller turns that into one line and an exit status.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.presets import Preset, TrainSettings, preset, preset_for
+from mbm_kernels.captioning.presets import Preset, preset, preset_for
 from mbm_kernels.captioning.train import Trained, train_student, train_teacher
 
 app = typer.Typer(
@@ -107,7 +106,7 @@ def train(
     """Train a captioner by cross-entropy."""
     chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
-    settings = _changed(settings, steps, batch_size, learning_rate, augment)
+    settings = settings.changed(steps, batch_size, learning_rate, augment)
     sets = data.load(
         name,
         seed=seed,
@@ -117,7 +116,7 @@ def train(
         images=images,
         progress=typer.echo,
     )
-    train_set = _train_set(name, sets)
+    train_set = data.train_of(name, sets)
     done = train_teacher(
         train_set,
         WordTokenizer.train(train_set.captions, pieces=pieces),
@@ -152,7 +151,7 @@ def distill(
 ) -> None:
     """Train a student from a teacher."""
     chosen = preset_for(name)
-    settings = _changed(chosen.student, steps, batch_size, learning_rate, augment)
+    settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
     sets = data.load(
         name,
@@ -164,7 +163,7 @@ def distill(
         progress=typer.echo,
     )
     done = train_student(
-        _train_set(name, sets),
+        data.train_of(name, sets),
         taught_by.tokenizer,
         settings,
         teacher=taught_by.model,
@@ -282,34 +281,6 @@ def generate(
                 sheet = attention_maps / f"{done + place:03d}-{picture.stem}.png"
                 save_attention_sheet(sheet, pixels, words[place], weights[place])
         done += len(batch)
-
-
-def _changed(
-    settings: TrainSettings,
-    steps: int | None,
-    batch_size: int | None,
-    learning_rate: float | None,
-    augment: bool | None,
-) -> TrainSettings:
-    """The preset with what the command line gives."""
-    if steps is not None:
-        settings = settings.shortened(steps)
-    if batch_size is not None:
-        settings = replace(settings, batch_size=batch_size)
-    if learning_rate is not None:
-        settings = replace(settings, learning_rate=learning_rate)
-    if augment is not None:
-        settings = replace(settings, augment=augment)
-    return settings
-
-
-def _train_set(name: str, sets: dict[str, CaptionSet]) -> CaptionSet:
-    if "train" not in sets:
-        raise ValueError(
-            f"data {name}: got the splits {', '.join(sets)}, expected train among them; name it so "
-            "in the file"
-        )
-    return sets["train"]
 
 
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:

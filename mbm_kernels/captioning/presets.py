@@ -43,11 +43,15 @@ class TrainSettings:
         return replace(self, steps=steps, warmup=min(self.warmup, steps // 2))
 
     def changed(
-        self, steps: int | None, batch_size: int | None, learning_rate: float | None
+        self,
+        steps: int | None,
+        batch_size: int | None,
+        learning_rate: float | None,
+        augment: bool | None = None,
     ) -> TrainSettings:
         """The same but for what is given."""
         settings = self if steps is None else self.shortened(steps)
-        given = {"batch_size": batch_size, "learning_rate": learning_rate}
+        given = {"batch_size": batch_size, "learning_rate": learning_rate, "augment": augment}
         changes: dict[str, Any] = {n: x for n, x in given.items() if x is not None}
         return replace(settings, **changes)
 

@@ -103,10 +103,12 @@ class HistogramCCA:
     def __init__(self, train_set: CaptionSet, tokenizer: WordTokenizer) -> None:
         self.words = TfIdf(train_set.captions, tokenizer)
         colours, words = _colours(train_set.images), self.words(train_set.captions)
+        if train_set.image_of is not None:
+            colours = colours[train_set.image_of.numpy()]
         self.cca = CCA.fit(colours, words)
 
     def embed_set(self, captions: CaptionSet) -> tuple[Tensor, Tensor]:
-        """Images and captions of a set: two tensors [N, D], rows of length 1."""
+        """The M images and the N captions of a set: [M, D] and [N, D], rows of length 1."""
         colours, words = _colours(captions.images), self.words(captions.captions)
         return self.cca.project(0, colours), self.cca.project(1, words)
 

@@ -33,8 +33,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="Data set: scenes or emoji.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of the prepared data.")]
+Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
+Root = Annotated[Path | None, typer.Option("--root", help="Folder of a built-in set.")]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
+]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
@@ -63,16 +66,17 @@ def train(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     resume: Resume = False,
 ) -> None:
     """Train image and text encoders by the contrastive loss."""
     chosen = preset(name)
     settings = chosen.settings.changed(steps, batch_size, learning_rate)
-    side = chosen.config.image_size
-    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    sets = _load(name, seed, data_root, chosen.config.image_size, limit, images)
+    train_set = data.train_of(name, sets)
     _, history = train_two_tower(
-        sets["train"],
-        WordTokenizer.train(sets["train"].captions),
+        train_set,
+        WordTokenizer.train(train_set.captions),
         settings,
         config=chosen.config,
         layers=layers,
@@ -95,16 +99,17 @@ def match(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     resume: Resume = False,
 ) -> None:
     """Train the multimodal model to tell whether an image and a text belong together."""
     chosen = preset(name)
     settings = chosen.matching.changed(steps, batch_size, learning_rate)
-    side = chosen.config.image_size
-    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    sets = _load(name, seed, data_root, chosen.config.image_size, limit, images)
+    train_set = data.train_of(name, sets)
     _, history = matching.train_matching(
-        sets["train"],
-        WordTokenizer.train(sets["train"].captions),
+        train_set,
+        WordTokenizer.train(train_set.captions),
         settings,
         layers=layers,
         seed=seed,
@@ -124,12 +129,13 @@ def match_eval(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
     """AUC of right against wrong texts, hard and easy, for every set of streams."""
     found = checkpoint.load(path, layers=layers, kind=MULTIMODAL)
-    side = found.model.image_size
-    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    sets = _load(name, seed, data_root, found.model.image_size, limit, images)
+    data.train_of(name, sets)
     swap = matching.swap_of(sets["train"], found.tokenizer)
     tables = {
         one: matching.ablations(found.model, sets[one], found.tokenizer, swap)
@@ -147,12 +153,13 @@ def evaluate_command(
     seed: Seed = 0,
     limit: Limit = None,
     data_root: Root = None,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
     """R@1, R@5 and R@10 in both directions, beside colour histograms with CCA and chance."""
     found = checkpoint.load(path, layers=layers, kind=TWO_TOWER)
-    side = found.model.image_size
-    sets = data.load(name, seed=seed, root=data_root, image_size=side, limit=limit)
+    sets = _load(name, seed, data_root, found.model.image_size, limit, images)
+    data.train_of(name, sets)
     table = evaluate(found.model, sets, found.tokenizer, _splits(split, sets))
     typer.echo(json.dumps(table, indent=2) if as_json else as_text(table))
 
@@ -219,6 +226,20 @@ def query(
     for x in results:
         # As bytes: a path need not be text.
         typer.echo(os.fsencode(f"{x['similarity']:.4f}\t{x['path']}"))
+
+
+def _load(
+    name: str, seed: int, root: Path | None, side: int, limit: int | None, images: Path | None
+) -> dict[str, CaptionSet]:
+    return data.load(
+        name,
+        seed=seed,
+        root=root,
+        image_size=side,
+        limit=limit,
+        images=images,
+        progress=lambda line: typer.echo(line, err=True),
+    )
 
 
 def _splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate, normalise
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, normalise
 from mbm_kernels.models import TwoTower
 from mbm_kernels.retrieval.objective import text_lengths
 
@@ -18,13 +18,15 @@ BATCH = 128
 def embed_set(
     model: TwoTower, captions: CaptionSet, tokenizer: WordTokenizer
 ) -> tuple[Tensor, Tensor]:
-    """Images and captions of a set: two tensors [N, D], rows of length 1."""
-    images, texts = [], []
+    """The M images and the N captions of a set: [M, D] and [N, D], rows of length 1."""
+    images = [
+        embed_pictures(model, captions.images[start : start + BATCH])
+        for start in range(0, len(captions.images), BATCH)
+    ]
+    texts = []
     for start in range(0, len(captions), BATCH):
-        rows = range(start, min(start + BATCH, len(captions)))
-        embeddings = model(*collate(captions, rows, tokenizer))
-        images.append(embeddings[0])
-        texts.append(embeddings[1])
+        rows = [tokenizer.encode(text) for text in captions.captions[start : start + BATCH]]
+        texts.append(_embed_words(model, rows, tokenizer))
     return torch.cat(images), torch.cat(texts)
 
 
@@ -42,6 +44,10 @@ def embed_texts(model: TwoTower, texts: Sequence[str], tokenizer: WordTokenizer)
                 f"text: got {text!r}, which has no word that the model knows, expected some; use "
                 "words of the captions that it was trained on"
             )
+    return _embed_words(model, encoded, tokenizer)
+
+
+def _embed_words(model: TwoTower, encoded: list[list[int]], tokenizer: WordTokenizer) -> Tensor:
     rows = [torch.tensor(ids) for ids in encoded]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_id)
     return model.embed_texts(tokens, text_lengths(tokens, tokenizer.pad_id))

@@ -8,7 +8,7 @@ from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.models import TwoTower
 from mbm_kernels.retrieval.baselines import HistogramCCA
 from mbm_kernels.retrieval.embed import embed_set
-from mbm_kernels.retrieval.recall import Recalls, chance, recalls
+from mbm_kernels.retrieval.recall import Recalls, belonging, chance, recalls
 
 Table = dict[str, dict[str, Recalls]]  # split -> method -> recalls
 
@@ -24,10 +24,11 @@ def evaluate(
     table: Table = {}
     for split in splits:
         found = sets[split]
+        belongs = belonging(found)
         table[split] = {
-            "two_tower": recalls(*embed_set(model, found, tokenizer), found.captions),
-            "colour_words_cca": recalls(*baseline.embed_set(found), found.captions),
-            "chance": chance(found.captions),
+            "two_tower": recalls(*embed_set(model, found, tokenizer), belongs),
+            "colour_words_cca": recalls(*baseline.embed_set(found), belongs),
+            "chance": chance(belongs),
         }
     return table
 

@@ -37,6 +37,14 @@ PRESETS = {
 }
 
 
+# Data of which nothing is known: words and colours may mean each other, so nothing is recoloured.
+OWN = Preset(
+    TrainSettings(steps=2000, batch_size=64, learning_rate=3e-3, word_dropout=0.1),
+    TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3),
+    TwoTowerConfig(image_size=64),
+)
+
+
 def preset(data: str) -> Preset:
-    """The preset of a data set; one without its own has that of emoji, made for real drawings."""
-    return PRESETS.get(data, PRESETS["emoji"])
+    """The preset of a data set; one without its own has OWN."""
+    return PRESETS.get(data, OWN)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from mbm_kernels.cli import main
 from mbm_kernels.retrieval.cli import app
+from tests.captioning import own_helpers
 
 from .helpers import distinct, save_images
 
@@ -35,6 +36,20 @@ def indexed(trained_run, tmp_path_factory):
     assert "6 images, 1 that cannot be read; index in" in out.stdout
     assert "bad.png" in out.stderr
     return home
+
+
+def test_data_of_ones_own_with_two_captions_an_image(tmp_path, monkeypatch):
+    monkeypatch.setenv("MBM_CACHE", str(tmp_path / "cache"))
+    path, images = own_helpers.write("coco", tmp_path)
+    source = ("--data", path, "--images", images)
+    out = call("train", "--out", tmp_path / "run", *source, *FAST)
+    assert "step 2, loss " in out.stdout
+    assert "train: 24 images" in out.stderr
+    table = json.loads(call("eval", tmp_path / "run", *source, *STOCK, "--json").stdout)
+    assert set(table) == {"val", "test"}
+    # Two of the three images have a caption in common.
+    expected = (2 * 2 / 3 + 4 / 3) / 6
+    assert table["val"]["chance"]["text_to_image"]["R@1"] == pytest.approx(expected)
 
 
 def test_text_finds_its_image(indexed):

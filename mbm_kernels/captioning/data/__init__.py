@@ -2,7 +2,7 @@
 
 from . import emoji, own, scenes
 from .base import CaptionSet, augment, collate, normalise
-from .load import NAMES, fetch, load
+from .load import NAMES, fetch, load, train_of
 from .tokenizer import WordTokenizer
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "normalise",
     "own",
     "scenes",
+    "train_of",
 ]

@@ -87,3 +87,17 @@ def load(
     if name == "scenes":
         return scenes.splits(seed=seed, image_size=image_size, limit=limit)
     return emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
+
+
+def train_of(name: str | Path, sets: dict[str, CaptionSet]) -> CaptionSet:
+    """The split to train on.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "train" not in sets:
+        raise ValueError(
+            f"data {name}: got the splits {', '.join(sets)}, expected train among them; name it so "
+            "in the file"
+        )
+    return sets["train"]
