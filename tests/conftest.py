@@ -20,8 +20,18 @@ from mbm_kernels.testing import grid, interpreter
 
 if not torch.cuda.is_available():
     interpreter.leave_out_repeated_work()
+_build_command = typer.main.get_command
+
+
+@functools.cache
+def _command(app: typer.Typer, commands: int, groups: int):
+    return _build_command(app)
+
+
 # A call of an app builds all of its commands anew, which takes longer than most of them run.
-typer.main.get_command = functools.cache(typer.main.get_command)
+typer.main.get_command = lambda app: _command(
+    app, len(app.registered_commands), len(app.registered_groups)
+)
 
 
 def pytest_collection_finish() -> None:

@@ -375,6 +375,7 @@ def test_no_thread_is_left_and_a_fork_does_not_hang(tmp_path):
     other = write("csv", tmp_path / "other")
 
     def child():
+        torch.set_num_threads(1)  # as a DataLoader's worker: OpenMP's threads stay with the parent
         again = load(*other)  # decodes by threads of its own
         queue.put((int(sets["val"].images.sum()), sum(len(one.ids) for one in again.values())))
 
