@@ -115,8 +115,11 @@ def _decoding(path: str | Path, damage: tuple[type[Exception], ...] = DAMAGE) ->
             "scale it down"
         ) from error
     except damage as error:
+        # Pillow's own words name the open file by its address.
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "of no format that Pillow knows" if unknown else error
         raise ValueError(
-            f"picture {path}: got a file that does not decode ({error}), expected a whole PNG or "
+            f"picture {path}: got a file that does not decode ({reason}), expected a whole PNG or "
             "JPEG; save it again"
         ) from error
 
