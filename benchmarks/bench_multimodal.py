@@ -109,16 +109,6 @@ BENCHMARK = Benchmark(
         )
         for which, what in ((BOTH, "training"), (FORWARD, "inference"))
     ],
-    gpu_cases=[
-        Case(
-            {"B": 256, "T": 20, "V": 10000},
-            {},
-            "training",
-            passes=(BOTH,),
-            quick=True,
-            check={"B": 3},
-        )
-    ],
     make=make,
     stock=stock,
     work=work,

@@ -107,16 +107,6 @@ def cases():
 BENCHMARK = Benchmark(
     op="two_tower",
     cases=list(cases()),
-    gpu_cases=[
-        Case(
-            {"B": 256, "T": 20, "V": 10000},
-            {},
-            "default training",
-            passes=(BOTH,),
-            quick=True,
-            check={"B": 3},
-        )
-    ],
     make=make,
     stock=stock,
     work=work,

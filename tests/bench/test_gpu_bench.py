@@ -187,7 +187,9 @@ def test_prediction_takes_the_slowest_unit():
 
 @pytest.mark.parametrize("measured", cli.load(BENCHMARKS), ids=lambda b: b.op)
 def test_gpu_cases_are_well_formed(measured):
-    needed = measured.op not in OPS or "triton" in dispatch._tables[measured.op].backends
+    models = {"two_tower", "multimodal"}  # assembled of operations that have cases of their own
+    no_kernel = measured.op in OPS and "triton" not in dispatch._tables[measured.op].backends
+    needed = measured.op not in models and not no_kernel
     assert measured.gpu_cases or not needed
     labels = [case.label for case in measured.gpu_cases]
     assert len(set(labels)) == len(labels)

@@ -22,12 +22,17 @@ def test_a_loop_is_counted_by_its_elements():
     assert cuda.loop_per_element(instructions, labels) == round(10 / 16, 2)
 
 
-def test_the_record_has_no_spills_and_keeps_the_budgets():
+# 768 units in 16 bits: a block's part of W_hh is 28 registers too many on sm_90.
+SPILL = {f"gru_fwd<{dtype}, 768, 16> | sm_90" for dtype in ("bfloat16", "float16")}
+
+
+def test_the_record_has_no_other_spills_and_keeps_the_budgets():
     files = sorted((ROOT / "benchmarks" / "static").glob("nvcc-*/*.json"))
     assert files
     for path in files:
         kernels = compare.read_baseline(path)["kernels"]
-        assert not any(entry[name] for entry in kernels.values() for name in compare.SPILLS)
+        spill = {key for key, entry in kernels.items() if any(entry[x] for x in compare.SPILLS)}
+        assert spill == SPILL & set(kernels)
         assert not cuda.over_budget(kernels)
 
 
