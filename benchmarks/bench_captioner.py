@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mbm_kernels.bench import BOTH, FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.bench.parameters import PREFIX, WINOGRAD_SAVES, holding, names
+from mbm_kernels.bench.parameters import PREFIX, WINOGRAD_SAVES, holding, names, reference_of
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.models import Captioner
 from mbm_kernels.models.generation import search
@@ -92,11 +92,6 @@ def build_from(layers, channels_last=False, captioning=Captioning):
         return search_of, {"images": inputs["images"]}
 
     return build
-
-
-def definition(**inputs):
-    step, arguments = build_from("stock")(inputs)
-    return step(**arguments)
 
 
 def stock(case):
@@ -181,7 +176,7 @@ BENCHMARK = Benchmark(
     stock=stock,
     work=work,
     function=build_from("mbm"),
-    reference=definition,
+    reference=reference_of(build_from),
     diff=names,
     positive=False,
 )

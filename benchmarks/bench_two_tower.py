@@ -60,11 +60,6 @@ def build_from(layers, channels_last=False, packed=False):
     return build
 
 
-def definition(**inputs):
-    called, arguments = build_from("stock")(inputs)
-    return called(**arguments)
-
-
 def stock(case):
     build = build_from("stock")
     return {
@@ -111,7 +106,7 @@ BENCHMARK = Benchmark(
     stock=stock,
     work=work,
     function=build_from("mbm"),
-    reference=definition,
+    reference=parameters.reference_of(build_from),
     diff=parameters.names,
     positive=False,
 )

@@ -13,8 +13,6 @@ the least time of the rounds stands. A model's PyTorch time is that of its faste
 
 import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,9 +187,7 @@ def main(
     ] = False,
     save: Annotated[bool, typer.Option(help="write the rows into results/<device>/")] = False,
 ) -> None:
-    if machine.heap() != "warm":
-        arguments = [sys.executable, "-m", "benchmarks.study_coverage", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, machine.heap_environment("warm"))
+    machine.run_in_heap("warm", "benchmarks.study_coverage")
     torch.set_num_threads(1)
     isa.check(isa.record())
     facts = {"heap": machine.heap(), "threads": 1}

@@ -12,8 +12,6 @@ than `check_parity` allows.
 
 import copy
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +28,8 @@ from benchmarks import zoo_models
 from benchmarks.zoo_models import Entry, Inputs
 from mbm_kernels._core import timing
 from mbm_kernels.bench import isa, machine, results
+from mbm_kernels.bench.statistics import Summary
+from mbm_kernels.optimize.errors import without_dropout
 
 HERE = Path(__file__).resolve().parent
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -42,12 +42,9 @@ Call = Callable[[], object]
 def prepared(entry: Entry, mode: str) -> nn.Module:
     """The model in its mode, without dropout and dropped paths, so that all forms do the same."""
     torch.manual_seed(0)
-    model = entry.make().train(mode == "training")
+    model = without_dropout(entry.make().train(mode == "training"))
     for module in model.modules():
-        if isinstance(module, nn.Dropout) or type(module).__name__ in (
-            "StochasticDepth",
-            "DropPath",
-        ):
+        if type(module).__name__ in ("StochasticDepth", "DropPath"):
             module.eval()
     return model
 
@@ -114,9 +111,7 @@ def measure(entry: Entry, batch: int, mode: str, compiled: bool, seconds: float)
             max_rounds=MAX_ROUNDS,
             sampler=timing.cpu_sample if one else timing.sample,
         )
-        row["ms"] = {
-            name: round(float(sorted(t)[len(t) // 2]) / 1e6, 4) for name, t in times.items()
-        }
+        row["ms"] = {name: round(Summary.of(t).median_ms, 4) for name, t in times.items()}
     return row | {"seconds": round(time.perf_counter() - started)}
 
 
@@ -158,9 +153,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile, too")] = False,
     save: Annotated[bool, typer.Option(help="write the rows into results/<device>/")] = False,
 ) -> None:
-    if machine.heap() != "warm":
-        arguments = [sys.executable, "-m", "benchmarks.zoo", *sys.argv[1:]]
-        os.execve(sys.executable, arguments, machine.heap_environment("warm"))
+    machine.run_in_heap("warm", "benchmarks.zoo")
     torch.set_num_threads(threads)
     isa.check(isa.record())
     unknown = sorted(set(names or ()) - set(zoo_models.ENTRIES))

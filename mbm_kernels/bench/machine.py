@@ -55,6 +55,17 @@ def heap_environment(mode: str) -> dict[str, str]:
     return rest | (WARM_HEAP if mode == "warm" else {})
 
 
+def run_in_heap(mode: str, module: str) -> None:
+    """Executes `python -m module` with the same arguments anew, unless the process has that heap.
+
+    Raises:
+        ValueError: as `heap_environment`.
+    """
+    if heap() != mode:
+        arguments = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, arguments, heap_environment(mode))
+
+
 def _git(folder: Path, *args: str) -> str | None:
     try:
         done = subprocess.run(

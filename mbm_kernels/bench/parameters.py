@@ -38,6 +38,21 @@ def holding(model: Model, inputs: dict[str, Any], like: torch.Tensor) -> Model:
     return model
 
 
+def reference_of(
+    build_from: Callable[[str], Callable[[dict[str, Any]], Any]],
+) -> Callable[..., Any]:
+    """The reference of a benchmark of models: the one of stock layers, called.
+
+    build_from(layers) gives a function of the inputs that returns what is called and its arguments.
+    """
+
+    def definition(**inputs: Any) -> Any:
+        called, arguments = build_from("stock")(inputs)
+        return called(**arguments)
+
+    return definition
+
+
 def work(model: nn.Module, run: Callable[[], Any], moved: int, backward: bool) -> Work:
     """Products of one run on meta tensors; weights once, their gradients and updates twice more.
 

@@ -13,12 +13,25 @@ from typing import Annotated
 import torch
 import typer
 
-from mbm_kernels.captioning import checkpoint, data
+from mbm_kernels.captioning import checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
+from mbm_kernels.captioning.options import (
+    Data,
+    Images,
+    Json,
+    Layers,
+    Limit,
+    Out,
+    Rate,
+    Resume,
+    Root,
+    Seed,
+    Steps,
+)
 from mbm_kernels.captioning.presets import Preset, preset, preset_for
-from mbm_kernels.captioning.train import Trained, train_student, train_teacher
+from mbm_kernels.captioning.train import train_student, train_teacher
 
 app = typer.Typer(
     help="Train and run the captioner.",
@@ -27,25 +40,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
-Images = Annotated[
-    Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
-]
 Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
-Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of a built-in set.")]
-Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
 Augment = Annotated[
     bool | None,
     typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
 ]
-Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
 Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 
 
@@ -107,14 +108,14 @@ def train(
     chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
     settings = settings.changed(steps, batch_size, learning_rate, augment)
-    sets = data.load(
+    sets = options.load(
         name,
+        chosen.image_size if image_size is None else image_size,
         seed=seed,
         root=data_root,
-        image_size=chosen.image_size if image_size is None else image_size,
         limit=limit,
         images=images,
-        progress=typer.echo,
+        to_stderr=False,
     )
     train_set = data.train_of(name, sets)
     done = train_teacher(
@@ -129,7 +130,7 @@ def train(
         run=out,
         resume=resume,
     )
-    _report(done, out)
+    options.report(done.history, out)
 
 
 @app.command()
@@ -153,14 +154,14 @@ def distill(
     chosen = preset_for(name)
     settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
-    sets = data.load(
+    sets = options.load(
         name,
+        taught_by.model.image_size,
         seed=seed,
         root=data_root,
-        image_size=taught_by.model.image_size,
         limit=limit,
         images=images,
-        progress=typer.echo,
+        to_stderr=False,
     )
     done = train_student(
         data.train_of(name, sets),
@@ -175,7 +176,7 @@ def distill(
         run=out,
         resume=resume,
     )
-    _report(done, out)
+    options.report(done.history, out)
 
 
 @app.command(name="eval")
@@ -189,29 +190,26 @@ def evaluate_command(
     limit: Limit = None,
     data_root: Root = None,
     images: Images = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
     chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
-    sets = data.load(
+    sets = options.load(
         name,
+        found.model.image_size,
         seed=seed,
         root=data_root,
-        image_size=found.model.image_size,
         limit=limit,
         images=images,
-        progress=lambda line: typer.echo(line, err=True),
     )
     scores = {}
-    wanted = split or [one for one in sets if one != "train"]
+    wanted = options.check_splits(split, sets)
     if not wanted:
         raise ValueError(
             f"split: got {name} with train alone, expected another; give --split train"
         )
     for each in wanted:
-        if each not in sets:
-            raise ValueError(f"split: got {each!r}, expected one of {sorted(sets)}")
         _, scores[each], _ = evaluate(
             found.model, sets[each], found.tokenizer, max_length=chosen.max_length, beam=beam
         )
@@ -285,8 +283,3 @@ def generate(
 
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:
     return None if chosen.validation is None else sets.get(chosen.validation)
-
-
-def _report(done: Trained, run: Path) -> None:
-    last = done.history.train[-1]
-    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}")

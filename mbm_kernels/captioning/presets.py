@@ -78,6 +78,16 @@ class Preset:
     validation: str | None
 
 
+# Data of the user's own, of which nothing is known.
+OWN = Preset(
+    teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+    student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
+    distill=DistillSettings(),
+    image_size=64,
+    max_length=32,
+    validation="val",
+)
+
 PRESETS = {
     # Without prior and word dropout no held-out pair is ever named: exact match 0 % on held_out.
     "scenes": Preset(
@@ -109,14 +119,7 @@ PRESETS = {
         max_length=24,
         validation=None,
     ),
-    "tuxpaint": Preset(
-        teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
-        student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
-        distill=DistillSettings(),
-        image_size=64,
-        max_length=32,
-        validation="val",
-    ),
+    "tuxpaint": OWN,
     "fashion": Preset(
         teacher=TrainSettings(steps=3000, batch_size=64),
         student=TrainSettings(steps=3000, batch_size=64),
@@ -126,17 +129,6 @@ PRESETS = {
         validation=None,
     ),
 }
-
-
-# Data of the user's own, of which nothing is known.
-OWN = Preset(
-    teacher=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
-    student=TrainSettings(steps=3000, augment=True, word_dropout=0.1),
-    distill=DistillSettings(),
-    image_size=64,
-    max_length=32,
-    validation="val",
-)
 
 
 def preset(data: str) -> Preset:

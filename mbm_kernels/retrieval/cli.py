@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from mbm_kernels.captioning import checkpoint, data
+from mbm_kernels.captioning import checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.fit import History
 from mbm_kernels.captioning.kinds import MULTIMODAL, TWO_TOWER
+from mbm_kernels.captioning.options import (
+    Data,
+    Images,
+    Json,
+    Layers,
+    Limit,
+    Out,
+    Rate,
+    Resume,
+    Root,
+    Seed,
+    Steps,
+)
 from mbm_kernels.captioning.pictures import read_picture
+from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.retrieval import index as indexes
 from mbm_kernels.retrieval import matching
 from mbm_kernels.retrieval.embed import embed_pictures, embed_texts
@@ -33,21 +49,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Folder of a built-in set.")]
-Images = Annotated[
-    Path | None, typer.Option("--images", help="What the image names of a path are relative to.")
-]
-Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of each split only.")]
-Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs per step.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
 Splits = Annotated[list[str] | None, typer.Option("--split", help="Splits; else all but train.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -71,21 +74,12 @@ def train(
 ) -> None:
     """Train image and text encoders by the contrastive loss."""
     chosen = preset(name)
-    settings = chosen.settings.changed(steps, batch_size, learning_rate)
-    sets = _load(name, seed, data_root, chosen.config.image_size, limit, images)
-    train_set = data.train_of(name, sets)
-    _, history = train_two_tower(
-        train_set,
-        WordTokenizer.train(train_set.captions),
-        settings,
-        config=chosen.config,
-        layers=layers,
-        seed=seed,
-        validation=sets.get("val"),
-        run=out,
-        resume=resume,
+    side, settings = chosen.config.image_size, chosen.settings
+    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    fit = partial(
+        train_two_tower, config=chosen.config, layers=layers, seed=seed, run=out, resume=resume
     )
-    _report(history, out)
+    _train(fit, name, sets, settings.changed(steps, batch_size, learning_rate), out)
 
 
 @app.command()
@@ -104,20 +98,10 @@ def match(
 ) -> None:
     """Train the multimodal model to tell whether an image and a text belong together."""
     chosen = preset(name)
-    settings = chosen.matching.changed(steps, batch_size, learning_rate)
-    sets = _load(name, seed, data_root, chosen.config.image_size, limit, images)
-    train_set = data.train_of(name, sets)
-    _, history = matching.train_matching(
-        train_set,
-        WordTokenizer.train(train_set.captions),
-        settings,
-        layers=layers,
-        seed=seed,
-        validation=sets.get("val"),
-        run=out,
-        resume=resume,
-    )
-    _report(history, out)
+    side, settings = chosen.config.image_size, chosen.matching
+    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    fit = partial(matching.train_matching, layers=layers, seed=seed, run=out, resume=resume)
+    _train(fit, name, sets, settings.changed(steps, batch_size, learning_rate), out)
 
 
 @app.command(name="match-eval")
@@ -134,12 +118,12 @@ def match_eval(
 ) -> None:
     """AUC of right against wrong texts, hard and easy, for every set of streams."""
     found = checkpoint.load(path, layers=layers, kind=MULTIMODAL)
-    sets = _load(name, seed, data_root, found.model.image_size, limit, images)
-    data.train_of(name, sets)
-    swap = matching.swap_of(sets["train"], found.tokenizer)
+    side = found.model.image_size
+    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    swap = matching.swap_of(data.train_of(name, sets), found.tokenizer)
     tables = {
         one: matching.ablations(found.model, sets[one], found.tokenizer, swap)
-        for one in _splits(split, sets)
+        for one in options.check_splits(split, sets)
     }
     typer.echo(json.dumps(tables, indent=2) if as_json else matching.as_text(tables))
 
@@ -158,9 +142,10 @@ def evaluate_command(
 ) -> None:
     """R@1, R@5 and R@10 in both directions, beside colour histograms with CCA and chance."""
     found = checkpoint.load(path, layers=layers, kind=TWO_TOWER)
-    sets = _load(name, seed, data_root, found.model.image_size, limit, images)
-    data.train_of(name, sets)
-    table = evaluate(found.model, sets, found.tokenizer, _splits(split, sets))
+    side = found.model.image_size
+    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    data.train_of(name, sets)  # which the baseline is fitted to
+    table = evaluate(found.model, sets, found.tokenizer, options.check_splits(split, sets))
     typer.echo(json.dumps(table, indent=2) if as_json else as_text(table))
 
 
@@ -228,32 +213,14 @@ def query(
         typer.echo(os.fsencode(f"{x['similarity']:.4f}\t{x['path']}"))
 
 
-def _load(
-    name: str, seed: int, root: Path | None, side: int, limit: int | None, images: Path | None
-) -> dict[str, CaptionSet]:
-    return data.load(
-        name,
-        seed=seed,
-        root=root,
-        image_size=side,
-        limit=limit,
-        images=images,
-        progress=lambda line: typer.echo(line, err=True),
-    )
-
-
-def _splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[str]:
-    """Those asked for, else all but train.
-
-    Raises:
-        ValueError: for one that the data does not have.
-    """
-    for one in asked or ():
-        if one not in sets:
-            raise ValueError(f"split: got {one!r}, expected one of {sorted(sets)}")
-    return asked or [one for one in sets if one != "train"]
-
-
-def _report(history: History, run: Path) -> None:
-    last = history.train[-1]
-    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}")
+def _train(
+    fit: Callable[..., tuple[object, History]],
+    name: str,
+    sets: dict[str, CaptionSet],
+    settings: TrainSettings,
+    out: Path,
+) -> None:
+    train_set = data.train_of(name, sets)
+    words = WordTokenizer.train(train_set.captions)
+    _, history = fit(train_set, words, settings, validation=sets.get("val"))
+    options.report(history, out)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, normalise
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, normalise, padded
 from mbm_kernels.models import TwoTower
-from mbm_kernels.retrieval.objective import text_lengths
 
 BATCH = 128
 
@@ -48,9 +47,7 @@ def embed_texts(model: TwoTower, texts: Sequence[str], tokenizer: WordTokenizer)
 
 
 def _embed_words(model: TwoTower, encoded: list[list[int]], tokenizer: WordTokenizer) -> Tensor:
-    rows = [torch.tensor(ids) for ids in encoded]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.pad_id)
-    return model.embed_texts(tokens, text_lengths(tokens, tokenizer.pad_id))
+    return model.embed_texts(*padded(encoded, tokenizer.pad_id))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mbm_kernels.captioning import checkpoint
-from mbm_kernels.captioning.data import WordTokenizer, collate
+from mbm_kernels.captioning.data import collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.fit import fit
 from mbm_kernels.captioning.kinds import TWO_TOWER
@@ -16,19 +16,11 @@ from mbm_kernels.models import TwoTower
 from mbm_kernels.retrieval.objective import ContrastiveObjective, text_lengths
 from mbm_kernels.retrieval.train import train_two_tower
 from tests.captioning import training_helpers
-from tests.captioning.training_helpers import assert_same, colours, stop_at
+from tests.captioning.training_helpers import assert_same, stop_at
+from tests.captioning.training_helpers import tokenizer as tokenizer
+from tests.captioning.training_helpers import train_set as train_set
 
 from .helpers import SETTINGS, SMALL
-
-
-@pytest.fixture
-def train_set():
-    return colours()
-
-
-@pytest.fixture
-def tokenizer(train_set):
-    return WordTokenizer.train(train_set.captions)
 
 
 def objective(tokenizer):

@@ -1,7 +1,7 @@
 """Captioned images: drawn by this package, out of packages, and the user's own."""
 
 from . import emoji, own, scenes
-from .base import CaptionSet, augment, collate, normalise
+from .base import CaptionSet, augment, collate, normalise, padded
 from .load import NAMES, fetch, load, train_of
 from .tokenizer import WordTokenizer
 
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "normalise",
     "own",
+    "padded",
     "scenes",
     "train_of",
 ]

@@ -106,14 +106,18 @@ def collate(
             "draw the batch from range(len(caption_set))"
         )
     encoded = [tokenizer.encode(caption_set.captions[i]) for i in rows]
-    lengths = torch.tensor([len(ids) for ids in encoded], dtype=torch.int64)
-    tokens = torch.full((len(rows), int(lengths.max())), tokenizer.pad_id, dtype=torch.int64)
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    tokens, lengths = padded(encoded, tokenizer.pad_id)
     of = torch.tensor(rows)
     if caption_set.image_of is not None:
         of = caption_set.image_of[of]
     return normalise(caption_set.images[of]), tokens, lengths
+
+
+def padded(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts as token ids in one tensor: int64 `[B, T]`, then pad_id; and lengths, int64 `[B]`."""
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
+    lengths = torch.tensor([len(ids) for ids in encoded], dtype=torch.int64)
+    return torch.nn.utils.rnn.pad_sequence(rows, True, pad_id), lengths
 
 
 def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
