@@ -10,18 +10,11 @@ using additive::ceil_div;
 using additive::ForwardMemory;
 using additive::ScoreTile;
 
-template <int TILE_T>
-int64_t shared_bytes(int64_t S, int cluster) {
-  const int64_t width = ceil_div(S, 4 * cluster) * 4;
-  return ForwardMemory<ScoreTile<TILE_T>>::floats(width * cluster, cluster) * 4;
-}
-
 int64_t shared_bytes(int tile, int64_t S, int cluster) {
-  switch (tile) {
-    case 20: return shared_bytes<20>(S, cluster);
-    case 8: return shared_bytes<8>(S, cluster);
-    default: return shared_bytes<4>(S, cluster);
-  }
+  const int64_t width = ceil_div(S, 4 * cluster) * 4;
+  return additive::of_tile(tile, [&](auto queries) {
+    return ForwardMemory<ScoreTile<queries>>::floats(width * cluster, cluster) * 4;
+  });
 }
 
 int positions(int tile) { return tile == 20 ? ScoreTile<20>::kS : ScoreTile<8>::kS; }

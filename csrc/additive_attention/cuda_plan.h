@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/gpu/launch.h"
 
@@ -13,6 +14,16 @@ namespace mbm::additive {
 constexpr int kTiles[] = {20, 8, 4};
 
 using gpu::ceil_div;
+
+// by(std::integral_constant<int, tile>), for one of kTiles.
+template <class By>
+auto of_tile(int tile, const By& by) {
+  switch (tile) {
+    case 20: return by(std::integral_constant<int, 20>());
+    case 8: return by(std::integral_constant<int, 8>());
+    default: return by(std::integral_constant<int, 4>());
+  }
+}
 
 // Queries whose sums a thread of grad_terms holds: the least padding of T.
 inline int chunk_of(int64_t T) {
