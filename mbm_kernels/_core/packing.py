@@ -5,7 +5,8 @@ its bytes taken at that very call, are those of the weight that it was packed fr
 be missed: not `weight.data`, a NumPy view, another process, nor torch's fused optimizers, which
 raise no version counter. The hash reads the weight once, at the bandwidth of the cache or memory it
 lies in, 2 to 3 times less than packing moves. Where weights are known to stay for several
-calls, as in a loop of decoding, `unchanged()` takes it once.
+calls, as in a loop of decoding, `unchanged()` takes it once; one that this library made and nobody
+else holds is sealed, and never hashed.
 """
 
 import struct
@@ -25,6 +26,7 @@ from mbm_kernels._core import native, problem, torch_private
 
 Key = tuple[Any, ...]  # of the owner's id and `pack`, of a view its offset too
 _entries: dict[Key, "_Entry"] = {}
+_sealed: dict[int, "weakref.ref[Tensor]"] = {}  # by id(tensor)
 Version = tuple[Any, ...]
 
 
@@ -65,7 +67,7 @@ def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
     else:
         versions = [version_of(x) for x in sources]
         hashes = struct.pack(f"{len(versions)}Q", *(v[1] for v in versions if v is not None))
-        hashes += native.cpu().fingerprints(b"", [], 1)  # the ISA
+        hashes += _isa()
         kinds = tuple([v[0] for v in versions if v is not None])
         if last is None or last.kinds != kinds:
             return _made(sources, kinds, hashes)
@@ -80,6 +82,12 @@ def _made(sources: Sequence[Tensor], kinds: tuple[Any, ...], hashes: bytes | Non
     return State(kinds, hashes, problem.guard(sources), extents, spans)
 
 
+def _isa() -> bytes:
+    """What ends the hashes: a byte that names the ISA in use."""
+    found: bytes = native.cpu().fingerprints(b"", [], 1)
+    return found
+
+
 def _hashes(sources: Sequence[Tensor], extents: bytes, spans: tuple[tuple[int, int], ...]) -> bytes:
     addresses = []
     for source, (extent, size) in zip(sources, spans, strict=True):
@@ -91,10 +99,10 @@ def _hashes(sources: Sequence[Tensor], extents: bytes, spans: tuple[tuple[int, i
 
 
 class _Entry:
-    __slots__ = ("kept", "owner")
+    __slots__ = ("kept", "owner", "sealed")
 
-    def __init__(self, owner: "weakref.ref[Tensor]"):
-        self.owner = owner
+    def __init__(self, owner: "weakref.ref[Tensor]", sealed: bool):
+        self.owner, self.sealed = owner, sealed
         # A buffer and the state of what it was packed from: one attribute, for threads share it.
         self.kept: tuple[State, Tensor] | None = None
 
@@ -128,6 +136,8 @@ def packed(
     kept = entry.kept
     if kept is None:
         return _fill(entry, state_of(sources), size, pack, sources)
+    if entry.sealed and not others and kept[0].hashes.endswith(_isa()):
+        return kept[1]
     state = state_of(sources, kept[0])
     if state.same(kept[0]):
         if state is not kept[0]:
@@ -179,9 +189,20 @@ def unchanged() -> Iterator[None]:
         _trusted.versions = None
 
 
+def seal(weight: Tensor) -> None:
+    """Says that the caller made `weight`, gives it to nobody who writes, and never writes it again.
+
+    What is packed of it alone then needs no hash.
+    """
+    drop, key = _sealed.pop, id(weight)
+    _sealed[key] = weakref.ref(weight, lambda _: drop(key, None))
+
+
 def _new_entry(key: Key, owner: Tensor) -> _Entry:
     drop = _entries.pop  # bound: at exit a module's names go before its weights
-    entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)))
+    known = _sealed.get(id(owner))
+    sealed = known is not None and known() is owner
+    entry = _entries[key] = _Entry(weakref.ref(owner, lambda _: drop(key, None)), sealed)
     return entry
 
 

@@ -74,9 +74,10 @@ class ModuleCandidate(Candidate):
     """A module that is swapped already."""
 
     module: nn.Module
+    backend: str = field(default="auto", init=False)
 
     def use(self, backend: str) -> None:
-        self.module.backend = backend  # type: ignore[assignment]
+        self.backend = self.module.backend = backend  # type: ignore[assignment]
 
     def forms(self) -> tuple[Forward, Forward]:
         known = counterparts.of(self.module)
@@ -106,6 +107,9 @@ class ModuleCandidate(Candidate):
 
     def undo(self) -> None:
         counterparts.restore(self.module)
+
+    def redo(self) -> None:
+        counterparts.swap(self.module, self.backend)
 
 
 @dataclass(eq=False)

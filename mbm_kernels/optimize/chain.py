@@ -108,21 +108,41 @@ class Chain:
         """
         conv, norm = self.conv, self.norm
         assert norm is not None
-        if conv.weight.device.type != "cpu":
+        sources = _sources(conv, norm)
+        if not sources[0].is_cpu:
             return _fold(conv, norm)
-        statistics = (norm.running_mean, norm.running_var)
-        sources = (conv.weight, conv.bias, norm.weight, norm.bias, *statistics)
         given = [x for x in sources if x is not None]
-        form = (norm.eps, *(x is None for x in sources))
+        form = (norm.eps, *[x is None for x in sources])
         kept = self._folded
         state = packing.state_of(given, None if kept is None else kept[1])
         if kept is None or kept[0] != form or not state.same(kept[1]):
-            kept = (form, state, *_fold(conv, norm))
-        self._folded = (form, state, *kept[2:])
+            weight, bias = _fold(conv, norm)
+            packing.seal(weight)
+            kept = (form, state, weight, bias)
+        if state is not kept[1]:
+            kept = (form, state, *kept[2:])
+        self._folded = kept
         return kept[2], kept[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_folded": None}
+
+
+def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+    """What a folded weight and bias come from; torch's own lookup of six attributes takes 10 us."""
+    layer, scale, statistics = conv._parameters, norm._parameters, norm._buffers
+    try:
+        return (
+            layer["weight"],
+            layer["bias"],
+            scale["weight"],
+            scale["bias"],
+            statistics["running_mean"],
+            statistics["running_var"],
+        )
+    except KeyError:  # one was made a plain attribute
+        affine = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        return (conv.weight, conv.bias, *affine)
 
 
 @torch.no_grad()

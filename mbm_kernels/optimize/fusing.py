@@ -10,7 +10,7 @@ from torch import nn
 from mbm_kernels.optimize import patterns, tracing
 from mbm_kernels.optimize.candidates import ChainCandidate
 from mbm_kernels.optimize.chain import Chain
-from mbm_kernels.optimize.fused import PLAN, Fused, fuse
+from mbm_kernels.optimize.fused import PLAN, Fused, Plan, fuse
 
 
 @dataclass(eq=False)
@@ -21,16 +21,17 @@ class FusedContainer:
     module: nn.Module
     traced: tracing.Traced
     sites: list[tuple[patterns.Site, Chain]]
+    plan: Plan | None = None
     made: type[nn.Module] | None = None
 
     def fuse(self) -> None:
         """Gives the container a forward with its present chains."""
         plan = patterns.plan(self.traced, self.sites)
-        plan.checked = PLAN in vars(self.module) and vars(self.module)[PLAN].checked
+        plan.checked = self.plan is not None and self.plan.checked
         if isinstance(self.module, Fused):
             self.module.unfuse()
-        fuse(self.module, plan)
-        self.made = type(self.module)
+        self.plan = plan
+        self.redo()
 
     def why_not_undone(self) -> str | None:
         if type(self.module) is self.made:
@@ -40,6 +41,11 @@ class FusedContainer:
     def undo(self) -> None:
         assert isinstance(self.module, Fused)
         self.module.unfuse()
+
+    def redo(self) -> None:
+        assert self.plan is not None
+        fuse(self.module, self.plan)
+        self.made = type(self.module)
 
 
 class Fusion:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from mbm_kernels._core import timing
 from mbm_kernels._core.ratios import LEAST_FLOOR, Ratio, paired_ratio
+from mbm_kernels.nn import trial
 from mbm_kernels.nn.trial import Call
 from mbm_kernels.optimize import outputs
 from mbm_kernels.optimize.candidates import Candidate, Forward
+from mbm_kernels.optimize.report import Change
 
 SECONDS = 0.3  # for each candidate, after warming up
+WHOLE_SECONDS = 1.0
 MOST_LOOPS = 16  # of one kind of call against another
 
 
@@ -32,6 +38,46 @@ def ratio(candidate: Candidate, backward: bool) -> Ratio:
             for name, form in (("stock", stock), ("ours", ours))
         }
         times = timing.interleave(forms, SECONDS)
+    return paired_ratio(times["stock"], times["ours"])
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One state of a model: `take` brings it about, outside of what is timed."""
+
+    call: Callable[[], None]
+    take: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.call()
+
+    @staticmethod
+    def sampler(form: Any, loops: int) -> float:
+        form.take()
+        return timing.sample(form, loops)
+
+
+def whole(model: nn.Module, call: Call, changes: Sequence[Change], backward: bool) -> Ratio:
+    """The paired ratio of the model without and with its changes, which it is left with.
+
+    `backward`: with gradients of the parameters.
+    """
+    changed = True
+
+    def take(wanted: bool) -> None:
+        nonlocal changed
+        if wanted is not changed:
+            for change in changes if wanted else reversed(changes):
+                change.redo() if wanted else change.undo()
+        changed = wanted
+
+    run = _timed(model, [(call, 1)], [p for p in model.parameters() if p.requires_grad], backward)
+    forms = {name: _Form(run, partial(take, name == "ours")) for name in ("stock", "ours")}
+    with trial.unchanged(model):
+        try:
+            times = timing.interleave(forms, WHOLE_SECONDS, sampler=_Form.sampler)
+        finally:
+            take(True)
     return paired_ratio(times["stock"], times["ours"])
 
 

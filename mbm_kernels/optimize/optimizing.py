@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbm_kernels.nn import counterparts, trial
-from mbm_kernels.optimize import fusing
+from mbm_kernels.optimize import fusing, measure
 from mbm_kernels.optimize.candidates import Candidate, ModuleCandidate, kinds_of_calls
 from mbm_kernels.optimize.judging import Judge
 from mbm_kernels.optimize.report import Report, Row
@@ -48,7 +48,8 @@ def optimize(
             show what each module is called with.
         policy: "auto": modules where PyTorch is predicted to be faster in all calls of the sample
             stay as they are; without a sample all are swapped and choose at each call. "measured":
-            those that are faster beyond noise in interleaved rounds on the sample's calls.
+            those that are faster beyond noise in interleaved rounds on the sample's calls, and none
+            if with them the whole model is not.
             "always": all, with the kernel's backend by name.
         filter_fn: filter_fn(name, module) says whether a module may be changed.
         strict: raises where a module of a supported type could not be changed, other than by
@@ -83,6 +84,8 @@ def optimize(
         if mode == "inference" and "conv_bias_act" in task.ops:
             task.fuse()
         task.swap()
+        if policy == "measured":
+            task.measure()
         if strict and task.failed:
             raise ValueError(
                 f"optimize: strict: got {'; '.join(task.failed)}; expected every module of a "
@@ -171,6 +174,25 @@ class _Task:
                 self.failed.append(f"{candidate.name}: {verdict.reason}")
             rows = self.report.replaced if verdict.replaced else self.report.kept
             rows.append(verdict.row(candidate))
+
+    def measure(self) -> None:
+        """Undoes all changes unless with them the whole model is faster beyond noise."""
+        if not self.report._changes:
+            return
+        assert self.sample is not None
+        call = trial.Call(*self.sample)
+        found = measure.whole(self.model, call, self.report._changes, self.judge.training)
+        if measure.wins(found):
+            self.report.ratio = found.value
+            return
+        self.report.revert()
+        interval = f"{found.low:.2f} to {found.high:.2f}"
+        reason = f"the model with all that won alone measured {interval}: not faster beyond noise"
+        self.report.kept += [
+            replace(row, now=row.was, backend="torch", reason=reason, error=None)
+            for row in self.report.replaced
+        ]
+        self.report.replaced.clear()
 
     def _why_not(self, name: str, module: nn.Module) -> tuple[str | None, bool]:
         """Why a module keeps its class before anything is tried, and whether `strict` minds."""

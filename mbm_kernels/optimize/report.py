@@ -32,6 +32,8 @@ class Change(Protocol):
         """What has been done to the module since, if that must be undone first."""
 
     def undo(self) -> None: ...
+    def redo(self) -> None:
+        """After `undo`."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,17 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows `replaced` and `kept`; `notes` are of the model as a whole. `revert` undoes it."""
+    """The rows `replaced` and `kept`; `notes` are of the model as a whole. `revert` undoes it.
+
+    ratio: by policy "measured", PyTorch's time over ours of the whole model on the sample.
+    """
 
     mode: str
     policy: str
     replaced: list[Row] = field(default_factory=list)
     kept: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ratio: float | None = None
     _changes: list[Change] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
@@ -89,6 +95,7 @@ class Report:
             "replaced": [asdict(row) for row in self.replaced],
             "kept": [asdict(row) for row in self.kept],
             "notes": self.notes,
+            "ratio": self.ratio,
         }
         return json.dumps(content, indent=2)
 
@@ -106,9 +113,10 @@ class Report:
     @property
     def title(self) -> str:
         """One line on the whole."""
+        measured = "" if self.ratio is None else f"; the model measured {self.ratio:.2f}x"
         return (
             f"{len(self.replaced)} replaced, {len(self.kept)} kept; "
-            f"mode {self.mode}, policy {self.policy}"
+            f"mode {self.mode}, policy {self.policy}{measured}"
         )
 
     def __str__(self) -> str:

@@ -58,6 +58,26 @@ def test_redone_when_another_tensor_changes_or_comes(weight):
     assert packed(weight, bias).tolist() == [6] * 6
 
 
+def test_a_sealed_weight_is_not_hashed_and_ends_with_its_id(weight, monkeypatch):
+    weight = weight.clone()  # whose only name is this
+    packing.seal(weight)
+    first = packed(weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "state_of", None)
+        assert packed(weight) is first
+    assert packed(weight, torch.ones(6)).tolist() == [2] * 6  # which others may write
+    before = native.cpu().isa()
+    try:
+        native.cpu().set_isa("baseline")
+        assert packed(weight).tolist() == [1] * 6
+    finally:
+        native.cpu().set_isa(before)
+    assert len(calls) == 3
+    key = id(weight)
+    del weight
+    assert key not in packing._sealed
+
+
 def test_what_is_held_is_not_written_again(weight):
     """A kernel of another thread, or of the other direction of a GRU, may be about to read it."""
     first = packed(weight, torch.ones(6))

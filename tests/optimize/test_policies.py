@@ -10,13 +10,21 @@ from torch import nn
 import mbm_kernels
 from mbm_kernels._core import timing
 from mbm_kernels._core.ratios import Ratio
+from mbm_kernels.nn import Conv2d
 from mbm_kernels.optimize import measure
+from mbm_kernels.optimize.fused import Fused
 from tests.optimize.models import GRUClassifier, ResNet, warmed
 
 
 @pytest.fixture
 def words():
     return torch.randint(0, 11, (2, 5))
+
+
+def changed(model):
+    """Whether any module has another class than its author gave it."""
+    ours = (Fused, Conv2d)
+    return any(isinstance(module, ours) for module in model.modules())
 
 
 def names(rows):
@@ -147,10 +155,11 @@ class TestMeasured:
     @pytest.fixture
     def measured(self, monkeypatch):
         """Says what is measured, by operation."""
-        said = {}
+        said = {"whole": (1.3, 1.2, 1.4)}
         monkeypatch.setattr(
             measure, "ratio", lambda candidate, backward: Ratio(*said[candidate.op])
         )
+        monkeypatch.setattr(measure, "whole", lambda *args: Ratio(*said["whole"]))
         return said
 
     def test_keeps_what_wins_beyond_noise(self, measured, torch_wins, words):
@@ -164,6 +173,19 @@ class TestMeasured:
         (row,) = report.kept
         assert (row.name, row.ratio) == ("cell", 1.1)
         assert row.reason == "measured: not faster beyond noise"
+        assert "the model measured 1.30x" in report.title
+
+    def test_keeps_nothing_where_the_whole_is_not_faster(self, measured, torch_wins, words):
+        measured |= {"gru": (1.3, 1.2, 1.4), "gru_cell": (1.1, 1.0, 1.2)}
+        measured["whole"] = (1.01, 0.99, 1.03)
+        model = GRUClassifier()
+        report = mbm_kernels.optimize(model, mode="training", policy="measured", sample_input=words)
+        assert not report.replaced
+        assert type(model.gru) is nn.GRU
+        assert report.ratio is None
+        row = next(row for row in report.kept if row.name == "gru")
+        assert (row.now, row.ratio) == ("torch.nn.GRU", 1.3)
+        assert row.reason.startswith("the model with all that won alone measured 0.99 to 1.03")
 
     def test_leaves_the_choice_to_auto_where_it_agrees(self, measured, predictions, words):
         predictions(lambda op, sizes: True)
@@ -175,12 +197,23 @@ class TestMeasured:
     @pytest.mark.parametrize("mode", ["inference", "training"])
     def test_both_forms_run(self, mode, monkeypatch):
         monkeypatch.setattr(measure, "SECONDS", 0.0)
+        monkeypatch.setattr(measure, "WHOLE_SECONDS", 0.0)
+        monkeypatch.setattr(measure, "wins", lambda found: True)
         monkeypatch.setattr(timing, "calibrate", lambda call, sampler: (1, 1e6))
         model = warmed(ResNet())
+        timed, sample = [], timing.sample
+        monkeypatch.setattr(
+            timing, "sample", lambda *given: (timed.append(changed(model)), sample(*given))[1]
+        )
         report = mbm_kernels.optimize(
             model, mode=mode, policy="measured", sample_input=torch.randn(1, 3, 16, 16)
         )
         rows = [*report.replaced, *report.kept]
         assert all(row.ratio is not None for row in rows)
         assert len(names(rows)) == 6
+        assert report.ratio is not None
+        assert set(timed) == {True, False}  # the whole model's samples
+        assert changed(model)
+        report.revert()
+        assert not changed(model)
         assert all(p.grad is None for p in model.parameters())
