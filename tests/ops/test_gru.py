@@ -161,11 +161,13 @@ class TestGru(Hiding):
         inputs = self.inputs(Case("", sizes(6, 9, 20, 24), {"lengths": lengths}), torch.float32)
         inputs["reverse"] = reverse
         y, h_n = self.run(inputs, backend)
-        exact = {"rtol": 0.0, "atol": 0.0} if backend == "cpu" else {}  # MKL's order depends on B
         for row, length in enumerate(lengths):
             single = {**inputs, "x": inputs["x"][:length, row : row + 1], "lengths": None}
             single["h0"] = inputs["h0"][row : row + 1]
             alone, state = self.run(single, backend)
+            # MKL's order depends on B; one step has an order of its own.
+            same = backend == "cpu" and length != 1
+            exact = {"rtol": 0.0, "atol": 0.0} if same else {}
             torch.testing.assert_close(alone[:, 0], y[:length, row], **exact)
             torch.testing.assert_close(state[0], h_n[row], **exact)
 

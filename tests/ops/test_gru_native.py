@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import native
+from mbm_kernels._core import native, packing
 from mbm_kernels.ops.gru import reference
 from mbm_kernels.ops.gru.bidirectional import gru_bidirectional
 from mbm_kernels.testing import assert_matches
@@ -25,6 +25,13 @@ SIZES = {
     "rows apart": (4, 29, 40, 70),
     # Columns of dW over more than one slice of 256 (t, b) pairs.
     "long sums": (40, 13, 33, 50),
+}
+
+# What runs step by step from the weights as they are, where nothing is saved.
+STEPS = {
+    "one step": (1, 29, 40, 70),
+    "one step of one row": (1, 1, 33, 300),
+    "few": (3, 2, 90, 200),
 }
 
 VARIANTS = {
@@ -56,7 +63,7 @@ def draw(b, c, h, *, bias):
 
 
 def sequence(name, variant):
-    t, b, c, h = SIZES[name]
+    t, b, c, h = {**SIZES, **STEPS}[name]
     given = VARIANTS[variant]
     randn, h0, weights = draw(b, c, h, bias=given.get("bias", True))
     inputs = {"x": randn(t, b, c), "h0": h0 if given.get("h0", True) else None, **weights}
@@ -66,20 +73,26 @@ def sequence(name, variant):
     return inputs | {"reverse": given.get("reverse", False)}
 
 
-def evaluate(function, inputs, *, positive=False):
+def evaluate(function, inputs, *, positive=False, gradients=True):
     """Outputs by their place, and the gradients of the floating inputs by name."""
-    diff = tuple(n for n, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point())
+    diff = (
+        ()
+        if not gradients
+        else tuple(n for n, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point())
+    )
     inputs, leaves = with_leaves(inputs, diff)
     outputs = function(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    if not gradients:
+        return values
     grads = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o) for o in outputs]
     grads = [g.abs() for g in grads] if positive else grads
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    values = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     return values | dict(zip(leaves, found, strict=True))
 
 
-def check(function, definition, inputs):
+def check(function, definition, inputs, evaluate=evaluate):
     """The same bits for any threads and in a second run, within the error rule of float64."""
     threads_before = torch.get_num_threads()
     results = []
@@ -108,6 +121,29 @@ def check(function, definition, inputs):
 @pytest.mark.parametrize("name", SIZES)
 def test_values_and_bits_for_any_threads(isa, name, variant):
     check(mbm_kernels.gru, reference.gru, sequence(name, variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", STEPS)
+def test_few_steps_pack_nothing(isa, name, variant, monkeypatch):
+    monkeypatch.setattr(packing, "packed", None)
+    inputs = sequence(name, variant)
+    check(mbm_kernels.gru, reference.gru, inputs, partial(evaluate, gradients=False))
+    if inputs.pop("reverse"):
+        return
+    both = {n: w for n, w in inputs.items() if n in ("x", "lengths")}
+    h0 = inputs["h0"]
+    both["h0"] = None if h0 is None else torch.stack([h0, h0 + 1])
+    names = ("w_ih", "w_hh", "b_ih", "b_hh")
+    given = [both.pop("x"), both.pop("h0"), *[inputs.get(n) for n in names]]
+    given += [None if w is None else w.flip(-1) for w in given[2:]]
+    y, h_n = gru_bidirectional(*given, **both, backend="cpu")
+    for d in range(2):
+        state = None if h0 is None else h0 + d
+        weights = given[2 + 4 * d : 6 + 4 * d]
+        alone = mbm_kernels.gru(given[0], state, *weights, **both, reverse=d == 1, backend="cpu")
+        assert torch.equal(y.chunk(2, -1)[d], alone[0])
+        assert torch.equal(h_n[d], alone[1])
 
 
 @pytest.mark.parametrize("bias", [True, False])

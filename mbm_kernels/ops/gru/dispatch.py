@@ -1,6 +1,8 @@
 """The work of a GRU over a sequence, by each backend."""
 
 from mbm_kernels._core.cost import Sizes, Work, share
+from mbm_kernels.ops.gru import steps_cpu
+from mbm_kernels.ops.gru_cell import dispatch as gru_cell
 
 
 def _amounts(p: Sizes) -> dict[str, float]:
@@ -22,6 +24,10 @@ def _amounts(p: Sizes) -> dict[str, float]:
 
 
 def cpu(p: Sizes) -> Work:
+    if not p["training"] and steps_cpu.take(p["T"], p["B"], p["C"], p["H"]):
+        step = gru_cell.cpu(p)
+        amounts = {name: p["T"] * amount for name, amount in step.amounts.items()}
+        return Work(step.kernel.replace("rows", "steps"), amounts)
     return Work("rows few" if p["B"] < 8 else "rows many", _amounts(p))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbm_kernels._core import native
 from mbm_kernels._core.problem import derived
-from mbm_kernels.ops.gru import packed
+from mbm_kernels.ops.gru import packed, steps_cpu
 from mbm_kernels.ops.gru.problem import PER_DIRECTION, Problem, result_shapes
 from mbm_kernels.ops.gru_cell import precision
 from mbm_kernels.ops.gru_cell.problem import weight_shapes
@@ -30,7 +30,7 @@ def _fields() -> tuple[str, ...]:
 class _Native:
     """What the kernels are told about a problem, and the shapes of what they write."""
 
-    __slots__ = ("block", "grad_shapes", "shapes", "x")
+    __slots__ = ("block", "grad_shapes", "shapes", "step", "x")
 
     def __init__(self, p: Problem):
         steps, batch, features = p.x_shape
@@ -42,6 +42,10 @@ class _Native:
         values |= {"directions": p.directions, "reverse": int(p.reverse)}
         values |= {"x_t": self.x.strides[0], "x_b": self.x.strides[1]}
         self.block = native.block(_fields(), values)
+        # Of a sequence that runs step by step where nothing is saved.
+        self.step: bytes | None = None
+        if steps_cpu.take(steps, batch, features, p.hidden):
+            self.step = steps_cpu.block(batch, features, p.hidden, self.x.strides[1])
 
 
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -55,8 +59,14 @@ def fwd(
     plan = derived(p, "cpu", _Native)
     one = p.directions == 1
     by_direction = (weights,) if one else _by_direction(weights)  # 1 us
-    layers = [packed.forward(*each) for each in by_direction]
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
+    if plan.step is not None and not save:
+        if one:
+            y, h_n = steps_cpu.run(plan.step, x, h0, weights, lengths, p.reverse)
+        else:
+            y, h_n = steps_cpu.both(plan.step, x, h0, by_direction, lengths)
+        return precision.rounded(y, p.dtype), precision.rounded(h_n, p.dtype), None
+    layers = [packed.forward(*each) for each in by_direction]
     y_shape, state_shape, reserve_shape = plan.shapes
     y, h_n = native.empty(y_shape), native.empty(state_shape)
     reserve = native.empty(reserve_shape) if save else None
