@@ -83,7 +83,9 @@ def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tens
     return torch.randn(*shape, generator=generator) * scale
 
 
-CONVOLUTIONS = ("3x3", "1x1", "stem") * 3 + ("depthwise", "grouped") * 2 + ("3x3", "1x1", "large")
+CONVOLUTIONS = (
+    ("3x3", "1x1", "stem") * 3 + ("depthwise", "grouped") * 2 + ("3x3", "1x1", "large", "long")
+)
 
 
 def _conv(rng: random.Random, training: bool) -> Drawn:
@@ -113,6 +115,8 @@ def _conv_of(kind: str, rng: random.Random, training: bool) -> Drawn:
         side, other = size(rng, 24, 256), size(rng, 24, 256)
     elif kind == "large":
         kernel = rng.choice([(5, 5), (7, 7), (1, 5), (9, 1), (1, 3), (11, 5)])
+    elif kind == "long":  # of speech: a spectrogram or its features
+        c, k, kernel = size(rng, 1, 128), size(rng, 8, 128), (size(rng, 1, 45), size(rng, 1, 15))
     if rng.random() < {"stem": 0.6, "1x1": 0.15}.get(kind, 0.25):
         stride = 2
     padding = tuple(n // 2 for n in kernel)

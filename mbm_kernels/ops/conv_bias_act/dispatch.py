@@ -1,12 +1,13 @@
 """The work of a convolution: which kernel runs, by each backend, and how much of what it does."""
 
-from mbm_kernels._core.cost import Sizes, Work, padded, share
+from mbm_kernels._core.cost import Sizes, Work, family, padded, share
 from mbm_kernels.ops.conv_bias_act import geometry
 
 TRANSCENDENTAL = 4  # the activations of geometry.ACTIVATIONS from here on take exp or erf
 FEW_CHANNELS = 4  # of an image or its gray version
 TILE = 4  # pixels a side of Winograd's output
 IN_TILE = 36  # products of a tile, of a channel in and one out
+MOST_TAPS = 25  # beyond 5 x 5 a convolution is called long
 MOST_GATHERED = 8  # pixels of a row of NCHW whose taps are copied rather than transposed
 # csrc's name of a forward kernel where it is not the first word of the model's.
 FORWARD = {"few direct": "direct", "grouped": "direct"}
@@ -16,7 +17,7 @@ OTHER_POOL = 2  # of geometry.POOLS: every pool past 2x2
 def cpu(p: Sizes) -> Work:
     """Kernels as csrc/conv_bias_act chooses them (README, "The cpu backend")."""
     threads, lanes = p["threads"], p["lanes"]
-    kernel = _cpu_kernel(p)
+    kernel = _forward(p)
     amounts = _moved(p)
     group_in, group_out = p["C"] // p["groups"], p["K"] // p["groups"]
     if kernel == "winograd":
@@ -32,7 +33,13 @@ def cpu(p: Sizes) -> Work:
         per = p["R"] * p["S"] * (1 if kernel.startswith("depthwise") else group_in)
         amounts["products"] = share(pixels, threads) * per * across
         amounts["taps"] = share(pixels, threads) * per * p["groups"]
-    return Work(kernel, amounts)
+    return Work(kernel + _long(p), amounts)
+
+
+def forward_kernel(p: Sizes) -> str:
+    """csrc's name of the kernel that a forward runs."""
+    kernel = _forward(p)
+    return family(FORWARD.get(kernel, kernel))
 
 
 def torch(p: Sizes) -> Work:
@@ -55,10 +62,16 @@ def torch(p: Sizes) -> Work:
     amounts["taps"] = pixels * per * p["R"] * p["S"]
     if p["stride"] != 1 and kernel != "few":
         kernel += " strided"
+    kernel += _long(p)
     return Work(kernel if p["layout"] else f"{kernel} nchw", amounts)
 
 
-def _cpu_kernel(p: Sizes) -> str:
+def _long(p: Sizes) -> str:
+    """What a kernel's name ends with where its taps are many: a product then costs another time."""
+    return " long" if p["R"] * p["S"] > MOST_TAPS else ""
+
+
+def _forward(p: Sizes) -> str:
     square = p["R"] == p["S"]
     sizes = (p["R"], p["S"], *[p["stride"]] * 2, *[p["dilation"]] * 2, p["groups"])
     if p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"]):
