@@ -84,6 +84,10 @@ def _normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tens
 
 
 CONVOLUTIONS = (
+    *("3x3", "1x1", "stem") * 3,
+    *("depthwise", "grouped") * 2,
+    *("3x3", "1x1", "large", "long"),
+)
     ("3x3", "1x1", "stem") * 3 + ("depthwise", "grouped") * 2 + ("3x3", "1x1", "large", "long")
 )
 
