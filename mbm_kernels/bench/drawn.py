@@ -88,8 +88,6 @@ CONVOLUTIONS = (
     *("depthwise", "grouped") * 2,
     *("3x3", "1x1", "large", "long"),
 )
-    ("3x3", "1x1", "stem") * 3 + ("depthwise", "grouped") * 2 + ("3x3", "1x1", "large", "long")
-)
 
 
 def _conv(rng: random.Random, training: bool) -> Drawn:
