@@ -8,7 +8,7 @@ import torch
 
 import mbm_kernels
 from mbm_kernels._core.op import OPS
-from tests.docs import support
+from tests.docs import models, support
 from tests.docs.pages import DOCS
 
 ROOT = DOCS.parent
@@ -40,6 +40,11 @@ def test_snippets_run(page):
 def test_support_matrix_is_current():
     """`python -m tests.docs.support` writes the page."""
     assert (DOCS / "support.md").read_text() == support.page()
+
+
+def test_models_are_those_of_the_newest_results():
+    """`python -m tests.docs.models` writes the page."""
+    assert (DOCS / "models.md").read_text() == models.page()
 
 
 def test_accuracy_has_every_operation():
