@@ -123,6 +123,32 @@ def test_values_and_bits_for_any_threads(isa, name, variant):
     check(mbm_kernels.gru, reference.gru, sequence(name, variant))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["one step", "one step of one row"])
+def test_gradients_of_one_step(isa, name, bias, monkeypatch):
+    monkeypatch.setattr(packing, "packed", None)
+    _, b, c, h = STEPS[name]
+    randn, h0, weights = draw(b, c, h, bias=bias)
+    x = randn(2, b, c)[::2]
+    check(mbm_kernels.gru, reference.gru, {"x": x, "h0": h0, **weights})
+    check(mbm_kernels.gru, reference.gru, {"x": x, "h0": None, **weights, "reverse": True})
+    both = both_directions({"x": x, "h0": h0, **weights})
+    biases = dict.fromkeys(("b_ih", "b_hh", "b_ih_reverse", "b_hh_reverse"))
+
+    def apart(x, h0, **weights):
+        """The same, by one call for each direction."""
+        backwards = {n.removesuffix("_reverse"): w for n, w in weights.items() if "_rev" in n}
+        forwards = {n: w for n, w in weights.items() if "_rev" not in n}
+        y, h_n = mbm_kernels.gru(x, h0[0], **forwards, backend="cpu")
+        after, last = mbm_kernels.gru(x, h0[1], **backwards, reverse=True, backend="cpu")
+        return torch.cat([y, after], -1), torch.stack([h_n, last])
+
+    expected = evaluate(apart, both)
+    found = evaluate(partial(gru_bidirectional, backend="cpu"), {**biases, **both})
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", STEPS)
 def test_few_steps_pack_nothing(isa, name, variant, monkeypatch):

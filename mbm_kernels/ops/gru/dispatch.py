@@ -24,7 +24,7 @@ def _amounts(p: Sizes) -> dict[str, float]:
 
 
 def cpu(p: Sizes) -> Work:
-    if not p["training"] and steps_cpu.take(p["T"], p["B"], p["C"], p["H"]):
+    if steps_cpu.take(p["T"], p["B"], p["C"], p["H"], saved=bool(p["training"])):
         step = gru_cell.cpu(p)
         amounts = {name: p["T"] * amount for name, amount in step.amounts.items()}
         return Work(step.kernel.replace("rows", "steps"), amounts)

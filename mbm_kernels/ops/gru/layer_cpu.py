@@ -30,7 +30,7 @@ def _fields() -> tuple[str, ...]:
 class _Native:
     """What the kernels are told about a problem, and the shapes of what they write."""
 
-    __slots__ = ("block", "grad_shapes", "shapes", "step", "x")
+    __slots__ = ("block", "by_steps", "by_steps_saved", "grad_shapes", "shapes", "step", "x")
 
     def __init__(self, p: Problem):
         steps, batch, features = p.x_shape
@@ -42,10 +42,10 @@ class _Native:
         values |= {"directions": p.directions, "reverse": int(p.reverse)}
         values |= {"x_t": self.x.strides[0], "x_b": self.x.strides[1]}
         self.block = native.block(_fields(), values)
-        # Of a sequence that runs step by step where nothing is saved.
-        self.step: bytes | None = None
-        if steps_cpu.take(steps, batch, features, p.hidden):
-            self.step = steps_cpu.block(batch, features, p.hidden, self.x.strides[1])
+        sizes = (batch, features, p.hidden)
+        self.by_steps = steps_cpu.take(steps, *sizes, saved=False)
+        self.by_steps_saved = steps_cpu.take(steps, *sizes, saved=True)
+        self.step = steps_cpu.block(*sizes, self.x.strides[1]) if self.by_steps else b""
 
 
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -60,16 +60,18 @@ def fwd(
     one = p.directions == 1
     by_direction = (weights,) if one else _by_direction(weights)  # 1 us
     x, h0, lengths = plan.x(x), native.dense(h0), packed.lengths_on_cpu(lengths)
-    if plan.step is not None and not save:
-        if one:
-            y, h_n = steps_cpu.run(plan.step, x, h0, weights, lengths, p.reverse)
-        else:
-            y, h_n = steps_cpu.both(plan.step, x, h0, by_direction, lengths)
-        return precision.rounded(y, p.dtype), precision.rounded(h_n, p.dtype), None
-    layers = [packed.forward(*each) for each in by_direction]
     y_shape, state_shape, reserve_shape = plan.shapes
-    y, h_n = native.empty(y_shape), native.empty(state_shape)
     reserve = native.empty(reserve_shape) if save else None
+    by_steps = (plan.by_steps_saved and lengths is None) if save else plan.by_steps
+    if by_steps:
+        if one:
+            y, h_n = steps_cpu.run(plan.step, x, h0, weights, lengths, p.reverse, reserve)
+        else:
+            y, h_n = steps_cpu.both(plan.step, x, h0, by_direction, lengths, reserve)
+        reserve = precision.optional_rounded(reserve, p.dtype)
+        return precision.rounded(y, p.dtype), precision.rounded(h_n, p.dtype), reserve
+    layers = [packed.forward(*each) for each in by_direction]
+    y, h_n = native.empty(y_shape), native.empty(state_shape)
     native.cpu().gru_forward(
         plan.block,
         (x.data_ptr(), native.address(h0), native.address(lengths)),
@@ -102,6 +104,9 @@ def bwd(
     y, reserve = map(native.dense, saved)
     wanted = [need and x is not None for need, x in zip(needs, tensors[:-1], strict=True)]
     found = native.empty_where(plan.grad_shapes, wanted)
+    if plan.by_steps_saved and lengths is None:
+        _of_one_step(p, plan, (x, h0, *weights), (reserve, grad_y, grad_h_n), found)
+        return tuple(precision.optional_rounded(grad, p.dtype) for grad in found)
     # Held until the call: their addresses alone would not keep them.
     layers = [
         (packed.recurrent(w_hh), packed.inputs(w_ih) if needs[0] else None)
@@ -120,3 +125,35 @@ def bwd(
         torch.get_num_threads(),
     )
     return tuple(precision.optional_rounded(grad, p.dtype) for grad in found)
+
+
+def _of_one_step(
+    p: Problem,
+    plan: _Native,
+    inputs: Sequence[Any],
+    given: Sequence[Tensor | None],
+    found: Sequence[Tensor | None],
+) -> None:
+    """Writes the gradients of x, h0 and the weights; `given` are reserve and those of y and h_n."""
+    x, h0, *weights = inputs
+    reserve, grad_y, grad_h_n = given
+    assert reserve is not None
+    batch, hidden = p.x_shape[1], p.hidden
+    each = (p.directions, batch, hidden)
+    grad = native.empty(each).zero_()
+    if grad_y is not None:
+        grad += grad_y.view(batch, p.directions, hidden).transpose(0, 1)
+    if grad_h_n is not None:
+        grad += grad_h_n.view(each)
+    states = [None] * p.directions if h0 is None else h0.view(each)
+    kept = reserve.view(p.directions, batch, 4 * hidden)
+    grad_x, grad_h0, *grad_weights = found
+    grad_states = [None] * p.directions if grad_h0 is None else grad_h0.view(each)
+    for d, (own, made) in enumerate(
+        zip(_by_direction(weights), _by_direction(grad_weights), strict=True)
+    ):
+        to_x = grad_x if d == 0 or grad_x is None else native.empty(p.x_shape)
+        results = (to_x, grad_states[d], *made)
+        steps_cpu.gradients(plan.step, x, states[d], own, kept[d], grad[d], results)
+        if d > 0 and grad_x is not None and to_x is not None:
+            grad_x += to_x
