@@ -192,7 +192,7 @@ def evaluate_command(
     images: Images = None,
     as_json: Json = False,
 ) -> None:
-    """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
+    """Score a checkpoint: exact match in %, BLEU and ROUGE-L 0..100, CIDEr-D 0..10."""
     chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
     sets = options.load(
@@ -216,9 +216,7 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
         return
-    for each, values in scores.items():
-        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items())
-        typer.echo(f"{each:14} {shown}")
+    typer.echo(options.as_table(scores))
 
 
 @app.command()

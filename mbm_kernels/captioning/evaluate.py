@@ -41,7 +41,7 @@ def evaluate(
     """Caption a set and score it against its own captions.
 
     Returns:
-        predictions; exact_match 0..1, bleu4 0..100, cider_d 0..10; attention weights per caption.
+        predictions; their scores by `metrics.score`; attention weights per caption.
     """
     texts, weights = caption_set(model, captions, tokenizer, max_length=max_length, beam=beam)
     return texts, score(texts, captions.references), weights

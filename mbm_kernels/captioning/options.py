@@ -61,6 +61,19 @@ def check_splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[s
     return asked or [one for one in sets if one != "train"]
 
 
+def as_table(scores: dict[str, dict[str, float]]) -> str:
+    """What `metrics.score` gave for each split, in aligned columns; exact match in %."""
+    names = ("exact %", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
+    lines = [["", *names]]
+    for split, values in scores.items():
+        exact, *overlaps, cider = values.values()
+        lines.append([split, *(f"{x:.1f}" for x in (100 * exact, *overlaps)), f"{cider:.2f}"])
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(
+        line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in lines
+    )
+
+
 def report(history: History, run: Path) -> None:
     """The line that ends a training."""
     last = history.train[-1]
