@@ -6,18 +6,17 @@ Bad input raises; the caller turns that into one line and an exit status.
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from mbm_kernels.captioning import checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
-from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
+from mbm_kernels.captioning.generate import generate
 from mbm_kernels.captioning.options import (
+    Beam,
     Data,
     Images,
     Json,
@@ -47,7 +46,6 @@ Augment = Annotated[
     bool | None,
     typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
 ]
-Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 
 
 @app.callback()
@@ -250,33 +248,7 @@ def demo(
     )
 
 
-@app.command()
-def generate(
-    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    layers: Layers = "mbm",
-    beam: Beam = 1,
-    max_length: Annotated[int, typer.Option(help="The most words of a caption.")] = 24,
-    attention_maps: Annotated[
-        Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
-    ] = None,
-) -> None:
-    """Caption image files, one line each; what does not decode in a folder is named and left."""
-    found = checkpoint.load(path, layers=layers)
-    alone = len(pictures) == 1 and not pictures[0].is_dir()
-    done = 0
-    left = partial(typer.echo, err=True)
-    for batch in read_batches(pictures, found.model.image_size, left):
-        loaded = torch.stack([pixels for _, pixels in batch])
-        texts, words, weights = caption_pictures(
-            found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
-        )
-        for place, ((picture, pixels), text) in enumerate(zip(batch, texts, strict=True)):
-            typer.echo(text if alone else f"{picture}\t{text}")
-            if attention_maps is not None:
-                sheet = attention_maps / f"{done + place:03d}-{picture.stem}.png"
-                save_attention_sheet(sheet, pixels, words[place], weights[place])
-        done += len(batch)
+app.command()(generate)
 
 
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:

@@ -21,6 +21,7 @@ Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of ea
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
+Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]

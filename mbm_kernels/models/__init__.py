@@ -2,6 +2,7 @@
 
 from mbm_kernels.models.captioner import Captioner, CaptionerOutput
 from mbm_kernels.models.multimodal import MultimodalBigModel, MultimodalConfig
+from mbm_kernels.models.sampling import Sampling
 from mbm_kernels.models.two_tower import TwoTower, TwoTowerConfig
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CaptionerOutput",
     "MultimodalBigModel",
     "MultimodalConfig",
+    "Sampling",
     "TwoTower",
     "TwoTowerConfig",
 ]

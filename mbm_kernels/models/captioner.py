@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mbm_kernels.models.generation import search
 from mbm_kernels.models.image_encoder import ImageEncoder, check_image_size, check_images
 from mbm_kernels.models.layers import Layers, layers_named
+from mbm_kernels.models.sampling import Sampling
 from mbm_kernels.models.search_state import EncodedImages
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
@@ -243,16 +244,27 @@ class Captioner(nn.Module):
         max_length: int = ...,
         beam: int = ...,
         return_weights: Literal[False] = ...,
+        sampling: Sampling | None = ...,
     ) -> list[list[int]]: ...
 
     @overload
     def generate(
-        self, images: Tensor, max_length: int, beam: int, return_weights: Literal[True]
+        self,
+        images: Tensor,
+        max_length: int,
+        beam: int,
+        return_weights: Literal[True],
+        sampling: Sampling | None = ...,
     ) -> tuple[list[list[int]], list[Tensor]]: ...
 
     @torch.no_grad()
     def generate(
-        self, images: Tensor, max_length: int = 24, beam: int = 1, return_weights: bool = False
+        self,
+        images: Tensor,
+        max_length: int = 24,
+        beam: int = 1,
+        return_weights: bool = False,
+        sampling: Sampling | None = None,
     ) -> list[list[int]] | tuple[list[list[int]], list[Tensor]]:
         """Captions as token ids, without ``bos_id`` and ``eos_id``.
 
@@ -263,18 +275,24 @@ class Captioner(nn.Module):
                 divided by the length. A tie goes to the earlier hypothesis and the lower id; of
                 a beam where torch.topk chooses (layers "stock", or no kernel runs), to any.
             return_weights: also return the attention of each word, one [length, S] per image.
+            sampling: draw the words instead, one caption an image; ``beam`` stays 1.
 
         Raises:
-            ValueError: if ``max_length`` or ``beam`` is below 1, or images have a wrong shape.
+            ValueError: if ``max_length`` or ``beam`` is below 1, or above with ``sampling``, or
+                images have a wrong shape.
         """
         for name, number in (("max_length", max_length), ("beam", beam)):
             if number < 1:
                 raise ValueError(f"{name}: got {number}, expected at least 1")
+        if sampling is not None and beam > 1:
+            raise ValueError(f"beam: got {beam} with sampling, expected 1; leave one of them out")
         was_training = self.training
         self.eval()
         try:
             encoded = self.encode(images)
-            tokens, weights = search(self, encoded, max_length, beam, return_weights)
+            tokens, weights = search(
+                self, encoded, max_length, beam, return_weights, sampling=sampling
+            )
         finally:
             self.train(was_training)
         return (tokens, weights) if return_weights else tokens
