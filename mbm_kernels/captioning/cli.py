@@ -15,6 +15,7 @@ from mbm_kernels.captioning import checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.generate import generate
+from mbm_kernels.captioning.model_config import read_config
 from mbm_kernels.captioning.options import (
     Beam,
     Data,
@@ -40,7 +41,11 @@ app = typer.Typer(
 )
 
 Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
-Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
+Attention = Annotated[str | None, typer.Option("--attention", help="additive, or dot.")]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--model-config", help="TOML or JSON of CaptionerConfig, instead of a size."),
+]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
 Augment = Annotated[
     bool | None,
@@ -86,7 +91,8 @@ def train(
     out: Out,
     name: Data = "scenes",
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
-    attention: Attention = "additive",
+    model_config: ModelConfig = None,
+    attention: Attention = None,
     layers: Layers = "mbm",
     steps: Steps = None,
     batch_size: Batch = None,
@@ -106,9 +112,11 @@ def train(
     chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
     settings = settings.changed(steps, batch_size, learning_rate, augment)
+    side = chosen.image_size if image_size is None else image_size
+    config = None if model_config is None else read_config(model_config, image_size, side)
     sets = options.load(
         name,
-        chosen.image_size if image_size is None else image_size,
+        side if config is None else config.image_size,
         seed=seed,
         root=data_root,
         limit=limit,
@@ -121,6 +129,7 @@ def train(
         WordTokenizer.train(train_set.captions, pieces=pieces),
         settings,
         size=size,
+        config=config,
         attention=attention,
         layers=layers,
         seed=seed,
@@ -136,7 +145,8 @@ def distill(
     out: Out,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
     name: Data = "scenes",
-    attention: Attention = "additive",
+    model_config: ModelConfig = None,
+    attention: Attention = None,
     layers: Layers = "mbm",
     steps: Steps = None,
     batch_size: Batch = None,
@@ -152,9 +162,16 @@ def distill(
     chosen = preset_for(name)
     settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
+    side = taught_by.model.image_size
+    config = None if model_config is None else read_config(model_config, None, side)
+    if config is not None and config.image_size != side:
+        raise ValueError(
+            f"model config {model_config}: got image_size {config.image_size}, expected the "
+            f"teacher's {side}; leave it out"
+        )
     sets = options.load(
         name,
-        taught_by.model.image_size,
+        side,
         seed=seed,
         root=data_root,
         limit=limit,
@@ -167,6 +184,7 @@ def distill(
         settings,
         teacher=taught_by.model,
         distill=chosen.distill,
+        config=config,
         attention=attention,
         layers=layers,
         seed=seed,
@@ -240,7 +258,7 @@ def demo(
         name,
         out=out,
         root=data_root,
-        attention=attention,
+        attention=attention or "additive",
         seed=seed,
         limit=limit,
         steps=steps,

@@ -80,7 +80,7 @@ def test_prepare_train_distil_resume(tmp_path):
     source = ("--data", made)
     call("train", "--run", teacher, *source, *FAST, "--image-size", 16)
     call("distill", "--out", student, "--teacher", teacher, *source, *FAST)
-    assert checkpoint.load(student, layers="stock").model.settings["size"] == "student"
+    assert checkpoint.load(student, layers="stock").model.config.hidden == 192
     call("distill", "--out", student, "--teacher", teacher, *source, *FAST, "--resume")
 
 
