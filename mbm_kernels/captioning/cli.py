@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from mbm_kernels.captioning import checkpoint, data, options
+from mbm_kernels.captioning import card, checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.generate import generate
+from mbm_kernels.captioning.kinds import CAPTIONER
 from mbm_kernels.captioning.model_config import read_config
 from mbm_kernels.captioning.options import (
     Beam,
@@ -207,10 +208,18 @@ def evaluate_command(
     data_root: Root = None,
     images: Images = None,
     as_json: Json = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the scores in the run, for its model card.")
+    ] = False,
 ) -> None:
     """Score a checkpoint: exact match in %, BLEU and ROUGE-L 0..100, CIDEr-D 0..10."""
     chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
+    run = found.path.parent
+    if save and not checkpoint.exists(run):
+        raise ValueError(
+            f"--save: got {path}, a checkpoint outside of a run, expected a run; leave it out"
+        )
     sets = options.load(
         name,
         found.model.image_size,
@@ -229,6 +238,12 @@ def evaluate_command(
         _, scores[each], _ = evaluate(
             found.model, sets[each], found.tokenizer, max_length=chosen.max_length, beam=beam
         )
+    if save:
+        how = ("greedy" if beam == 1 else f"beam of {beam}") + (
+            "" if limit is None else f", first {limit} images"
+        )
+        kept = {"splits": scores, "how": how}
+        card.add_scores(run, CAPTIONER, card.weights_of(found.config), name, kept)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
         return

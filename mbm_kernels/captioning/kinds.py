@@ -26,7 +26,9 @@ class Kind(Generic[Model]):
 
     format: in config.json. noun: in messages. command: of mbm-kernels, which trains one. build: the
     model from `layers` and its settings, raising ValueError or TypeError for impossible ones.
-    settings: the type of each setting in JSON. older: those of checkpoints of earlier versions.
+    settings: the type of each setting in JSON. usage: Markdown for a model card, with {run} for the
+    run's folder. pipeline: the model hub's name of the task. older: the settings of checkpoints of
+    earlier versions.
     """
 
     model: type[Model]
@@ -35,6 +37,8 @@ class Kind(Generic[Model]):
     command: str
     build: Callable[..., Model]
     settings: Mapping[str, type]
+    usage: str
+    pipeline: str | None = None
     older: Mapping[str, type] | None = None
 
     def describes(self, settings: Mapping[str, Any]) -> bool:
@@ -66,6 +70,18 @@ CAPTIONER = Kind(
     "caption train",
     _captioner,
     {"vocab_size": int, "config": dict, **IDS},
+    """\
+```sh
+mbm-kernels caption generate {run} photo.jpg
+```
+
+```python
+from mbm_kernels.captioning import Captioner
+
+captioner = Captioner.from_pretrained("{run}")
+print(captioner.generate(["photo.jpg"], beam=3))
+```""",
+    pipeline="image-to-text",
     older={"vocab_size": int, "size": str, "attention": str, "image_size": int, **IDS},
 )
 TWO_TOWER = Kind(
@@ -75,6 +91,11 @@ TWO_TOWER = Kind(
     "retrieve train",
     _two_tower,
     {"vocab_size": int, "config": dict},
+    """\
+```sh
+mbm-kernels retrieve index PICTURES --model {run} --out pictures.index
+mbm-kernels retrieve query pictures.index "a large red star"
+```""",
 )
 MULTIMODAL = Kind(
     MultimodalBigModel,
@@ -83,6 +104,10 @@ MULTIMODAL = Kind(
     "retrieve match",
     _multimodal,
     {"config": dict},
+    """\
+```sh
+mbm-kernels retrieve match-eval {run}
+```""",
 )
 KINDS: tuple[Kind[Any], ...] = (CAPTIONER, TWO_TOWER, MULTIMODAL)
 

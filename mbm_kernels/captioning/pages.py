@@ -25,13 +25,13 @@ def environment() -> Environment:
     )
 
 
-def render(name: str, **context: Any) -> str:
-    return environment().get_template(name).render(**context)
+def render(template: str, /, **context: Any) -> str:
+    return environment().get_template(template).render(**context)
 
 
-def stream(name: str, **context: Any) -> Iterator[str]:
+def stream(template: str, /, **context: Any) -> Iterator[str]:
     """`render` in pieces, so that an iterator in the context is used up as they are."""
-    return environment().get_template(name).generate(**context)
+    return environment().get_template(template).generate(**context)
 
 
 def data_uri(picture: Image.Image, kind: str = "PNG") -> str:

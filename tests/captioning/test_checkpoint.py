@@ -60,7 +60,8 @@ def test_full_disk_leaves_the_previous_checkpoint(
     assert caught.value.errno == errno.ENOSPC
     assert "saving the checkpoint of step 6 failed" in str(caught.value)
     if broken != "checkpoints.json":
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "step-00000003"]
+        names = ["README.md", "checkpoints.json", "step-00000003"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert_same(weights_of(tmp_path), expected)
     assert_same(weights_of(tmp_path, "best"), expected)
     monkeypatch.undo()
