@@ -120,7 +120,8 @@ def coco_ids(sources: Sequence[Source], annotations: Path | None) -> dict[str, i
             name ends in, as in COCO_val2014_000000000042.jpg.
 
     Raises:
-        ValueError: a name without an id, or two with the same. OSError: it cannot be read.
+        ValueError: a name without an id, or two with the same.
+        FileNotFoundError: there are no such annotations.
     """
     known = None if annotations is None else _ids_of(annotations)
     ids: dict[str, int] = {}
@@ -154,6 +155,8 @@ def _ids_of(annotations: Path) -> dict[str, int]:
             "id; give captions_*.json"
         )
 
+    if not annotations.is_file():
+        raise FileNotFoundError(f"annotations {annotations}: got no such file, expected COCO's")
     try:
         content = json.loads(annotations.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -79,7 +79,7 @@ def generate(
 ) -> None:
     """Caption images; what does not decode in a folder or a list is named and left."""
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    given = {name: value for name, value in drawn.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in drawn.items() if value is not None}
     if given and not sample:
         option = "--" + next(iter(given)).replace("_", "-")
         raise ValueError(f"{option}: got it without --sample, expected both; add --sample")

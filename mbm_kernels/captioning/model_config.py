@@ -18,9 +18,11 @@ def read_config(path: Path, image_size: int | None, default_size: int) -> Captio
         image_size: in place of the file's, if given. default_size: where neither gives one.
 
     Raises:
-        ValueError: it is no such file, or describes no captioner. OSError: it cannot be read.
+        ValueError: it is no such file, or describes no captioner. FileNotFoundError: there is none.
     """
-    if path.is_file() and path.stat().st_size > MOST_BYTES:
+    if not path.is_file():
+        raise FileNotFoundError(f"model config {path}: got no such file, expected TOML or JSON")
+    if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"model config {path}: got more than {MOST_BYTES} bytes, expected a few")
     content = path.read_bytes()
     try:

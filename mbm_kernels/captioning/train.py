@@ -44,7 +44,7 @@ def train_teacher(
     """
     model = fresh_model(train_set, tokenizer, size, attention, layers, seed, config)
     objective = CrossEntropyObjective(model, _prior(train_set, tokenizer, settings))
-    title = f"{size} by cross-entropy"
+    title = f"{size if config is None else 'captioner'} by cross-entropy"
     history = fit(
         objective,
         train_set,
