@@ -6,7 +6,7 @@ import torch
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 
 def make(case, generator):
@@ -51,7 +51,7 @@ def sizes(b, t, s, d, e):
 
 def captioner(size):
     widths = SIZES[size]
-    shape = sizes(32, 16, 64, widths.attention, widths.features)
+    shape = sizes(32, 16, 64, widths.attention_size, widths.features)
     return Case(shape, note=f"captioner {size}", quick=size == "student")
 
 

@@ -16,7 +16,7 @@ from mbm_kernels.bench import (
     holding,
 )
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 
 def widths(case):

@@ -18,7 +18,7 @@ from mbm_kernels.bench import (
     with_channels_last,
 )
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 from mbm_kernels.ops.conv_bias_act.backend_cpu import WINOGRAD_ERROR
 
 

@@ -16,7 +16,7 @@ from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.bench.parameters import PREFIX, holding, names
 from mbm_kernels.models import Captioner
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 from mbm_kernels.models.decode_graph import STEPS
 from mbm_kernels.models.decoding import decoder_for
 from mbm_kernels.models.generation import Beam, start
@@ -93,7 +93,7 @@ def stock(case):
 def work(case, which):
     b, k, s, t, v = (case.sizes[letter] for letter in "BKSTV")
     size = SIZES[case.options["size"]]
-    h, d, a, rows = size.hidden, size.features, size.attention, b * k
+    h, d, a, rows = size.hidden, size.features, size.attention_size, b * k
     # Weights, keys and values once: what fits in a cache is not read again at the next step.
     weights = 6 * h * h + h * a + h * (h + d) + v * (h + 1)
     attended = rows * s * (4 * a + 2 * d)

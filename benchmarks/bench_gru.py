@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 
 def make(case, generator):

@@ -6,7 +6,7 @@ import torch
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled, frozen
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 
 def make(case, generator):

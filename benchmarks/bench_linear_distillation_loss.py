@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Form, Work, as_called, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 IGNORE = -100
 TEMPERATURE = 2.0

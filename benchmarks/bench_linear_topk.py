@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
 from mbm_kernels.bench.cli import run_script
-from mbm_kernels.models.captioner import SIZES
+from mbm_kernels.models.captioner_config import SIZES
 
 
 def make(case, generator):

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent.
 
 A run folder holds ``step-<n>/`` with model.safetensors, config.json, tokenizer.json and
-training.safetensors, and ``checkpoints.json``, which names the latest and the best. A checkpoint is
+training.safetensors, ``checkpoints.json``, which names the latest and the best, and README.md, a
+model card. A checkpoint is
 written under a temporary name, synced and renamed; then checkpoints.json is replaced. Whatever
 stops in between, the names that stand point to complete files.
 
@@ -25,6 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from mbm_kernels._core.files import sync_folder, write_atomic, write_synced
+from mbm_kernels.captioning import card
 from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.kinds import CAPTIONER, Kind, Model, kind_of
 from mbm_kernels.captioning.lock import PARTIAL
@@ -68,7 +70,7 @@ def save(
         info: JSON-able facts for config.json.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder, of which the run's model card tells.
 
     Raises:
         OSError: if it cannot be written; what was there before is untouched.
@@ -92,6 +94,15 @@ def save(
     for folder in run.iterdir():
         if STEP_FOLDER.fullmatch(folder.name) and folder.name not in names.values():
             shutil.rmtree(folder)
+    try:
+        card.write(run, kind_of(model))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"writing the model card failed ({error.strerror or error}); the checkpoint of step "
+            f"{step} is whole, make room and continue with --resume",
+            str(run),
+        ) from error
     return run / name
 
 
@@ -117,6 +128,8 @@ def _write_folder(
             "version": VERSION,
             "model": model.settings,
             "step": step,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "environment": card.environment(),
             "sha256": {file: hashlib.sha256(x).hexdigest() for file, x in contents.items()},
             **info,
         }

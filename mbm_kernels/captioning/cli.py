@@ -6,18 +6,19 @@ Bad input raises; the caller turns that into one line and an exit status.
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from mbm_kernels.captioning import checkpoint, data, options
+from mbm_kernels.captioning import card, checkpoint, data, options
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
-from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
+from mbm_kernels.captioning.generate import generate
+from mbm_kernels.captioning.kinds import CAPTIONER
+from mbm_kernels.captioning.model_config import read_config
 from mbm_kernels.captioning.options import (
+    Beam,
     Data,
     Images,
     Json,
@@ -41,13 +42,16 @@ app = typer.Typer(
 )
 
 Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
-Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
+Attention = Annotated[str | None, typer.Option("--attention", help="additive, or dot.")]
+ModelConfig = Annotated[
+    Path | None,
+    typer.Option("--model-config", help="TOML or JSON of CaptionerConfig, instead of a size."),
+]
 Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
 Augment = Annotated[
     bool | None,
     typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
 ]
-Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 
 
 @app.callback()
@@ -88,7 +92,8 @@ def train(
     out: Out,
     name: Data = "scenes",
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
-    attention: Attention = "additive",
+    model_config: ModelConfig = None,
+    attention: Attention = None,
     layers: Layers = "mbm",
     steps: Steps = None,
     batch_size: Batch = None,
@@ -108,9 +113,11 @@ def train(
     chosen = preset_for(name)
     settings = chosen.teacher if size == "teacher" else chosen.student
     settings = settings.changed(steps, batch_size, learning_rate, augment)
+    side = chosen.image_size if image_size is None else image_size
+    config = None if model_config is None else read_config(model_config, image_size, side)
     sets = options.load(
         name,
-        chosen.image_size if image_size is None else image_size,
+        side if config is None else config.image_size,
         seed=seed,
         root=data_root,
         limit=limit,
@@ -123,6 +130,7 @@ def train(
         WordTokenizer.train(train_set.captions, pieces=pieces),
         settings,
         size=size,
+        config=config,
         attention=attention,
         layers=layers,
         seed=seed,
@@ -138,7 +146,8 @@ def distill(
     out: Out,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
     name: Data = "scenes",
-    attention: Attention = "additive",
+    model_config: ModelConfig = None,
+    attention: Attention = None,
     layers: Layers = "mbm",
     steps: Steps = None,
     batch_size: Batch = None,
@@ -154,9 +163,16 @@ def distill(
     chosen = preset_for(name)
     settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
     taught_by = checkpoint.load(teacher, layers=layers)
+    side = taught_by.model.image_size
+    config = None if model_config is None else read_config(model_config, None, side)
+    if config is not None and config.image_size != side:
+        raise ValueError(
+            f"model config {model_config}: got image_size {config.image_size}, expected the "
+            f"teacher's {side}; leave it out"
+        )
     sets = options.load(
         name,
-        taught_by.model.image_size,
+        side,
         seed=seed,
         root=data_root,
         limit=limit,
@@ -169,6 +185,7 @@ def distill(
         settings,
         teacher=taught_by.model,
         distill=chosen.distill,
+        config=config,
         attention=attention,
         layers=layers,
         seed=seed,
@@ -191,10 +208,18 @@ def evaluate_command(
     data_root: Root = None,
     images: Images = None,
     as_json: Json = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the scores in the run, for its model card.")
+    ] = False,
 ) -> None:
-    """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
+    """Score a checkpoint: exact match in %, BLEU and ROUGE-L 0..100, CIDEr-D 0..10."""
     chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
+    run = found.path.parent
+    if save and not checkpoint.exists(run):
+        raise ValueError(
+            f"--save: got {path}, a checkpoint outside of a run, expected a run; leave it out"
+        )
     sets = options.load(
         name,
         found.model.image_size,
@@ -213,12 +238,16 @@ def evaluate_command(
         _, scores[each], _ = evaluate(
             found.model, sets[each], found.tokenizer, max_length=chosen.max_length, beam=beam
         )
+    if save:
+        how = ("greedy" if beam == 1 else f"beam of {beam}") + (
+            "" if limit is None else f", first {limit} images"
+        )
+        kept = {"splits": scores, "how": how}
+        card.add_scores(run, CAPTIONER, card.weights_of(found.config), name, kept)
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
         return
-    for each, values in scores.items():
-        shown = "  ".join(f"{metric} {value:.4g}" for metric, value in values.items())
-        typer.echo(f"{each:14} {shown}")
+    typer.echo(options.as_table(scores))
 
 
 @app.command()
@@ -244,7 +273,7 @@ def demo(
         name,
         out=out,
         root=data_root,
-        attention=attention,
+        attention=attention or "additive",
         seed=seed,
         limit=limit,
         steps=steps,
@@ -252,33 +281,7 @@ def demo(
     )
 
 
-@app.command()
-def generate(
-    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    layers: Layers = "mbm",
-    beam: Beam = 1,
-    max_length: Annotated[int, typer.Option(help="The most words of a caption.")] = 24,
-    attention_maps: Annotated[
-        Path | None, typer.Option(help="Folder for one PNG per picture: where each word looked.")
-    ] = None,
-) -> None:
-    """Caption image files, one line each; what does not decode in a folder is named and left."""
-    found = checkpoint.load(path, layers=layers)
-    alone = len(pictures) == 1 and not pictures[0].is_dir()
-    done = 0
-    left = partial(typer.echo, err=True)
-    for batch in read_batches(pictures, found.model.image_size, left):
-        loaded = torch.stack([pixels for _, pixels in batch])
-        texts, words, weights = caption_pictures(
-            found.model, loaded, found.tokenizer, max_length=max_length, beam=beam
-        )
-        for place, ((picture, pixels), text) in enumerate(zip(batch, texts, strict=True)):
-            typer.echo(text if alone else f"{picture}\t{text}")
-            if attention_maps is not None:
-                sheet = attention_maps / f"{done + place:03d}-{picture.stem}.png"
-                save_attention_sheet(sheet, pixels, words[place], weights[place])
-        done += len(batch)
+app.command()(generate)
 
 
 def _validation(chosen: Preset, sets: dict[str, CaptionSet]) -> CaptionSet | None:

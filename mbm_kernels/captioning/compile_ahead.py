@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.kinds import CAPTIONER
 from mbm_kernels.captioning.speed import captioning_pass, training_step
-from mbm_kernels.models import Captioner
 
 LOWEST_PRIORITY = 19
 
@@ -35,7 +35,7 @@ def compiled_ahead(
     """The process that compiles; it is ended with the block where it has not finished.
 
     Args:
-        settings: of the model, as Captioner takes them; weights do not matter.
+        settings: of the model, as a checkpoint keeps them; weights do not matter.
         captions, tokenizer, batch_size, max_length: as `speed.measure` gets them.
     """
     batch = collate(captions, range(min(batch_size, len(captions))), tokenizer)[:2]
@@ -60,5 +60,5 @@ def _compile(
     if hasattr(os, "nice"):
         os.nice(LOWEST_PRIORITY)
     torch.set_num_threads(threads)  # compiled code holds their number
-    training_step(Captioner(layers="stock", **settings), (images, tokens), True)()
-    captioning_pass(Captioner(layers="stock", **settings), images, max_length, True)()
+    training_step(CAPTIONER.build(layers="stock", **settings), (images, tokens), True)()
+    captioning_pass(CAPTIONER.build(layers="stock", **settings), images, max_length, True)()

@@ -86,7 +86,7 @@ class DistillationObjective(_WordObjective):
     ) -> None:
         super().__init__(model, prior)
         for name in ("vocab_size", "image_size", "pad_id", "bos_id", "eos_id"):
-            ours, theirs = model.settings[name], teacher.settings[name]
+            ours, theirs = getattr(model, name), getattr(teacher, name)
             if ours != theirs:
                 raise ValueError(
                     f"{name}: got {ours} for the student and {theirs} for the teacher, expected "

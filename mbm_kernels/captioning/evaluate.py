@@ -4,44 +4,42 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, normalise
+from mbm_kernels import models
+from mbm_kernels.captioning.captioner import MAX_LENGTH, Captioner
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.metrics import score
-from mbm_kernels.models import Captioner
 
 BATCH = 128
 
 
 def caption_set(
-    model: Captioner,
+    model: models.Captioner,
     captions: CaptionSet,
     tokenizer: WordTokenizer,
     *,
-    max_length: int = 24,
+    max_length: int = MAX_LENGTH,
     beam: int = 1,
 ) -> tuple[list[str], list[Tensor]]:
     """A generated caption for each image, and the attention of each one's words, [length, S]."""
-    texts: list[str] = []
-    weights: list[Tensor] = []
+    captioner, found = Captioner(model, tokenizer), []
     for start in range(0, len(captions.images), BATCH):
-        images = normalise(captions.images[start : start + BATCH])
-        tokens, maps = model.generate(images, max_length, beam, True)
-        texts += [tokenizer.decode(row) for row in tokens]
-        weights += maps
-    return texts, weights
+        part = captions.images[start : start + BATCH]
+        found += captioner.describe(part, max_length=max_length, beam=beam)
+    return [caption.text for caption in found], [caption.weights for caption in found]
 
 
 def evaluate(
-    model: Captioner,
+    model: models.Captioner,
     captions: CaptionSet,
     tokenizer: WordTokenizer,
     *,
-    max_length: int = 24,
+    max_length: int = MAX_LENGTH,
     beam: int = 1,
 ) -> tuple[list[str], dict[str, float], list[Tensor]]:
     """Caption a set and score it against its own captions.
 
     Returns:
-        predictions; exact_match 0..1, bleu4 0..100, cider_d 0..10; attention weights per caption.
+        predictions; their scores by `metrics.score`; attention weights per caption.
     """
     texts, weights = caption_set(model, captions, tokenizer, max_length=max_length, beam=beam)
     return texts, score(texts, captions.references), weights

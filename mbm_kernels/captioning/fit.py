@@ -209,6 +209,7 @@ class _Trainer:
             info={
                 "training": self._identity(),
                 "best_loss": self.best_loss,
+                "data": self.train_set.source,
                 "history": asdict(self.history),
             },
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from mbm_kernels.models import (
     Captioner,
+    CaptionerConfig,
     MultimodalBigModel,
     MultimodalConfig,
     TwoTower,
@@ -25,7 +26,9 @@ class Kind(Generic[Model]):
 
     format: in config.json. noun: in messages. command: of mbm-kernels, which trains one. build: the
     model from `layers` and its settings, raising ValueError or TypeError for impossible ones.
-    settings: the type of each setting in JSON.
+    settings: the type of each setting in JSON. usage: Markdown for a model card, with {run} for the
+    run's folder. pipeline: the model hub's name of the task. older: the settings of checkpoints of
+    earlier versions.
     """
 
     model: type[Model]
@@ -34,10 +37,21 @@ class Kind(Generic[Model]):
     command: str
     build: Callable[..., Model]
     settings: Mapping[str, type]
+    usage: str
+    pipeline: str | None = None
+    older: Mapping[str, type] | None = None
 
     def describes(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are settings by name and type."""
-        return {name: type(value) for name, value in settings.items()} == dict(self.settings)
+        types = {name: type(value) for name, value in settings.items()}
+        return types in (self.settings, self.older)
+
+
+def _captioner(
+    *, layers: str, vocab_size: int, config: dict[str, Any] | None = None, **others: Any
+) -> Captioner:
+    given = None if config is None else CaptionerConfig.from_dict(config)
+    return Captioner(vocab_size, config=given, layers=layers, **others)
 
 
 def _two_tower(*, layers: str, vocab_size: int, config: dict[str, Any]) -> TwoTower:
@@ -48,14 +62,27 @@ def _multimodal(*, layers: str, config: dict[str, Any]) -> MultimodalBigModel:
     return MultimodalBigModel(MultimodalConfig.from_dict(config), layers=layers)
 
 
+IDS = {"pad_id": int, "bos_id": int, "eos_id": int}
 CAPTIONER = Kind(
     Captioner,
     "mbm_kernels.captioner",
     "captioner",
     "caption train",
-    Captioner,
-    {"vocab_size": int, "size": str, "attention": str, "image_size": int}
-    | {"pad_id": int, "bos_id": int, "eos_id": int},
+    _captioner,
+    {"vocab_size": int, "config": dict, **IDS},
+    """\
+```sh
+mbm-kernels caption generate {run} photo.jpg
+```
+
+```python
+from mbm_kernels.captioning import Captioner
+
+captioner = Captioner.from_pretrained("{run}")
+print(captioner.generate(["photo.jpg"], beam=3))
+```""",
+    pipeline="image-to-text",
+    older={"vocab_size": int, "size": str, "attention": str, "image_size": int, **IDS},
 )
 TWO_TOWER = Kind(
     TwoTower,
@@ -64,6 +91,11 @@ TWO_TOWER = Kind(
     "retrieve train",
     _two_tower,
     {"vocab_size": int, "config": dict},
+    """\
+```sh
+mbm-kernels retrieve index PICTURES --model {run} --out pictures.index
+mbm-kernels retrieve query pictures.index "a large red star"
+```""",
 )
 MULTIMODAL = Kind(
     MultimodalBigModel,
@@ -72,6 +104,10 @@ MULTIMODAL = Kind(
     "retrieve match",
     _multimodal,
     {"config": dict},
+    """\
+```sh
+mbm-kernels retrieve match-eval {run}
+```""",
 )
 KINDS: tuple[Kind[Any], ...] = (CAPTIONER, TWO_TOWER, MULTIMODAL)
 

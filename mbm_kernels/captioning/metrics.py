@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +19,11 @@ from mbm_kernels.captioning.data.tokenizer import CJK
 References = Sequence[str | Sequence[str]]
 
 MAX_ORDER = 4  # n-grams of 1 to 4 words
+TINY, SMALL = 1e-15, 1e-9  # added to BLEU's numerators and denominators
+BETA = 1.2  # of ROUGE-L: how much more recall weighs than precision
 SIGMA = 6.0  # of CIDEr-D's penalty on the difference in length, in words
 
-# As the PTB tokenizer that CIDEr is defined with: punctuation is no word, "t-shirt" is one.
+# As the PTB tokenizer that coco-caption scores with: punctuation is no word, "t-shirt" is one.
 _WORD = re.compile(r"\w+(?:[-'\u2019.]\w+)*|[#*&+%$@]")
 
 Ngram = tuple[str, ...]
@@ -51,21 +55,23 @@ def _checked(predictions: Sequence[str], references: References) -> list[list[st
 
 
 def score(predictions: Sequence[str], references: References) -> dict[str, float]:
-    """All three metrics of one split.
+    """All metrics of one split.
 
     Args:
         predictions: N captions.
         references: N captions, or N lists of captions.
 
     Returns:
-        `exact_match` 0..1, `bleu4` 0..100, `cider_d` 0..10.
+        `exact_match` 0..1; `bleu1` to `bleu4` and `rouge_l` 0..100; `cider_d` 0..10.
 
     Raises:
         ValueError: no caption, lists of different length, or an image without a reference.
     """
+    by_order = bleu(predictions, references)
     return {
         "exact_match": exact_match(predictions, references),
-        "bleu4": bleu4(predictions, references),
+        **{f"bleu{order}": value for order, value in enumerate(by_order, 1)},
+        "rouge_l": rouge_l(predictions, references),
         "cider_d": cider_d(predictions, references),
     }
 
@@ -84,19 +90,72 @@ def exact_match(predictions: Sequence[str], references: References) -> float:
     return sum(hits) / len(lists)
 
 
-def bleu4(predictions: Sequence[str], references: References) -> float:
-    """Corpus BLEU of 1- to 4-grams by sacrebleu (13a tokens, exponential smoothing), 0..100."""
-    lists = [list(map(_spaced, given)) for given in _checked(predictions, references)]
+def bleu(predictions: Sequence[str], references: References) -> tuple[float, ...]:
+    """Corpus BLEU of up to 1, 2, 3 and 4 words, 0..100 each, with the closest reference length.
+
+    Nothing is smoothed but division by zero, so an order without a match gives 0 to 3 places.
+
+    Source: Papineni, Roukos, Ward, Zhu, "BLEU: a method for automatic evaluation of machine
+    translation", ACL 2002; the values are those of coco-caption's scorer times 100.
+    """
+    lists = [
+        [" ".join(_words(one)) for one in given] for given in _checked(predictions, references)
+    ]
     most = max(map(len, lists))
     # None stands for "no k-th reference", which sacrebleu's annotation does not know.
     streams: Any = [[given[k] if k < len(given) else None for given in lists] for k in range(most)]
-    result = sacrebleu.corpus_bleu(list(map(_spaced, predictions)), streams, lowercase=True)
-    # exp(sum of logs) may end one rounding above 100.
-    return min(float(result.score), 100.0)
+    said = [" ".join(_words(one)) for one in predictions]
+    found = sacrebleu.corpus_bleu(said, streams, tokenize="none", smooth_method="none", force=True)
+    ratio = (found.sys_len + TINY) / (found.ref_len + SMALL)
+    brevity = math.exp(min(0.0, 1 - 1 / ratio))
+    precisions = [
+        (matched + TINY) / (total + SMALL)
+        for matched, total in zip(found.counts, found.totals, strict=True)
+    ]
+    products = itertools.accumulate(precisions, operator.mul)
+    return tuple(100 * brevity * x ** (1 / order) for order, x in enumerate(products, 1))
+
+
+def rouge_l(predictions: Sequence[str], references: References) -> float:
+    """Mean ROUGE-L of the captions, 0..100.
+
+    The F-measure, with recall weighted by beta = 1.2, of the longest common subsequence of words:
+    the best precision and the best recall over an image's references, perhaps of two of them.
+
+    Source: Lin, "ROUGE: a package for automatic evaluation of summaries", ACL workshop 2004; the
+    values are those of coco-caption's scorer times 100, where no words are one empty word.
+    """
+    lists = _checked(predictions, references)
+    total = 0.0
+    for prediction, given in zip(predictions, lists, strict=True):
+        said = _words(prediction) or [""]
+        truths = [_words(reference) or [""] for reference in given]
+        common = [_common_length(said, truth) for truth in truths]
+        precision = max(common) / len(said)
+        recall = max(length / len(truth) for length, truth in zip(common, truths, strict=True))
+        if precision > 0:
+            total += (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+    return 100 * total / len(lists)
+
+
+def _common_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    best = [0] * (len(second) + 1)
+    for word in first:
+        before = 0  # what the row above has one place to the left
+        for place, other in enumerate(second, 1):
+            above = best[place]
+            best[place] = before + 1 if word == other else max(above, best[place - 1])
+            before = above
+    return best[-1]
+
+
+def _words(caption: str) -> list[str]:
+    return _WORD.findall(_spaced(caption.lower()))
 
 
 def _ngrams(caption: str) -> Counter[Ngram]:
-    words = _WORD.findall(_spaced(caption.lower()))
+    words = _words(caption)
     return Counter(
         tuple(words[start : start + order])
         for order in range(1, MAX_ORDER + 1)

@@ -21,6 +21,7 @@ Limit = Annotated[int | None, typer.Option("--limit", help="First pictures of ea
 Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and the order.")]
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
+Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
@@ -59,6 +60,19 @@ def check_splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[s
         if one not in sets:
             raise ValueError(f"split: got {one!r}, expected one of {sorted(sets)}")
     return asked or [one for one in sets if one != "train"]
+
+
+def as_table(scores: dict[str, dict[str, float]]) -> str:
+    """What `metrics.score` gave for each split, in aligned columns; exact match in %."""
+    names = ("exact %", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D")
+    lines = [["", *names]]
+    for split, values in scores.items():
+        exact, *overlaps, cider = values.values()
+        lines.append([split, *(f"{x:.1f}" for x in (100 * exact, *overlaps)), f"{cider:.2f}"])
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(
+        line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in lines
+    )
 
 
 def report(history: History, run: Path) -> None:

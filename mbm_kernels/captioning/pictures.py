@@ -61,17 +61,64 @@ def decode_picture(file: Path | BinaryIO, path: str | Path, image_size: int) -> 
     with _decoding(path):
         opened = Image.open(file)
     with opened:
-        width, height = opened.size
-        if not 0 < width * height <= MAX_PIXELS:
+        return _pixels(opened, path, image_size)
+
+
+def pixels_of(image: str | Path | Image.Image | Tensor, name: str, image_size: int) -> Tensor:
+    """As `read_picture`, also from what is in memory; `name` stands for that in errors.
+
+    A tensor is [3, Y, X], RGB: uint8, or floats from 0 to 1.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_picture`, or a tensor of another shape or range.
+        TypeError: it is none of these.
+    """
+    if isinstance(image, str | Path):
+        return read_picture(image, image_size)
+    if isinstance(image, Image.Image):
+        return _pixels(image, name, image_size)
+    if isinstance(image, Tensor):
+        square = _square(_from_tensor(image, name), image_size)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    raise TypeError(
+        f"picture {name}: got {type(image).__name__}, expected a path, a PIL image or a tensor "
+        "[3, Y, X]; convert it"
+    )
+
+
+def _from_tensor(image: Tensor, name: str) -> Image.Image:
+    if image.dim() != 3 or image.shape[0] != 3 or not 0 < image[0].numel() <= MAX_PIXELS:
+        raise ValueError(
+            f"picture {name}: got a tensor {list(image.shape)}, expected [3, Y, X] of 1 to "
+            f"{MAX_PIXELS} pixels; permute or repeat its channels"
+        )
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # NaN is neither
             raise ValueError(
-                f"picture {path}: got {width} x {height} pixels, expected 1 to {MAX_PIXELS}; "
-                "scale it"
+                f"picture {name}: got floats from {low:g} to {high:g}, expected 0 to 1; undo what "
+                "normalised them"
             )
-        with _decoding(path):
-            opened.load()
-            orientation = opened.getexif().get(ExifTags.Base.Orientation)
-        with _decoding(path, (ValueError,)):  # a colour space that has no conversion, such as LAB
-            flat = on_white(opened)
+        image = (image.float() * 255).round_().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise TypeError(
+            f"picture {name}: got {image.dtype}, expected uint8 or floats from 0 to 1; convert it"
+        )
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _pixels(opened: Image.Image, path: str | Path, image_size: int) -> Tensor:
+    width, height = opened.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(
+            f"picture {path}: got {width} x {height} pixels, expected 1 to {MAX_PIXELS}; scale it"
+        )
+    with _decoding(path):
+        opened.load()
+        orientation = opened.getexif().get(ExifTags.Base.Orientation)
+    with _decoding(path, (ValueError,)):  # a colour space that has no conversion, such as LAB
+        flat = on_white(opened)
     if orientation in UPRIGHT:
         flat = flat.transpose(UPRIGHT[orientation])
     return torch.from_numpy(np.array(_square(flat, image_size))).permute(2, 0, 1).contiguous()

@@ -7,12 +7,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
 from mbm_kernels._core.files import write_atomic
-from mbm_kernels.captioning.decode import attention_overlay
+from mbm_kernels.captioning.attention import attention_overlay
+from mbm_kernels.captioning.pages import data_uri, render
 from mbm_kernels.captioning.results import Demo
 
 SHOWN = 12  # images of a split
@@ -37,14 +37,8 @@ def write_report(demo: Demo, results: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: when it cannot be written; a report that was there stays.
     """
-    environment = Environment(
-        loader=PackageLoader("mbm_kernels.captioning"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         demo=demo,
         results=results,
         names=NAMES,
@@ -86,12 +80,6 @@ def enlarged(picture: Tensor, side: int = 128) -> Image.Image:
     """uint8 [3, Y, X] as an image of that side."""
     shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     return shown.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def data_uri(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
 def loss_curves(demo: Demo) -> str:

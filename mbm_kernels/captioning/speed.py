@@ -12,6 +12,7 @@ from mbm_kernels._core.timing import interleave
 from mbm_kernels.bench.statistics import Summary, paired_ratio
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective
+from mbm_kernels.captioning.kinds import CAPTIONER
 from mbm_kernels.models import Captioner
 
 Call = Callable[[], Any]
@@ -41,8 +42,7 @@ class Speed:
 
 def rebuilt(model: Captioner, layers: str) -> Captioner:
     """The same model with the same weights out of other layers."""
-    settings: dict[str, Any] = dict(model.settings)
-    other = Captioner(layers=layers, **settings)
+    other: Captioner = CAPTIONER.build(layers=layers, **model.settings)
     other.load_state_dict(model.state_dict())
     return other
 

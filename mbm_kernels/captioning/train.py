@@ -11,7 +11,7 @@ from mbm_kernels.captioning.fit import History, fit, seeded
 from mbm_kernels.captioning.presets import DistillSettings, TrainSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.captioning.taught import TaughtSet
-from mbm_kernels.models import Captioner
+from mbm_kernels.models import Captioner, CaptionerConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ def train_teacher(
     settings: TrainSettings,
     *,
     size: str = "teacher",
-    attention: str = "additive",
+    config: CaptionerConfig | None = None,
+    attention: str | None = None,
     layers: str = "mbm",
     seed: int = 0,
     validation: CaptionSet | None = None,
@@ -37,10 +38,13 @@ def train_teacher(
     resume: bool = False,
     progress: bool = True,
 ) -> Trained:
-    """Train a captioner by cross-entropy; see ``fit`` for the arguments that the two share."""
-    model = fresh_model(train_set, tokenizer, size, attention, layers, seed)
+    """Train a captioner by cross-entropy; see ``fit`` for the arguments that the two share.
+
+    ``config`` takes the place of ``size``, ``attention`` that of the configuration's.
+    """
+    model = fresh_model(train_set, tokenizer, size, attention, layers, seed, config)
     objective = CrossEntropyObjective(model, _prior(train_set, tokenizer, settings))
-    title = f"{size} by cross-entropy"
+    title = f"{size if config is None else 'captioner'} by cross-entropy"
     history = fit(
         objective,
         train_set,
@@ -62,7 +66,8 @@ def train_student(
     *,
     teacher: Captioner | None,
     distill: DistillSettings | None = None,
-    attention: str = "additive",
+    config: CaptionerConfig | None = None,
+    attention: str | None = None,
     layers: str = "mbm",
     seed: int = 0,
     validation: CaptionSet | None = None,
@@ -77,6 +82,7 @@ def train_student(
             tokenizer,
             settings,
             size="student",
+            config=config,
             attention=attention,
             layers=layers,
             seed=seed,
@@ -85,7 +91,7 @@ def train_student(
             resume=resume,
             progress=progress,
         )
-    model = fresh_model(train_set, tokenizer, "student", attention, layers, seed)
+    model = fresh_model(train_set, tokenizer, "student", attention, layers, seed, config)
     with seeded(seed, -2):
         objective = DistillationObjective(
             model,
@@ -112,15 +118,17 @@ def fresh_model(
     train_set: CaptionSet,
     tokenizer: WordTokenizer,
     size: str,
-    attention: str,
+    attention: str | None,
     layers: str,
     seed: int,
+    config: CaptionerConfig | None = None,
 ) -> Captioner:
-    """The model before its first step; size is "teacher" or "student"."""
+    """The model before its first step; size is "teacher" or "student", unless config is given."""
     with seeded(seed, -1):
         return Captioner(
             tokenizer.vocab_size,
-            size=size,
+            config=config,
+            size=size if config is None else None,
             attention=attention,
             layers=layers,
             image_size=train_set.images.shape[-1],

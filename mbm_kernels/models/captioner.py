@@ -5,35 +5,18 @@ B batch, T target length, S positions of the feature map, D feature, E embedding
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
+from mbm_kernels.models.captioner_config import CaptionerConfig, configured
 from mbm_kernels.models.generation import search
-from mbm_kernels.models.image_encoder import ImageEncoder, check_image_size, check_images
+from mbm_kernels.models.image_encoder import ImageEncoder, check_images
 from mbm_kernels.models.layers import Layers, layers_named
+from mbm_kernels.models.sampling import Sampling
 from mbm_kernels.models.search_state import EncodedImages
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
-
-
-@dataclass(frozen=True)
-class CaptionerSize:
-    """Widths of one size; the three channels halve the image's side each."""
-
-    channels: tuple[int, int, int]
-    features: int
-    embedding: int
-    hidden: int
-    attention: int
-    heads: int
-
-
-SIZES = {
-    "student": CaptionerSize((16, 48, 96), 128, 64, 192, 128, 4),
-    "teacher": CaptionerSize((32, 96, 160), 192, 96, 320, 192, 8),
-}
 
 
 class CaptionerOutput(NamedTuple):
@@ -77,65 +60,61 @@ class Captioner(nn.Module):
 
     Args:
         vocab_size: number of token ids.
-        size: "student" or "teacher" (widths in ``SIZES``).
-        attention: "additive" or "dot".
+        config: sizes and the kind of attention.
+        size: "student", the default, or "teacher": a configuration by name (``SIZES``).
+        attention, image_size: in place of the configuration's.
         layers: "mbm" for this package's modules, "stock" for PyTorch's; the state_dict is the same.
-        image_size: side of the images in pixels, a multiple of 8 up to 8192.
         pad_id, bos_id, eos_id: token ids.
 
     Raises:
-        ValueError: for an unknown name or an unusable number.
+        ValueError: for an unknown name or an unusable number, before anything is allocated.
+        TypeError: config is none.
     """
 
     def __init__(
         self,
         vocab_size: int,
         *,
-        size: str = "student",
-        attention: str = "additive",
+        config: CaptionerConfig | None = None,
+        size: str | None = None,
+        attention: str | None = None,
         layers: str = "mbm",
-        image_size: int = 64,
+        image_size: int | None = None,
         pad_id: int = 0,
         bos_id: int = 1,
         eos_id: int = 2,
     ) -> None:
         super().__init__()
-        if size not in SIZES:
-            raise ValueError(f"size: got {size!r}, expected one of {sorted(SIZES)}")
-        if attention not in ("additive", "dot"):
-            raise ValueError(f"attention: got {attention!r}, expected 'additive' or 'dot'")
-        check_image_size(image_size)
+        config = configured(config, size, attention, image_size)
         if not max(pad_id, bos_id, eos_id) < vocab_size:
             raise ValueError(
                 f"vocab_size: got {vocab_size}, expected more than the ids "
                 f"pad {pad_id}, bos {bos_id}, eos {eos_id}"
             )
-        table, widths = layers_named(layers), SIZES[size]
-        self.settings = {
-            "vocab_size": vocab_size,
-            "size": size,
-            "attention": attention,
-            "image_size": image_size,
-            "pad_id": pad_id,
-            "bos_id": bos_id,
-            "eos_id": eos_id,
-        }
-        self.layers, self.table = layers, table
-        self.image_size, self.vocab_size = image_size, vocab_size
+        config.check_count(vocab_size)
+        table = layers_named(layers)
+        self.config, self.layers, self.table = config, layers, table
+        self.image_size, self.vocab_size = config.image_size, vocab_size
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
 
-        d, e, h = widths.features, widths.embedding, widths.hidden
-        self.encoder = ImageEncoder(widths.channels, d, image_size, table)
+        d, e, h = config.features, config.embedding, config.hidden
+        self.encoder = ImageEncoder(config.channels, d, config.image_size, table, config.depth)
         self.embedding = nn.Embedding(vocab_size, e, padding_idx=pad_id)
         self.first_state = nn.Linear(d, h)
         self.join_input: Any = table.concat_linear((d, e), h)
         self.gru = table.gru(h, h, batch_first=True)
-        if attention == "additive":
-            self.attention: Any = table.additive_attention(h, d, widths.attention)
+        if config.attention == "additive":
+            self.attention: Any = table.additive_attention(h, d, config.attention_size)
         else:
-            self.attention = DotAttention(h, d, widths.heads, table)
+            self.attention = DotAttention(h, d, config.heads, table)
         self.join_output = table.concat_linear((h, d), h)
         self.head = nn.Linear(h, vocab_size)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint keeps to build the model again."""
+        ids = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        return {"vocab_size": self.vocab_size, "config": self.config.as_dict(), **ids}
 
     @property
     def hidden_size(self) -> int:
@@ -243,16 +222,27 @@ class Captioner(nn.Module):
         max_length: int = ...,
         beam: int = ...,
         return_weights: Literal[False] = ...,
+        sampling: Sampling | None = ...,
     ) -> list[list[int]]: ...
 
     @overload
     def generate(
-        self, images: Tensor, max_length: int, beam: int, return_weights: Literal[True]
+        self,
+        images: Tensor,
+        max_length: int,
+        beam: int,
+        return_weights: Literal[True],
+        sampling: Sampling | None = ...,
     ) -> tuple[list[list[int]], list[Tensor]]: ...
 
     @torch.no_grad()
     def generate(
-        self, images: Tensor, max_length: int = 24, beam: int = 1, return_weights: bool = False
+        self,
+        images: Tensor,
+        max_length: int = 24,
+        beam: int = 1,
+        return_weights: bool = False,
+        sampling: Sampling | None = None,
     ) -> list[list[int]] | tuple[list[list[int]], list[Tensor]]:
         """Captions as token ids, without ``bos_id`` and ``eos_id``.
 
@@ -263,18 +253,24 @@ class Captioner(nn.Module):
                 divided by the length. A tie goes to the earlier hypothesis and the lower id; of
                 a beam where torch.topk chooses (layers "stock", or no kernel runs), to any.
             return_weights: also return the attention of each word, one [length, S] per image.
+            sampling: draw the words instead, one caption an image; ``beam`` stays 1.
 
         Raises:
-            ValueError: if ``max_length`` or ``beam`` is below 1, or images have a wrong shape.
+            ValueError: if ``max_length`` or ``beam`` is below 1, or above with ``sampling``, or
+                images have a wrong shape.
         """
         for name, number in (("max_length", max_length), ("beam", beam)):
             if number < 1:
                 raise ValueError(f"{name}: got {number}, expected at least 1")
+        if sampling is not None and beam > 1:
+            raise ValueError(f"beam: got {beam} with sampling, expected 1; leave one of them out")
         was_training = self.training
         self.eval()
         try:
             encoded = self.encode(images)
-            tokens, weights = search(self, encoded, max_length, beam, return_weights)
+            tokens, weights = search(
+                self, encoded, max_length, beam, return_weights, sampling=sampling
+            )
         finally:
             self.train(was_training)
         return (tokens, weights) if return_weights else tokens

@@ -83,7 +83,7 @@ class FusedDecoder:
         return FusedDecoder(self.model, pictures)
 
     def for_steps(self) -> FusedDecoder:
-        if self.model.settings["attention"] != "additive" or torch.is_grad_enabled():
+        if self.model.config.attention != "additive" or torch.is_grad_enabled():
             return self
         keys = additive_attention_keys(self.pictures.key)
         return FusedDecoder(self.model, self.pictures, keys)

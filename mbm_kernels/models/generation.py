@@ -1,4 +1,4 @@
-"""Greedy and beam search over a decoder's words (decoding.py).
+"""Greedy and beam search, and drawing (sampling.py), over a decoder's words (decoding.py).
 
 A step of search is a function of tensors alone: what it carries to the next step and what it leaves
 behind. Nothing is read on the host, so that a loop of steps can be recorded once and run again
@@ -14,6 +14,7 @@ from torch import Tensor
 from mbm_kernels._core import packing
 from mbm_kernels.models import decode_graph
 from mbm_kernels.models.decoding import decoder_for
+from mbm_kernels.models.sampling import Sample, Sampling
 from mbm_kernels.models.search_state import (
     Carry,
     Decoder,
@@ -87,14 +88,19 @@ def search(
     beam: int,
     want_weights: bool,
     recorded: bool | None = None,
+    sampling: Sampling | None = None,
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Captions of at most `max_length` words, and their weights if wanted.
 
     `recorded`: whether the loop is a CUDA graph; None where `decode_graph.why_not` has no reason.
+    One that draws is none, since its numbers are no part of what is copied in.
     """
     if not encoded.state.shape[0]:
         return [], []
     how: Search = Greedy(model) if beam == 1 else Beam(model, beam)
+    if sampling is not None:
+        numbers = sampling.numbers(encoded.state.shape[0], max_length)
+        how, recorded = Sample(model, sampling, numbers.to(encoded.state.device)), False
     decoder, carry = decoder_for(model, encoded), start(model, encoded, beam)
     if recorded is None:
         recorded = decode_graph.why_not(model, encoded.state.device) is None
@@ -123,7 +129,7 @@ def loop(how: Search, decoder: Decoder, carry: Carry, max_length: int) -> tuple[
 def _best(carry: Carry, trace: Trace, want_weights: bool) -> tuple[list[list[int]], list[Tensor]]:
     """Words of each image's best hypothesis and, if wanted, its weights [T, S] by image."""
     words, parents = trace.words.cpu(), trace.parents.cpu()  # [T, B, K]
-    # Greedy's lengths are 0, and its one hypothesis the best.
+    # The one hypothesis of a greedy search or of a drawing is the best.
     at = (carry.score / carry.length).argmax(dim=1, keepdim=True).cpu()  # [B, 1]
     path = [at]  # backwards, and from the parent of the first word
     for step in range(len(words) - 1, -1, -1):

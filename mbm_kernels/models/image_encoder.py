@@ -19,14 +19,6 @@ STRIDE = 8  # three 2x2 poolings
 MOST_SIDE = 8192  # of an image; the table of positions is 64 MiB then
 
 
-def check_image_size(image_size: int) -> None:
-    if not STRIDE <= image_size <= MOST_SIDE or image_size % STRIDE:
-        raise ValueError(
-            f"image_size: got {image_size}, expected a positive multiple of {STRIDE} up to "
-            f"{MOST_SIDE}"
-        )
-
-
 def check_images(images: Tensor, side: int) -> None:
     """Whether they are floating [B, 3, side, side]."""
     if images.dim() != 4 or images.shape[1:] != (3, side, side):
@@ -51,18 +43,24 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 class ImageEncoder(nn.Module):
-    """Three pooled convolutions, one residual one, and a layer that joins each place's position.
+    """Three pooled convolutions, residual ones, and a layer that joins each place's position.
 
     images [B, 3, Y, X] in [-1, 1] -> features [B, S, D], S = (Y / 8) (X / 8).
 
     Args:
         channels: of the three convolutions. features: D. image_size: Y = X, a multiple of 8.
+        depth: residual convolutions.
     """
 
     positions: Tensor
 
     def __init__(
-        self, channels: Sequence[int], features: int, image_size: int, layers: Layers
+        self,
+        channels: Sequence[int],
+        features: int,
+        image_size: int,
+        layers: Layers,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         widths = (3, *channels)
@@ -74,11 +72,16 @@ class ImageEncoder(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(k) for k in channels)
         last = widths[-1]
         self.residual = layers.conv_bias_act(last, last, 3, padding=1, activation="relu")
+        self.deeper = nn.ModuleList(
+            layers.conv_bias_act(last, last, 3, padding=1, activation="relu")
+            for _ in range(depth - 1)
+        )
+        self.deeper_norms = nn.ModuleList(nn.LayerNorm(last) for _ in self.deeper)
         self.join_position = layers.concat_linear((last, POSITION_FEATURES), features)
         self.norm = nn.LayerNorm(features)
         table = position_table(image_size // STRIDE, POSITION_FEATURES)
         self.register_buffer("positions", table, persistent=False)
-        for conv in (*self.blocks, self.residual):
+        for conv in (*self.blocks, self.residual, *self.deeper):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
@@ -86,8 +89,15 @@ class ImageEncoder(nn.Module):
         # channels_last: 1.3 times faster than NCHW over forward and backward on a CPU.
         x = images.contiguous(memory_format=torch.channels_last)
         for block, norm in zip(self.blocks, self.norms, strict=True):
-            # Over channels, which are contiguous under channels_last.
-            x = norm(block(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = _over_channels(norm, block(x))
         x = self.residual(x, residual=x)
+        for block, norm in zip(self.deeper, self.deeper_norms, strict=True):
+            x = block(_over_channels(norm, x), residual=x)
         flat = x.permute(0, 2, 3, 1).flatten(1, 2)  # [B, S, K], a view under channels_last
         return self.norm(torch.relu(self.join_position(flat, self.positions)))
+
+
+def _over_channels(norm: nn.Module, x: Tensor) -> Tensor:
+    """x [B, K, Y, X] normalised over K, which is contiguous under channels_last."""
+    y: Tensor = norm(x.permute(0, 2, 3, 1))
+    return y.permute(0, 3, 1, 2)

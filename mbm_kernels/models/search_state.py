@@ -6,12 +6,13 @@ features and the hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mbm_kernels.models.captioner_config import CaptionerConfig
 from mbm_kernels.ops.additive_attention import AdditiveAttentionKeys
 
 
@@ -35,7 +36,7 @@ class StepModel(Protocol):
     @property
     def layers(self) -> str: ...
     @property
-    def settings(self) -> Mapping[str, object]: ...
+    def config(self) -> CaptionerConfig: ...
     @property
     def vocab_size(self) -> int: ...
     @property

@@ -44,6 +44,9 @@ def files(trained, tmp_path, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:-30])
     (tmp_path / "text").write_text("no picture, no folder")
+    (tmp_path / "big.toml").write_text("hidden = 65536\n")
+    (tmp_path / "odd.json").write_text('{"depths": 3}')
+    (tmp_path / "side.toml").write_text("image_size = 32\n")
     (tmp_path / "emoji").mkdir()
     (tmp_path / "emoji" / "manifest.json").write_text('{"labels": {"1F600": 3}}')
     monkeypatch.chdir(tmp_path)
@@ -87,8 +90,8 @@ def folder(name):
 
 EVAL = ("eval", "run", "--limit", "4", "--layers", "stock")
 RESUME = ("train", "--run", "run", *FAST, "--resume")
-MODEL = {"size": "teacher", "attention": "additive", "image_size": 64}
-MODEL |= {"vocab_size": 10**12, "pad_id": 0, "bos_id": 1, "eos_id": 2}
+IDS = {"pad_id": 0, "bos_id": 1, "eos_id": 2}
+OLD = {"size": "teacher", "attention": "additive", "image_size": 64, **IDS}
 DAMAGE = {
     "an index that is no JSON": (write("checkpoints.json", b"{"), EVAL),
     "an index that is a list": (write("checkpoints.json", b"[]"), EVAL),
@@ -104,7 +107,15 @@ DAMAGE = {
     "a config with a list for a model": (config(model=[]), EVAL),
     "a config without checksums": (config(sha256=...), EVAL),
     "a config without a format": (config(format=...), EVAL),
-    "a config of a vocabulary that fills the memory": (config(model=MODEL), EVAL),
+    "a config of a vocabulary that fills the memory": (
+        config(model={"vocab_size": 10**12, "config": {}, **IDS}),
+        EVAL,
+    ),
+    "an older config of such a vocabulary": (config(model={"vocab_size": 10**12, **OLD}), EVAL),
+    "a config of no model": (
+        config(model={"vocab_size": 9, "config": {"hidden": "many"}, **IDS}),
+        EVAL,
+    ),
     "a config without a history": (config(history=...), RESUME),
     "a config without a best loss": (config(best_loss=...), RESUME),
     "a config without its settings": (config(training=...), RESUME),
@@ -145,6 +156,39 @@ BAD = {
     "too great a rate": ("train", "--run", "new", *FAST, "--learning-rate", "inf"),
     "attention": ("train", "--run", "new", *FAST, "--attention", "flash"),
     "layers": ("train", "--run", "new", *FAST, "--layers", "jax"),
+    "a file for a model's configuration": (
+        "train",
+        "--run",
+        "new",
+        *FAST,
+        "--model-config",
+        "text",
+    ),
+    "a configuration past all memory": (
+        "train",
+        "--run",
+        "new",
+        *FAST,
+        "--model-config",
+        "big.toml",
+    ),
+    "an unknown field": ("train", "--run", "new", *FAST, "--model-config", "odd.json"),
+    "another image size than the teacher's": (
+        *("distill", "--run", "new", "--teacher", "run", *FAST),
+        *("--model-config", "side.toml"),
+    ),
+    "a temperature without drawing": ("generate", "run", "good.png", "--temperature", "2"),
+    "no temperature": ("generate", "run", "good.png", "--sample", "--temperature", "0"),
+    "hypotheses that are drawn": ("generate", "run", "good.png", "--sample", "--beam", "2"),
+    "a format": ("generate", "run", "good.png", "--format", "xml"),
+    "no id": ("generate", "run", "good.png", "--format", "coco"),
+    "annotations of nothing": (
+        *("generate", "run", "good.png", "--format", "coco", "--annotations", "odd.json"),
+    ),
+    "annotations of no use": ("generate", "run", "good.png", "--annotations", "odd.json"),
+    "a folder for the output": ("generate", "run", "good.png", "--output", "emoji"),
+    "an output below a file": ("generate", "run", "good.png", "--output", "text/new.csv"),
+    "standard input twice": ("generate", "run", "-", "-"),
     "a size": ("train", "--run", "new", *FAST, "--size", "huge"),
     "a file for a run": ("train", "--run", "text", *FAST),
     "a run below a file": ("train", "--run", "text/run", *FAST),
@@ -166,7 +210,7 @@ BAD = {
 def test_bad_input_ends_in_one_line_and_leaves_nothing(what, files, monkeypatch, capsys):
     code, errors = end(monkeypatch, capsys, "caption", *BAD[what])
     assert code == 2
-    assert re.fullmatch(r"error: .*\bgot .+, expected .+\n", errors), errors
+    assert re.fullmatch(r"error: .*\bgot .+[,;] expected .+\n", errors), errors
     assert not list(Path().glob("new/*")), "nothing was trained or prepared"
 
 

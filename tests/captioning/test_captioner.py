@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mbm_kernels.models import Captioner
+from mbm_kernels.models import Captioner, CaptionerConfig
 
 VOCAB = 11
 
@@ -186,9 +186,10 @@ def test_empty_batch():
     ("changes", "text"),
     [
         ({"size": "huge"}, "size: got 'huge', expected one of"),
-        ({"attention": "flash"}, "attention: got 'flash', expected 'additive' or 'dot'"),
+        ({"attention": "flash"}, "attention: got 'flash'; expected one of 'additive', 'dot'"),
+        ({"size": "student", "config": CaptionerConfig()}, "size: got 'student' beside config"),
         ({"layers": "jax"}, "layers: got 'jax', expected 'mbm' or 'stock'"),
-        ({"image_size": 60}, "image_size: got 60, expected a positive multiple of 8"),
+        ({"image_size": 60}, "image_size: got 60; expected a multiple of 8"),
         ({"eos_id": 11}, "vocab_size: got 11, expected more than the ids"),
     ],
 )

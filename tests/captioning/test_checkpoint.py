@@ -13,6 +13,7 @@ from mbm_kernels.captioning import checkpoint
 from mbm_kernels.captioning.data import collate
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.fit import fit
+from mbm_kernels.models import CaptionerConfig
 
 from .training_helpers import (  # noqa: F401  the fixtures are used by name
     SETTINGS,
@@ -59,7 +60,8 @@ def test_full_disk_leaves_the_previous_checkpoint(
     assert caught.value.errno == errno.ENOSPC
     assert "saving the checkpoint of step 6 failed" in str(caught.value)
     if broken != "checkpoints.json":
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "step-00000003"]
+        names = ["README.md", "checkpoints.json", "step-00000003"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert_same(weights_of(tmp_path), expected)
     assert_same(weights_of(tmp_path, "best"), expected)
     monkeypatch.undo()
@@ -133,7 +135,7 @@ DAMAGE = {
     "foreign": (lambda f: edit_config(f, format="llama"), ValueError, "format 'llama'"),
     "newer": (lambda f: edit_config(f, version=99), ValueError, "version 99"),
     "other size": (
-        lambda f: edit_model(f, size="teacher"),
+        lambda f: edit_model(f, config={"image_size": 16, "hidden": 64}),
         ValueError,
         "where the model has",
     ),
@@ -143,16 +145,25 @@ DAMAGE = {
         "no captioner",
     ),
     "huge vocabulary": (
+        lambda f: edit_model(f, vocab_size=10**6),
+        ValueError,
+        r"where the model has torch.float32 \(1000000,",
+    ),
+    "vocabulary past all memory": (
         lambda f: edit_model(f, vocab_size=10**12),
         ValueError,
-        r"where the model has torch.float32 \(1000000000000,",
+        "no captioner: .* parameters",
     ),
     "vocabulary past all numbers": (
         lambda f: edit_model(f, vocab_size=10**30),
         ValueError,
         "no captioner",
     ),
-    "huge picture": (lambda f: edit_model(f, image_size=8 * 10**6), ValueError, "up to 8192"),
+    "huge picture": (
+        lambda f: edit_model(f, config={"image_size": 8 * 10**6}),
+        ValueError,
+        "8 to 8192",
+    ),
     "text for a number": (
         lambda f: edit_model(f, vocab_size="many"),
         ValueError,
@@ -216,9 +227,35 @@ def test_a_checkpoint_of_the_first_version_is_read(train_set, tokenizer, tmp_pat
         checkpoint.load(tmp_path, layers="stock")
 
 
+def older(folder):
+    """As it was before the captioner had a configuration."""
+    model = json.loads((folder / "config.json").read_text())["model"]
+    found = model.pop("config")
+    named = {"size": "student", "attention": found["attention"], "image_size": 16}
+    edit_config(folder, seal=True, model={**model, **named})
+
+
+def test_a_checkpoint_with_a_size_by_name_is_read_and_resumed(train_set, tokenizer, tmp_path):
+    def go_on(**options):
+        objective = CrossEntropyObjective(make(tokenizer))
+        fit(objective, train_set, tokenizer, SETTINGS, run=tmp_path / "cut", **options)
+
+    def stop():
+        raise Stop
+
+    run_once(tmp_path / "whole", train_set, tokenizer)
+    with pytest.raises(Stop):
+        go_on(after_step=stop_at(4, stop))
+    older(tmp_path / "cut" / "step-00000003")
+    loaded = checkpoint.load(tmp_path / "cut", layers="stock").model
+    assert loaded.config == CaptionerConfig(image_size=16)
+    go_on(resume=True)
+    assert_same(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
+
+
 def test_nothing_is_allocated_before_the_weights_are_compared(train_set, tokenizer, tmp_path):
     run_once(tmp_path, train_set, tokenizer, steps=1, warmup=0)
-    edit_model(tmp_path / "step-00000001", vocab_size=10**9)
+    edit_model(tmp_path / "step-00000001", vocab_size=10**6)
     made = []
 
     class Counting(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from collections.abc import Callable
 
@@ -10,6 +12,8 @@ import torch
 
 from mbm_kernels.captioning import metrics
 from mbm_kernels.captioning.data import CaptionSet
+
+from . import coco_scores
 
 # CIDEr values: coco-caption's CiderScorer (pycocoevalcap 1.2, n=4, sigma=6) on the same words.
 SCENES = (
@@ -108,22 +112,44 @@ def test_punctuation_is_no_word_but_part_of_one() -> None:
     assert ("#",) in metrics._ngrams("keycap: #")
 
 
-def test_bleu4_by_hand() -> None:
-    # 9 of 10 unigrams, 7 of 9 bigrams, 6 of 8 trigrams, 5 of 7 4-grams; equal lengths.
+def test_all_scores_are_those_of_pycocoevalcap() -> None:
+    """On 1,000 drawn cases; coco_scores.py writes its scores, which here are computed anew
+    where it is installed."""
+    stored = json.loads(coco_scores.PATH.read_text())
+    assert stored["columns"] == list(coco_scores.COLUMNS)
+    installed = importlib.util.find_spec("pycocoevalcap") is not None
+    for case, row in zip(coco_scores.drawn(), stored["scores"], strict=True):
+        expected = dict(zip(coco_scores.COLUMNS, row, strict=True))
+        scores = metrics.score(*case)
+        got = {name: scores[name] for name in expected}
+        assert got == pytest.approx(expected, abs=1e-6, rel=0), case
+        if installed:
+            assert row == pytest.approx(coco_scores.published(*case), abs=1e-8, rel=0), case
+
+
+def test_bleu_by_hand() -> None:
+    # 9 of 10 unigrams, 7 of 9 bigrams, 5 of 8 trigrams, 4 of 7 4-grams; equal lengths.
     prediction = ["a b c d e f g X i j"]
     reference = ["a b c d e f g h i j"]
-    expected = 100 * (9 / 10 * 7 / 9 * 5 / 8 * 4 / 7) ** 0.25
-    assert metrics.bleu4(prediction, reference) == pytest.approx(expected, abs=1e-9)
+    shares = (9 / 10, 7 / 9, 5 / 8, 4 / 7)
+    expected = [100 * math.prod(shares[:n]) ** (1 / n) for n in (1, 2, 3, 4)]
+    assert metrics.bleu(prediction, reference) == pytest.approx(expected, rel=1e-8)
 
 
-def test_bleu4_brevity_and_several_references() -> None:
+def test_bleu_brevity_and_several_references() -> None:
     prediction = ["a b c d e"]
     # Precision 1, 5 words for 10: the brevity penalty alone.
-    got = metrics.bleu4(prediction, ["a b c d e f g h i j"])
-    assert got == pytest.approx(100 * math.exp(1 - 10 / 5), abs=1e-9)
+    got = metrics.bleu(prediction, ["a b c d e f g h i j"])
+    assert got == pytest.approx([100 * math.exp(1 - 10 / 5)] * 4)
     uneven = [["a b c d e", "z"], ["p q r s t"]]
-    assert metrics.bleu4(["a b c d e", "p q r s t"], uneven) == pytest.approx(100)
-    assert metrics.bleu4(["A B C D E"], ["a b c d e"]) == pytest.approx(100)
+    assert metrics.bleu(["a b c d e", "P, Q R S T."], uneven) == pytest.approx([100] * 4)
+
+
+def test_rouge_l_by_hand() -> None:
+    # Common: a c e; precision 3/4, recall 3/5; 2.44 p r / (r + 1.44 p).
+    expected = 100 * 2.44 * 0.75 * 0.6 / (0.6 + 1.44 * 0.75)
+    assert metrics.rouge_l(["a c x e"], ["a b c d e"]) == pytest.approx(expected)
+    assert metrics.rouge_l(["x", "a b"], ["y", "a b"]) == 50
 
 
 def test_exact_match_counts_whole_captions() -> None:
@@ -132,20 +158,22 @@ def test_exact_match_counts_whole_captions() -> None:
     assert metrics.exact_match(["kiss woman"], ["kiss: woman"]) == 0
 
 
-def test_score_holds_the_three() -> None:
+def test_score_holds_them_all() -> None:
     predictions, references, cider = SCENES
     got = metrics.score(predictions, references)
-    assert list(got) == ["exact_match", "bleu4", "cider_d"]
+    by_order = ["bleu1", "bleu2", "bleu3", "bleu4"]
+    assert list(got) == ["exact_match", *by_order, "rouge_l", "cider_d"]
     assert got["exact_match"] == 0.25
     assert got["cider_d"] == pytest.approx(cider)
-    assert got["bleu4"] == metrics.bleu4(predictions, references)
+    assert tuple(got[name] for name in by_order) == metrics.bleu(predictions, references)
     assert metrics.score(references, references) == pytest.approx(
-        {"exact_match": 1, "bleu4": 100, "cider_d": 10}
+        {"exact_match": 1, **dict.fromkeys(by_order, 100), "rouge_l": 100, "cider_d": 10}
     )
 
 
 @pytest.mark.parametrize(
-    "metric", [metrics.score, metrics.exact_match, metrics.bleu4, metrics.cider_d]
+    "metric",
+    [metrics.score, metrics.exact_match, metrics.bleu, metrics.rouge_l, metrics.cider_d],
 )
 def test_nonsense_is_refused(metric: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="got 0 predictions and 0 references"):
@@ -205,9 +233,10 @@ def test_nearest_image_refuses_other_pictures() -> None:
 
 
 def test_chinese_is_scored_by_character():
-    assert metrics.bleu4(["一只黑狗在跑"], ["一只黑狗在叫"]) == pytest.approx(
-        metrics.bleu4(["a b c d e f"], ["a b c d e g"])
-    )
+    for metric in (metrics.bleu, metrics.rouge_l):
+        assert metric(["一只黑狗在跑"], ["一只黑狗在叫"]) == metric(
+            ["a b c d e f"], ["a b c d e g"]
+        )
     spaced = metrics.cider_d(["a b c d e f", "x y"], ["a b c d e g", "x z"])
     assert metrics.cider_d(["一只黑狗在跑", "猫睡"], ["一只黑狗在叫", "猫吃"]) == pytest.approx(
         spaced

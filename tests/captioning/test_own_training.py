@@ -66,7 +66,7 @@ def test_train_evaluate_and_caption(format, tmp_path):
     result = call("eval", run, *source, "--layers", "stock", "--json")
     scores = json.loads(result.stdout)
     assert set(scores) == {"val", "test"}
-    assert set(scores["val"]) == {"exact_match", "bleu4", "cider_d"}
+    assert set(scores["val"]) >= {"exact_match", "bleu4", "rouge_l", "cider_d"}
 
 
 def test_prepare_train_distil_resume(tmp_path):
@@ -80,7 +80,7 @@ def test_prepare_train_distil_resume(tmp_path):
     source = ("--data", made)
     call("train", "--run", teacher, *source, *FAST, "--image-size", 16)
     call("distill", "--out", student, "--teacher", teacher, *source, *FAST)
-    assert checkpoint.load(student, layers="stock").model.settings["size"] == "student"
+    assert checkpoint.load(student, layers="stock").model.config.hidden == 192
     call("distill", "--out", student, "--teacher", teacher, *source, *FAST, "--resume")
 
 

@@ -18,6 +18,7 @@ class CaptionSet:
     images: uint8 `[M, 3, Y, X]`, RGB. captions: N strings, lower case. ids: M unique strings.
     image_of: int64 `[N]`, the image of each caption, ascending and without gaps; None where each
     image has one caption, N = M. checksum: of the content of the user's own data, else None.
+    source: the name or path that it was loaded by.
 
     Raises:
         ValueError: they disagree in length, or images is no uint8 `[M, 3, Y, X]`.
@@ -28,6 +29,7 @@ class CaptionSet:
     ids: list[str]
     image_of: torch.Tensor | None = None
     checksum: str | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from . import emoji, own, scenes
@@ -83,10 +84,12 @@ def load(
         raise ValueError(f"load: seed: got {seed}, expected 0 or more; the default is 0")
     if is_own or name in DEBIAN:
         source = name if is_own else DEBIAN[str(name)].folder_of(root)
-        return own.load(source, images, image_size=image_size, limit=limit, progress=progress)
-    if name == "scenes":
-        return scenes.splits(seed=seed, image_size=image_size, limit=limit)
-    return emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
+        sets = own.load(source, images, image_size=image_size, limit=limit, progress=progress)
+    elif name == "scenes":
+        sets = scenes.splits(seed=seed, image_size=image_size, limit=limit)
+    else:
+        sets = emoji.splits(seed=seed, root=root, image_size=image_size, limit=limit)
+    return {split: replace(one, source=str(name)) for split, one in sets.items()}
 
 
 def train_of(name: str | Path, sets: dict[str, CaptionSet]) -> CaptionSet:
