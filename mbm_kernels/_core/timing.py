@@ -64,6 +64,19 @@ def cpu_sample(call: Call, loops: int) -> float:
     return (time.process_time_ns() - start) / loops
 
 
+def settled(sampler: Sampler) -> Sampler:
+    """As `sampler`, after a call that is not timed.
+
+    Where forms have threads of their own, those of the form before may spin on into the next one.
+    """
+
+    def sample_after_a_call(call: Call, loops: int) -> float:
+        call()
+        return sampler(call, loops)
+
+    return sample_after_a_call
+
+
 def calibrate(
     call: Call, least_ns: int = LEAST_SAMPLE_NS, sampler: Sampler = sample
 ) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import env, native, timing
+from mbm_kernels._core import env, native, processor, timing
 
 ABSENT = "absent"  # this torch has no such library
 WIDEST = env.ISAS[-1]
@@ -50,6 +50,11 @@ def environment(wanted: str | None) -> dict[str, str]:
 
 def is_held(wanted: str | None) -> bool:
     return all(os.environ.get(name) == value for name, value in environment(wanted).items())
+
+
+def is_widest(wanted: str | None) -> bool:
+    """Whether it is what the CPU's best code would run in anyway."""
+    return wanted in (None, processor.best_isa(processor.read_cpuinfo()))
 
 
 def of_aten(capability: str) -> str | None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mbm_kernels import engines
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import isa, statistics
 from mbm_kernels.bench.benchmark import FORWARD
@@ -18,6 +19,11 @@ NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
 COLOURS = {"FAST": "green", "SLOW": "red", "SAME": "blue", "AMBG": "yellow"}
 # Rows of schema 1 have these, with another meaning of "same": it was all that is neither.
 FORMER = {"faster": "FAST", "slower": "SLOW", "same": "AMBG"}
+ENGINE_COLUMNS = " fastest engine | its ms | its ratio | errors engine / mbm |"
+ENGINE_NOTE = (
+    " Its ratio: time of the fastest inference engine / mbm_kernels in the same rounds; errors are "
+    "against float64, over the largest value; every engine is in the file."
+)
 README_HEAP, README_THREADS = "warm", 2
 
 
@@ -63,6 +69,34 @@ def _others(row: Row) -> str:
     return ", ".join(others + [f"no {name}" for name in row["unavailable"]])
 
 
+def has_engine(rows: Sequence[Row]) -> bool:
+    return any(row.get("engine") for row in rows)
+
+
+def fastest_engine(row: Row) -> tuple[str, str, str]:
+    """Of the fastest engine: its name, with what is to be said of its error, ms and ratio."""
+    name = row.get("engine")
+    if name is None:
+        return "", "", ""
+    found = row["engines"][name]
+    said = engines.remark(found["error"], row["errors"].get("mbm"))
+    shown = f"{name} {found['version'].split('-')[0]}" + (f", {said}" if said else "")
+    return shown, milliseconds(found["ms"]), f"{found['ratio']:.2f}"
+
+
+def engines_in_words(row: Row) -> list[str]:
+    """Each engine's ratio and error, then what did not run, and why."""
+    said = []
+    for name, found in row.get("engines", {}).items():
+        error = "" if found["error"] is None else f", error {found['error']:.1e}"
+        said.append(f"{name} {found['version']}: {found['ratio']:.2f}x{error}")
+    return said + [f"no {name}: {why}" for name, why in row.get("no_engines", {}).items()]
+
+
+def errors_in_words(row: Row) -> str:
+    return ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     return (row["op"], row["heap"], -row["threads"])
 
@@ -93,6 +127,8 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         groups.setdefault((row["op"], row["heap"]), []).append(row)
     for (op, heap), group in groups.items():
         console.print(_table(op, heap, group, console.width))
+        for line in _engine_lines(group):
+            console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True, highlight=False)
     if rows:
         console.print(
             "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster; "
@@ -102,6 +138,19 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
             "+MiB: peak extra memory of a call beyond its results.[/dim]",
             highlight=False,
         )
+
+
+def _engine_lines(rows: Sequence[Row]) -> list[str]:
+    """Of each row that was measured with engines, all of them; what all rows say alike, once."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if "engines" in row:
+            said = "; ".join(engines_in_words(row))
+            if row["errors"]:
+                said += f"; errors of PyTorch's forms and ours: {errors_in_words(row)}"
+            what = f"{row['case']} {short_pass(row['pass'])}, {row['threads']} thr"
+            lines.setdefault(said, []).append(what)
+    return [f"{', '.join(dict.fromkeys(whats))}: {said}" for said, whats in lines.items()]
 
 
 def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
@@ -118,6 +167,11 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
     for name in ("stock ms", "ratio", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # the verdict
+    beside = has_engine(rows)
+    if beside:
+        table.add_column("fastest engine", min_width=12)
+        table.add_column("ms", justify="right", no_wrap=True)
+        table.add_column("ratio", justify="right", no_wrap=True)
     if width >= MEDIUM:
         table.add_column("limit", justify="right", no_wrap=True)
         table.add_column("+MiB mbm / stock", justify="right", no_wrap=True)
@@ -140,6 +194,9 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
             f"{row['ratio_lo']:.2f}-{row['ratio_hi']:.2f}",
             f"[{colour}]{verdict(row)}[/{colour}]",
         ]
+        if beside:
+            name, ms, ratio = fastest_engine(row)
+            cells += [name, ms, f"{ratio}x" if ratio else ""]
         if width >= MEDIUM:
             cells += [_share(row), _memory(row)]
         if width >= WIDE:
@@ -164,17 +221,18 @@ def markdown(found: dict[str, Any], path: str) -> str:
         and not row["quick"]
         and "wrong" not in row
     ]
+    beside = has_engine(rows)
     lines = [
         f"{machine['cpu']} ({found['device']}), {README_THREADS} threads, {README_HEAP} heap, "
         f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}"
         f"{_isas(found)}. Ratio: best stock form / mbm_kernels, medians of interleaved rounds, and "
         f"its 95 % interval; below 1 stock is faster. {_capitalised(interval(rows))}. MiB: peak "
         "extra memory of a call beyond its results. One thread, the default heap and every stock "
-        f"form: [{path}]({path}).",
+        f"form: [{path}]({path})." + ENGINE_NOTE * beside,
         "",
         "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | | "
-        "MiB mbm / stock |",
-        "|---|---|---|---|---|--:|--:|--:|---|--:|",
+        "MiB mbm / stock |" + ENGINE_COLUMNS * beside,
+        "|---|---|---|---|---|--:|--:|--:|---|--:|" + "---|--:|--:|--:|" * beside,
     ]
     for row in sorted(rows, key=_order):
         cells = [
@@ -189,8 +247,18 @@ def markdown(found: dict[str, Any], path: str) -> str:
             verdict(row),
             _memory(row),
         ]
+        if beside:
+            cells += [*fastest_engine(row), _error_pair(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _error_pair(row: Row) -> str:
+    """Of the fastest engine and of mbm."""
+    if not row.get("engine"):
+        return ""
+    pair = (row["engines"][row["engine"]]["error"], row["errors"].get("mbm"))
+    return " / ".join("" if error is None else f"{error:.0e}" for error in pair)
 
 
 def _capitalised(text: str) -> str:

@@ -262,7 +262,7 @@ class TestHarness:
         def source(benchmark, case, which, settings):
             seen.append((case.label, which, torch.get_num_threads()))
             found = [
-                harness.sample(benchmark, case, which, settings, seed=i, with_memory=i == 0)
+                harness.sample(benchmark, case, which, settings, seed=i, details=i == 0)
                 for i in range(2)
             ]
             return [harness.Sampled.from_json(json.loads(json.dumps(f.as_json()))) for f in found]
