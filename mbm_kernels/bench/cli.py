@@ -136,11 +136,8 @@ class Options:
         settings = harness.Settings(
             compile=not self.no_compile, backend=self.backend, quick=self.quick, peers=self.peers
         )
-        if self.peers and not isa.is_widest(env.isa()):
-            raise ValueError(
-                f"peers: got MBM_ISA={env.isa()}, which no engine heeds; expected the widest ISA of "
-                "this CPU; leave MBM_ISA or --peers out"
-            )
+        if self.peers:
+            isa.check_engines()
         if self.quick:
             settings = replace(settings, seconds=harness.QUICK_SECONDS, threads=(2,))
         if self.threads:

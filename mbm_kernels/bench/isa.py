@@ -52,11 +52,6 @@ def is_held(wanted: str | None) -> bool:
     return all(os.environ.get(name) == value for name, value in environment(wanted).items())
 
 
-def is_widest(wanted: str | None) -> bool:
-    """Whether it is what the CPU's best code would run in anyway."""
-    return wanted in (None, processor.best_isa(processor.read_cpuinfo()))
-
-
 def of_aten(capability: str) -> str | None:
     return {"DEFAULT": "baseline", "NO AVX": "baseline", "AVX2": "avx2", "AVX512": "avx512"}.get(
         capability
@@ -251,3 +246,16 @@ def refusal(results: Mapping[str, Any], isa: str) -> str | None:
     if reason := disagreement(found):
         return reason
     return None if found["mbm"] == isa else f"it was measured in {found['mbm']}, not {isa}"
+
+
+def check_engines() -> None:
+    """
+    Raises:
+        ValueError: where MBM_ISA holds us to less than engines, which do not heed it, would run in.
+    """
+    wanted, widest = env.isa(), processor.best_isa(processor.read_cpuinfo())
+    if wanted not in (None, widest):
+        raise ValueError(
+            f"peers: got MBM_ISA={wanted}, which no engine heeds; expected {widest}, the widest of "
+            "this CPU; leave MBM_ISA or the engines out"
+        )

@@ -8,22 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mbm_kernels import engines
 from mbm_kernels._core.files import write_atomic
-from mbm_kernels.bench import isa, statistics
-from mbm_kernels.bench.benchmark import FORWARD
+from mbm_kernels.bench import engines_table, isa, statistics
 from mbm_kernels.bench.results import Row
+from mbm_kernels.bench.units import milliseconds, short_pass
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
 COLOURS = {"FAST": "green", "SLOW": "red", "SAME": "blue", "AMBG": "yellow"}
 # Rows of schema 1 have these, with another meaning of "same": it was all that is neither.
 FORMER = {"faster": "FAST", "slower": "SLOW", "same": "AMBG"}
-ENGINE_COLUMNS = " fastest engine | its ms | its ratio | errors engine / mbm |"
-ENGINE_NOTE = (
-    " Its ratio: time of the fastest inference engine / mbm_kernels in the same rounds; errors are "
-    "against float64, over the largest value; every engine is in the file."
-)
 README_HEAP, README_THREADS = "warm", 2
 
 
@@ -33,20 +27,11 @@ def console_for_rows() -> Console:
     return console if console.is_terminal else Console(width=WIDE)
 
 
-def milliseconds(value: float) -> str:
-    """Milliseconds in three digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def mebibytes(value: int | None) -> str:
     if value is None:
         return "?"
     size = value / 2**20
     return "<1" if size < 1 else f"{size:,.0f}"
-
-
-def short_pass(name: str) -> str:
-    return "fwd" if name == FORWARD else "fwd+bwd"
 
 
 def _memory(row: Row) -> str:
@@ -67,34 +52,6 @@ def _share(row: Row) -> str:
 def _others(row: Row) -> str:
     others = [f"{n} {r:.2f}x" for n, r in row["ratios"].items() if n != row["stock_form"]]
     return ", ".join(others + [f"no {name}" for name in row["unavailable"]])
-
-
-def has_engine(rows: Sequence[Row]) -> bool:
-    return any(row.get("engine") for row in rows)
-
-
-def fastest_engine(row: Row) -> tuple[str, str, str]:
-    """Of the fastest engine: its name, with what is to be said of its error, ms and ratio."""
-    name = row.get("engine")
-    if name is None:
-        return "", "", ""
-    found = row["engines"][name]
-    said = engines.remark(found["error"], row["errors"].get("mbm"))
-    shown = f"{name} {found['version'].split('-')[0]}" + (f", {said}" if said else "")
-    return shown, milliseconds(found["ms"]), f"{found['ratio']:.2f}"
-
-
-def engines_in_words(row: Row) -> list[str]:
-    """Each engine's ratio and error, then what did not run, and why."""
-    said = []
-    for name, found in row.get("engines", {}).items():
-        error = "" if found["error"] is None else f", error {found['error']:.1e}"
-        said.append(f"{name} {found['version']}: {found['ratio']:.2f}x{error}")
-    return said + [f"no {name}: {why}" for name, why in row.get("no_engines", {}).items()]
-
-
-def errors_in_words(row: Row) -> str:
-    return ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -127,8 +84,7 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         groups.setdefault((row["op"], row["heap"]), []).append(row)
     for (op, heap), group in groups.items():
         console.print(_table(op, heap, group, console.width))
-        for line in _engine_lines(group):
-            console.print(f"[dim]{escape(line)}[/dim]", soft_wrap=True, highlight=False)
+        engines_table.print_rows(group, console)
     if rows:
         console.print(
             "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster; "
@@ -138,19 +94,6 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
             "+MiB: peak extra memory of a call beyond its results.[/dim]",
             highlight=False,
         )
-
-
-def _engine_lines(rows: Sequence[Row]) -> list[str]:
-    """Of each row that was measured with engines, all of them; what all rows say alike, once."""
-    lines: dict[str, list[str]] = {}
-    for row in rows:
-        if "engines" in row:
-            said = "; ".join(engines_in_words(row))
-            if row["errors"]:
-                said += f"; errors of PyTorch's forms and ours: {errors_in_words(row)}"
-            what = f"{row['case']} {short_pass(row['pass'])}, {row['threads']} thr"
-            lines.setdefault(said, []).append(what)
-    return [f"{', '.join(dict.fromkeys(whats))}: {said}" for said, whats in lines.items()]
 
 
 def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
@@ -167,7 +110,7 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
     for name in ("stock ms", "ratio", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # the verdict
-    beside = has_engine(rows)
+    beside = engines_table.any_in(rows)
     if beside:
         table.add_column("fastest engine", min_width=12)
         table.add_column("ms", justify="right", no_wrap=True)
@@ -175,7 +118,8 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
     if width >= MEDIUM:
         table.add_column("limit", justify="right", no_wrap=True)
         table.add_column("+MiB mbm / stock", justify="right", no_wrap=True)
-    if width >= WIDE:
+    others = width >= WIDE and not beside
+    if others:
         table.add_column("other forms")
     for row in rows:
         head = [escape(row["case"]), short_pass(row["pass"]), str(row["threads"])]
@@ -195,11 +139,11 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
             f"[{colour}]{verdict(row)}[/{colour}]",
         ]
         if beside:
-            name, ms, ratio = fastest_engine(row)
+            name, ms, ratio = engines_table.fastest(row)
             cells += [name, ms, f"{ratio}x" if ratio else ""]
         if width >= MEDIUM:
             cells += [_share(row), _memory(row)]
-        if width >= WIDE:
+        if others:
             cells.append(_others(row))
         table.add_row(*cells)
     return table
@@ -221,18 +165,18 @@ def markdown(found: dict[str, Any], path: str) -> str:
         and not row["quick"]
         and "wrong" not in row
     ]
-    beside = has_engine(rows)
+    beside = engines_table.any_in(rows)
     lines = [
         f"{machine['cpu']} ({found['device']}), {README_THREADS} threads, {README_HEAP} heap, "
         f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}"
         f"{_isas(found)}. Ratio: best stock form / mbm_kernels, medians of interleaved rounds, and "
         f"its 95 % interval; below 1 stock is faster. {_capitalised(interval(rows))}. MiB: peak "
         "extra memory of a call beyond its results. One thread, the default heap and every stock "
-        f"form: [{path}]({path})." + ENGINE_NOTE * beside,
+        f"form: [{path}]({path})." + engines_table.NOTE * beside,
         "",
         "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | | "
-        "MiB mbm / stock |" + ENGINE_COLUMNS * beside,
-        "|---|---|---|---|---|--:|--:|--:|---|--:|" + "---|--:|--:|--:|" * beside,
+        "MiB mbm / stock |" + engines_table.COLUMNS * beside,
+        "|---|---|---|---|---|--:|--:|--:|---|--:|" + engines_table.RULE * beside,
     ]
     for row in sorted(rows, key=_order):
         cells = [
@@ -248,17 +192,9 @@ def markdown(found: dict[str, Any], path: str) -> str:
             _memory(row),
         ]
         if beside:
-            cells += [*fastest_engine(row), _error_pair(row)]
+            cells += [*engines_table.fastest(row), engines_table.error_pair(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _error_pair(row: Row) -> str:
-    """Of the fastest engine and of mbm."""
-    if not row.get("engine"):
-        return ""
-    pair = (row["engines"][row["engine"]]["error"], row["errors"].get("mbm"))
-    return " / ".join("" if error is None else f"{error:.0e}" for error in pair)
 
 
 def _capitalised(text: str) -> str:

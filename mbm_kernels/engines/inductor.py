@@ -1,4 +1,4 @@
-"""torch.compile with weights as constants (freezing), and the fastest of its products (autotune)."""
+"""torch.compile with weights as constants, and the fastest of its matrix products."""
 
 from __future__ import annotations
 

@@ -48,20 +48,18 @@ class Mnn(Engine):
         return next((f"its {op} fails" for op in RECURRENT if op in model.operators), None)
 
     def build(self, model: Model, threads: int) -> Session:
-        with tempfile.TemporaryDirectory() as folder:
-            said = Path(folder) / "said"
+        with tempfile.TemporaryDirectory() as folder, stdout_into(Path(folder) / "said"):
             # Its import and its runtime print what the CPU has.
-            with stdout_into(Path(folder) / "said"):
-                from MNN import expr, nn
+            from MNN import expr, nn
 
-                # "low" and, where the CPU has bfloat16 or int8, "normal" may compute in those.
-                runtime = nn.create_runtime_manager(
-                    ({"backend": "CPU", "numThread": threads, "precision": "high"},)
-                )
-                path = str(_converted(model, Path(folder)))
-                module = nn.load_module_from_file(path, *model.names, runtime_manager=runtime)
-                inputs = [expr.const(x.numpy(), list(x.shape), expr.NCHW) for x in model.contiguous]
-                return MnnSession(module, inputs, runtime)
+            # "low" and, where the CPU has bfloat16 or int8, "normal" may compute in those.
+            runtime = nn.create_runtime_manager(
+                ({"backend": "CPU", "numThread": threads, "precision": "high"},)
+            )
+            path = str(_converted(model, Path(folder)))
+            module = nn.load_module_from_file(path, *model.names, runtime_manager=runtime)
+            inputs = [expr.const(x.numpy(), list(x.shape), expr.NCHW) for x in model.contiguous]
+            return MnnSession(module, inputs, runtime)
 
 
 def _converted(model: Model, folder: Path) -> Path:

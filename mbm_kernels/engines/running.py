@@ -62,10 +62,10 @@ def sessions(
     """
     found = Sessions()
     for engine in ENGINES.values() if engines is None else engines:
-        if engine.compiles and not compiled:
-            found.missing[engine.name] = "compiling was left out"
-        elif (reason := engine.why_not()) is not None:
+        if (reason := engine.why_not()) is not None:
             found.missing[engine.name] = reason
+        elif engine.compiles and not compiled:
+            found.missing[engine.name] = "compiling was left out"
         else:
             _build(engine, model, truth, found)
     return found

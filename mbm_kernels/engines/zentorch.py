@@ -24,15 +24,16 @@ class ZenTorch(Engine):
             return "it does nothing on a CPU without AVX-512"
         if reason := super().why_not():
             return reason
-        ours, theirs = (
-            ".".join(re.findall(r"\d+", v)[:2]) for v in (torch.__version__, self.version())
-        )
-        return (
-            None
-            if ours == theirs
-            else f"got one for torch {theirs}: pip install zentorch=={ours}.*"
-        )
+        wanted, made_for = _minor(torch.__version__), _minor(self.version())
+        if wanted != made_for:
+            return f"its version is for torch {made_for}: pip install zentorch=={wanted}.*"
+        return None
 
     def build(self, model: Model, threads: int) -> Session:
         importlib.import_module(self.module)  # registers the backend
         return CompiledSession(frozen(model.module, backend="zentorch"), model.inputs)
+
+
+def _minor(version: str) -> str:
+    """Major and minor, as 2.13 of 2.13.0+cpu."""
+    return ".".join(re.findall(r"\d+", version)[:2])
