@@ -204,8 +204,7 @@ def sample(
         settings.seconds,
         seed=seed,
         min_rounds=settings.min_rounds,
-        # Threads of the form before may spin for a while; each library has its own.
-        sampler=timing.settled(timing.sample) if peers.built else timing.sample,
+        settle_seconds=timing.SETTLE_SECONDS if peers.built else 0.0,
     )
     load = others.cores()
     # After the timing, since it trims the heap.

@@ -47,6 +47,7 @@ class OpenVino(Engine):
                 "NUM_STREAMS": 1,
                 "INFERENCE_NUM_THREADS": threads,
                 "INFERENCE_PRECISION_HINT": "f32",  # where the CPU has bfloat16 it would take that
+                "ENABLE_HYPER_THREADING": True,  # else a thread a core is the most it takes
                 "ENABLE_CPU_PINNING": False,  # no other form is pinned
             },
         )

@@ -53,7 +53,7 @@ def beside_engines(model: nn.Module, inputs: tuple[Any, ...]) -> Beside:
         calls | found.calls(),
         SECONDS,
         min_rounds=MIN_ROUNDS,
-        sampler=timing.settled(timing.sample),
+        settle_seconds=timing.SETTLE_SECONDS,
     )
     forms = [_form(name, versions[name], times, errors) for name in times]
     return Beside(
