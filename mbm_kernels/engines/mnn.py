@@ -62,6 +62,11 @@ class Mnn(Engine):
             return MnnSession(module, inputs, runtime)
 
 
+# Not by `python -m MNN.tools.mnnconvert`: importing that installs a logging service's package by pip,
+# and reports to it. The module of native code that it calls does neither.
+CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+
+
 def _converted(model: Model, folder: Path) -> Path:
     """MNN's form of the model, by its converter, in a process of its own since it may exit.
 
@@ -70,7 +75,7 @@ def _converted(model: Model, folder: Path) -> Path:
     """
     source, target = folder / "model.onnx", folder / "model.mnn"
     source.write_bytes(model.onnx)
-    command = [sys.executable, "-m", "MNN.tools.mnnconvert", "-f", "ONNX", "--bizCode", "none"]
+    command = [sys.executable, "-c", CONVERT, "-f", "ONNX", "--bizCode", "none"]
     command += ["--modelFile", str(source), "--MNNModel", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not target.exists():
