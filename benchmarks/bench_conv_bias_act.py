@@ -173,6 +173,7 @@ BENCHMARK = Benchmark(
     make=make,
     stock=stock,
     work=work,
+    engine=lambda case: holding(layers, ("weight", "bias")),
     kinks=True,
 )
 

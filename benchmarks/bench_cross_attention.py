@@ -48,6 +48,12 @@ def stock(case):
     return eager_and_compiled(as_called(form))
 
 
+def engine(case):
+    if case.options.get("lengths"):
+        return "engines take no lengths"
+    return as_called(sdpa if case.options.get("need_weights") is None else products)
+
+
 def work(case, which):
     b, n, t, s, d = (case.sizes[letter] for letter in "BNTSD")
     floats = b * n * (2 * t + 2 * s) * d
@@ -92,6 +98,7 @@ BENCHMARK = Benchmark(
     make=make,
     stock=stock,
     work=work,
+    engine=engine,
 )
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ def stock(case):
     return {"PackedSequence": Form(build)} if case.options else eager_and_compiled(build)
 
 
+def engine(case):
+    return "engines take no lengths" if case.options else build_from(torch.nn.GRU)
+
+
 def work(case, which):
     b, t, c, h = (case.sizes[letter] for letter in "BTCH")
     steps = b * t // 2 if case.options.get("lengths") else b * t
@@ -93,6 +97,7 @@ BENCHMARK = Benchmark(
     stock=stock,
     function=build_from(mbm_kernels.nn.GRU),
     work=work,
+    engine=engine,
 )
 
 if __name__ == "__main__":

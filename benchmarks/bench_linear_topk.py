@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled
+from mbm_kernels.bench import FORWARD, Benchmark, Case, Work, eager_and_compiled, holding
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner_config import SIZES
 
@@ -84,6 +84,7 @@ BENCHMARK = Benchmark(
     make=make,
     stock=stock,
     work=work,
+    engine=lambda case: holding(by_log_softmax, ("weight", "bias")),
 )
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ BENCHMARK = Benchmark(
     function=lambda inputs: build_from(mbm_kernels.nn.MultiheadAttention)(inputs),
     reference=definition,
     work=work,
+    engine=lambda case: STOCK,
     diff=("query", "memory", *PARAMETERS),
 )
 

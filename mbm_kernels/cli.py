@@ -65,6 +65,10 @@ def _mount() -> None:
         from mbm_kernels.optimize.cli import optimize
 
         app.command()(optimize)
+    if asked in ("explain", "--help"):
+        from mbm_kernels.optimize.cli import explain
+
+        app.command()(explain)
     if asked in ("calibrate", "--help"):
         from mbm_kernels.bench.calibrate_cli import calibrate
 

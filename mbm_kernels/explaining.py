@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from mbm_kernels._core import cost, dispatch, env
+from mbm_kernels._core import cost, dispatch, env, timing
+from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.nn import counterparts, trial
+
+SECONDS = 0.1  # of measuring one backend in one call
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,8 @@ class Row:
     """One call of an operation, `name` by a module of that path or the operation itself.
 
     backend: what runs. predicted_ms: by each backend whose time is predicted. why_not: for each
-    other backend the reason. sizes: what the choice goes by.
+    other backend the reason. sizes: what the choice goes by. measured_ms: if asked for, by each
+    backend that runs: of the call of the operation, or of the module that makes it.
     """
 
     name: str
@@ -28,6 +36,7 @@ class Row:
     predicted_ms: dict[str, float]
     why_not: dict[str, str]
     sizes: dict[str, int]
+    measured_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,16 +58,19 @@ class Explanation:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("call", "backend", "runs", "predicted", "why not")
+        measured = any(row.measured_ms for row in self.rows)
+        columns = ["call", "backend", "runs", "predicted", *["measured"] * measured, "why not"]
+        table = Table(*columns)
         for row in self.rows:
             call = row.name if row.name == row.op else f"{row.name}: {row.op}"
             for backend in sorted(env.BACKENDS, key=lambda b: b != row.backend):
-                milliseconds = row.predicted_ms.get(backend)
+                runs = backend == row.backend
+                times = [row.predicted_ms, *[row.measured_ms] * measured]
                 table.add_row(
-                    call if backend == row.backend else "",
+                    call if runs else "",
                     backend,
-                    "yes" if backend == row.backend else "",
-                    "" if milliseconds is None else _time(milliseconds),
+                    "yes" if runs else "",
+                    *(_time(found[backend]) if backend in found else "" for found in times),
                     row.why_not.get(backend, ""),
                 )
         console = Console(width=110, color_system=None)
@@ -68,7 +80,9 @@ class Explanation:
         return capture.get().rstrip()
 
 
-def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanation:
+def explain(
+    target: str | nn.Module, *inputs: Any, measure: bool = False, **options: Any
+) -> Explanation:
     """Which backend a call takes, the predicted times, and why not the others.
 
     The call is made once, so that its arguments are checked as they would be. A model is called as
@@ -79,6 +93,8 @@ def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanatio
     Args:
         target: an operation's name, such as "conv_bias_act", a module or a model.
         inputs, options: its arguments; of an operation, `backend` among them.
+        measure: also times each call by every backend that runs it, in interleaved rounds, about
+            0.2 s each: forward, as the call was made.
 
     Returns:
         An Explanation: print it, or read its `rows`.
@@ -90,15 +106,20 @@ def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanatio
     Example:
         print(explain("conv_bias_act", x, weight, stride=2, activation="relu"))
         print(explain(model, images))
+        print(explain(model, images, measure=True))
     """
     if isinstance(target, nn.Module):
-        rows = _rows_of_model(target, inputs, options)
+        rows = _rows_of_model(target, inputs, options, measure)
     elif isinstance(target, str):
         dispatch.check_op(target)
         function = getattr(importlib.import_module(f"mbm_kernels.ops.{target}"), target)
         with dispatch.observed() as seen:
             function(*inputs, **options)
         rows = [row_of(call.op, call) for call in seen]
+        if measure:
+            forms = _forms_of_op(target, function, inputs, options, seen)
+            times = _measured(forms)
+            rows = [replace(row, measured_ms=times) if row.op == target else row for row in rows]
     else:
         raise TypeError(
             f"explain: target: got {type(target).__name__}; expected an operation's name or a "
@@ -108,7 +129,9 @@ def explain(target: str | nn.Module, *inputs: Any, **options: Any) -> Explanatio
     return Explanation(rows, table.source if table else None, torch.get_num_threads())
 
 
-def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
+def _rows_of_model(
+    model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], measure: bool
+) -> list[Row]:
     reasons = {name: counterparts.why_not(m) for name, m in counterparts.named(model).items()}
     modules = dict(model.named_modules())
     reserved = counterparts.in_chains(model)  # whose container says what they run
@@ -119,22 +142,92 @@ def _rows_of_model(model: nn.Module, inputs: tuple[Any, ...], options: dict[str,
         for name, module in modules.items()
         if not isinstance(module, torch.jit.ScriptModule) and module not in reserved
     }
-    with (
-        counterparts.swapped(swapped),
-        trial.unchanged(model),
-        trial.recorded(watched, keep=False) as calls,
-    ):
-        model(*inputs, **options)
     rows = []
-    for name, made in calls.items():
-        known = counterparts.of(modules[name])
-        path = name or type(modules[name]).__name__
-        seen = distinct(made)
-        rows += [row_of(path, call) for call in seen]
-        if known is not None and made and not seen:
-            reason = reasons[name] or "PyTorch's own forward serves such a call"
-            rows.append(Row(path, known.op, "torch", {}, _all_but_torch(reason), {}))
+    with counterparts.swapped(swapped), trial.unchanged(model):
+        with trial.recorded(watched, keep=measure) as calls:
+            model(*inputs, **options)
+        for name, made in calls.items():
+            known = counterparts.of(modules[name])
+            path = name or type(modules[name]).__name__
+            seen = distinct(made)
+            times: dict[int, dict[str, float]] = {}
+            own: dict[str, float] = {}
+            if measure and known is not None and isinstance(modules[name], known.ours):
+                times = _measured_calls(known, modules[name], made, seen)
+                if made and not seen:
+                    own = _measured(_forms_of_module(known, modules[name], made[0]))
+            rows += [
+                replace(row_of(path, call), measured_ms=times.get(id(call), {})) for call in seen
+            ]
+            if known is not None and made and not seen:
+                reason = reasons[name] or "PyTorch's own forward serves such a call"
+                rows.append(Row(path, known.op, "torch", {}, _all_but_torch(reason), {}, own))
     return rows
+
+
+def _measured_calls(
+    known: counterparts.Counterpart,
+    module: Any,
+    made: list[trial.Call],
+    seen: list[dispatch.Observed],
+) -> dict[int, dict[str, float]]:
+    """Milliseconds by backend for each of the choices, by its identity: those of the module's call
+    in which it was made. The choices of one call share its times."""
+    found: dict[int, dict[str, float]] = {}
+    for call in made:
+        here = [id(choice) for choice in call.seen if any(choice is s for s in seen)]
+        if here:
+            times = _measured(_forms_of_module(known, module, call))
+            found |= dict.fromkeys(here, times)
+    return found
+
+
+def _forms_of_module(
+    known: counterparts.Counterpart, module: Any, call: trial.Call
+) -> dict[str, Callable[[], object]]:
+    def stock() -> object:
+        return known.stock.forward(module, *call.args, **call.kwargs)
+
+    kernel, _ = counterparts.kernel_of(known.op, counterparts.first_tensor(module))
+    if kernel is None:
+        return {"torch": stock}
+
+    def ours() -> object:
+        before, module.backend = module.backend, kernel
+        try:
+            return known.ours.forward(module, *call.args, **call.kwargs)
+        finally:
+            module.backend = before
+
+    return {kernel: ours, "torch": stock}
+
+
+def _forms_of_op(
+    op: str,
+    function: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    options: dict[str, Any],
+    seen: list[dispatch.Observed],
+) -> dict[str, Callable[[], object]]:
+    call = next((call for call in seen if call.op == op), None)
+    if call is None:
+        return {}
+    return {
+        backend: partial(function, *inputs, **{**options, "backend": backend})
+        for backend in env.BACKENDS
+        if dispatch.why_not(op, backend, call.device, call.dtype, **call.sizes) is None
+    }
+
+
+def _measured(forms: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Milliseconds a call, medians of interleaved rounds; a backend that refuses has none."""
+    able = {}
+    for backend, form in forms.items():
+        with suppress(BackendUnavailableError):
+            form()
+            able[backend] = form
+    times = timing.interleave(able, SECONDS * len(able)) if able else {}
+    return {backend: round(float(np.median(t)) / 1e6, 6) for backend, t in times.items()}
 
 
 def _all_but_torch(reason: str) -> dict[str, str]:

@@ -19,6 +19,9 @@ LEAST_SAMPLE_NS = 2_000_000  # perf_counter_ns and the loop cost under 0.1 us
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
 WARM_UP_CALLS = 3
+# In which threads of the form before stop spinning (libgomp's take 12 ms on Zen 3), and those of the
+# next are awake.
+SETTLE_SECONDS = 0.02
 WARM_UP_NS = 200_000_000  # enough calls of a slow form
 
 Call = Callable[[], object]
@@ -64,6 +67,13 @@ def cpu_sample(call: Call, loops: int) -> float:
     return (time.process_time_ns() - start) / loops
 
 
+def settle(call: Call, seconds: float) -> None:
+    """Calls for that long, and to the end of the last."""
+    end = time.perf_counter() + seconds
+    while seconds and time.perf_counter() < end:
+        call()
+
+
 def calibrate(
     call: Call, least_ns: int = LEAST_SAMPLE_NS, sampler: Sampler = sample
 ) -> tuple[int, float]:
@@ -89,6 +99,7 @@ def interleave(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     sampler: Sampler = sample,
+    settle_seconds: float = 0.0,
 ) -> dict[str, Times]:
     """Times of each form by name, [rounds], nanoseconds per call.
 
@@ -97,15 +108,20 @@ def interleave(
         seconds: about how long to sample; between `min_rounds` and `max_rounds` rounds are taken.
         seed: of the order within the rounds.
         sampler: takes a sample; by the host's clock, unless the work runs elsewhere.
+        settle_seconds: of calls that are not timed before each sample: SETTLE_SECONDS where forms
+            have threads of their own, each of which would spin on into the next.
     """
     with no_gc():
         loops = {name: calibrate(call, sampler=sampler) for name, call in calls.items()}
         round_ns = sum(count * per_call for count, per_call in loops.values())
+        if settle_seconds:
+            round_ns += sum(settle_seconds * 1e9 + per_call for _, per_call in loops.values())
         rounds = max(min_rounds, min(max_rounds, int(seconds * 1e9 / round_ns)))
         times = {name: np.empty(rounds) for name in calls}
         order, shuffler = list(calls), random.Random(seed)
         for i in range(rounds):
             shuffler.shuffle(order)
             for name in order:
+                settle(calls[name], settle_seconds)
                 times[name][i] = sampler(calls[name], loops[name][0])
     return times

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbm_kernels import engines
 from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench.limits import Work
 
 Inputs = dict[str, Any]
 Function = Callable[..., Any]
+Build = Callable[[Inputs], tuple[Function, Inputs]]
 FORWARD, BOTH = "forward", "forward+backward"
 PASSES = (FORWARD, BOTH)
+NO_ENGINE = "no engine has this operation"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Case:
         return replace(self, sizes=sizes, passes=(which,))
 
 
-def as_called(function: Function) -> Callable[[Inputs], tuple[Function, Inputs]]:
+def as_called(function: Function) -> Build:
     """The `build` of a form that is a function of the inputs by their names."""
     return lambda inputs: (function, inputs)
 
@@ -52,25 +55,6 @@ def compile_whole(function: Function) -> Function:
     # One shape at a time: dynamic shapes would only slow the stock form.
     compiled: Function = torch.compile(function, dynamic=False)
     return compiled
-
-
-def freeze_whole(function: Function) -> Function:
-    """torch.compile that takes a module's parameters for constants, as inference may: it lays them
-    out for oneDNN once and fuses what follows. For calls under torch.no_grad."""
-    compiled, is_compiled = compile_whole(function), False
-
-    def call(**arguments: Any) -> Any:
-        nonlocal is_compiled
-        if is_compiled:
-            return compiled(**arguments)
-        from torch._inductor import config
-
-        with config.patch(freezing=True):
-            found = compiled(**arguments)
-        is_compiled = True
-        return found
-
-    return call
 
 
 class Held(nn.Module):
@@ -86,9 +70,7 @@ class Held(nn.Module):
         return self.function(**inputs, **{name: getattr(self, name) for name in self.held})
 
 
-def holding(
-    function: Function, names: Sequence[str]
-) -> Callable[[Inputs], tuple[Function, Inputs]]:
+def holding(function: Function, names: Sequence[str]) -> Build:
     """The `build` of a form that holds these inputs, where a case has them, as parameters."""
 
     def build(inputs: Inputs) -> tuple[Function, Inputs]:
@@ -113,7 +95,7 @@ class Form:
         backward_from: how many of the outputs, the first ones, get a gradient; None: all that can.
     """
 
-    build: Callable[[Inputs], tuple[Function, Inputs]]
+    build: Build
     layout: torch.memory_format | None = None
     compile: bool = False
     compiler: Callable[[Function], Function] = compile_whole
@@ -121,7 +103,7 @@ class Form:
     backward_from: int | None = None
 
 
-def eager_and_compiled(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
+def eager_and_compiled(build: Build) -> dict[str, Form]:
     return {"eager": Form(build), "compile": Form(build, compile=True)}
 
 
@@ -131,9 +113,7 @@ def _plain(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def frozen(
-    build: Callable[[Inputs], tuple[Function, Inputs]], layout: torch.memory_format | None = None
-) -> dict[str, Form]:
+def frozen(build: Build, layout: torch.memory_format | None = None) -> dict[str, Form]:
     """The forward pass of a build whose weights are parameters of its module, folded in."""
 
     def with_plain_arguments(inputs: Inputs) -> tuple[Function, Inputs]:
@@ -142,12 +122,12 @@ def frozen(
         return function, {name: _plain(value) for name, value in arguments.items()}
 
     form = Form(
-        with_plain_arguments, layout, compile=True, compiler=freeze_whole, passes=(FORWARD,)
+        with_plain_arguments, layout, compile=True, compiler=engines.frozen, passes=(FORWARD,)
     )
     return {"compile freezing": form}
 
 
-def with_channels_last(build: Callable[[Inputs], tuple[Function, Inputs]]) -> dict[str, Form]:
+def with_channels_last(build: Build) -> dict[str, Form]:
     """NCHW and channels_last, each eager and compiled."""
     last = torch.channels_last
     return {
@@ -169,6 +149,8 @@ class Benchmark:
         make: a case's inputs by the names of the public function, floats in float32.
         stock: forms by name for a case; the first is eager and the yardstick of the error rule.
         work: (case, pass) -> least operations and bytes, where known.
+        engine: the build of what inference engines are given, in stock PyTorch with the weights as
+            parameters of its module, or why a case has none.
         layout: of the images that `mbm` is given.
         extra: what the error rule allows more, times max|truth|: an operation's named constant.
         kinks: the gradient jumps where two values of a pooling window, or a value and 0, are equal;
@@ -184,7 +166,8 @@ class Benchmark:
     make: Callable[[Case, torch.Generator], Inputs]
     stock: Callable[[Case], Mapping[str, Form]]
     work: Callable[[Case, str], Work] | None = None
-    function: Callable[[Inputs], tuple[Function, Inputs]] | None = None
+    engine: Callable[[Case], Build | str] | None = None
+    function: Build | None = None
     reference: Function | None = None
     diff: Sequence[str] | Callable[[Inputs], Sequence[str]] | None = None
     layout: torch.memory_format | None = None
@@ -216,6 +199,15 @@ class Benchmark:
             return list(self.diff(inputs))
         names = OPS[self.op].diff if self.diff is None else self.diff
         return [name for name in names if _is_floating(inputs.get(name))]
+
+    def engine_model(self, case: Case) -> engines.Model | str:
+        """What engines run of a case, on the harness's inputs, or why they do not."""
+        build = NO_ENGINE if self.engine is None else self.engine(case)
+        if isinstance(build, str):
+            return build
+        inputs = self.inputs(case)
+        prepared = prepare(Form(build), inputs, self.differentiable(inputs))
+        return engines.Model.of(prepared.function, prepared.arguments)
 
     def inputs(self, case: Case, seed: int = 0) -> Inputs:
         return self.make(case, torch.Generator().manual_seed(seed))

@@ -53,6 +53,13 @@ Publish = Annotated[
         "--publish", help=f"Rows over {processes.LEAST} processes, 0.6 s in each: to be published."
     ),
 ]
+Peers = Annotated[
+    bool,
+    typer.Option(
+        "--peers",
+        help="Inference engines too, those of '.[peers]' that are installed; rows forward.",
+    ),
+]
 Processes = Annotated[
     int | None,
     typer.Option("--processes", min=1, help="That a row's times come from; without it 1."),
@@ -120,14 +127,17 @@ class Options:
     no_compile: bool = False
     publish: bool = False
     processes: int | None = None
+    peers: bool = False
     force: bool = False
     readme: Path | None = None
     results_folder: Path | None = None
 
     def settings(self) -> harness.Settings:
         settings = harness.Settings(
-            compile=not self.no_compile, backend=self.backend, quick=self.quick
+            compile=not self.no_compile, backend=self.backend, quick=self.quick, peers=self.peers
         )
+        if self.peers:
+            isa.check_engines()
         if self.quick:
             settings = replace(settings, seconds=harness.QUICK_SECONDS, threads=(2,))
         if self.threads:
@@ -271,6 +281,7 @@ def bench(
     no_compile: NoCompile = False,
     publish: Publish = False,
     processes: Processes = None,
+    peers: Peers = False,
     force: Force = False,
     readme: Readme = None,
     results_folder: Results = None,
@@ -300,6 +311,7 @@ def run_script(benchmark: Benchmark, folder: Path) -> None:
         no_compile: NoCompile = False,
         publish: Publish = False,
         processes: Processes = None,
+        peers: Peers = False,
         force: Force = False,
         readme: Readme = None,
         results_folder: Results = None,

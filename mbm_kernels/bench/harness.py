@@ -5,17 +5,19 @@ calls it, `row_of` makes a row of what one or more processes found.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
 
+from mbm_kernels import engines
 from mbm_kernels._core import timing
 from mbm_kernels.bench import limits, machine, memory, statistics
 from mbm_kernels.bench.benchmark import (
+    FORWARD,
     Benchmark,
     Case,
     Prepared,
@@ -41,6 +43,7 @@ class Settings:
         seconds: of sampling for a row in each process; at least `min_rounds` rounds are taken.
         processes: that a row's times come from.
         attempts: how often a row is measured until nothing speaks against it.
+        peers: whether inference engines are timed in the same rounds.
     """
 
     threads: Sequence[int] = (2, 1)
@@ -51,6 +54,7 @@ class Settings:
     quick: bool = False
     processes: int = 1
     attempts: int = 1
+    peers: bool = False
 
 
 def published(settings: Settings, processes: int) -> Settings:
@@ -68,6 +72,9 @@ class Sampled:
         unavailable: forms that do not compile, and why.
         load: cores that the rest of the machine took meanwhile.
         peak_extra_bytes, result_bytes: of each form; empty where they were not asked for.
+        engines: of each one that was timed, its version, and its error if that was asked for.
+        no_engines: the others, and why.
+        errors: of mbm and PyTorch's forms against float64, where engines were timed.
     """
 
     times: dict[str, Times]
@@ -75,6 +82,9 @@ class Sampled:
     load: float | None
     peak_extra_bytes: dict[str, int | None]
     result_bytes: dict[str, int]
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    no_engines: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "times": {n: t.tolist() for n, t in self.times.items()}}
@@ -161,9 +171,12 @@ def sample(
     settings: Settings,
     *,
     seed: int = 0,
-    with_memory: bool = True,
+    details: bool = True,
 ) -> Sampled:
-    """Times every form in this process, on its present number of threads."""
+    """Times every form in this process, on its present number of threads.
+
+    details: also takes what one process tells for all, memory and errors.
+    """
     torch._dynamo.reset()  # compiled code of another thread count or case
     inputs = benchmark.inputs(case)
     diff = benchmark.differentiable(inputs)
@@ -178,15 +191,51 @@ def sample(
             failed[name] = reason
             del prepared[name]
     calls = {name: p.call(which) for name, p in prepared.items()}
+    peers = engines.Sessions()
+    errors: dict[str, float] = {}
+    if settings.peers:
+        outputs = {name: p.forward for name, p in prepared.items()} if details else {}
+        peers, errors = peers_of(benchmark, case, which, settings, outputs)
+    # What PyTorch makes of the model by its compiler takes part in PyTorch's comparisons.
+    calls |= {n: c for n, c in peers.calls().items() if peers.measured[n].pytorch}
     others = machine.Others()
     times = timing.interleave(
-        calls | {AGAIN: calls[MBM]}, settings.seconds, seed=seed, min_rounds=settings.min_rounds
+        calls | {AGAIN: calls[MBM]} | peers.calls(),
+        settings.seconds,
+        seed=seed,
+        min_rounds=settings.min_rounds,
+        settle_seconds=timing.SETTLE_SECONDS if peers.built else 0.0,
     )
     load = others.cores()
     # After the timing, since it trims the heap.
-    peaks = {n: memory.peak_extra_bytes(call) for n, call in calls.items() if with_memory}
-    sizes = {n: memory.result_bytes(call()) for n, call in calls.items() if with_memory}
-    return Sampled(times, failed, load, peaks, sizes)
+    peaks = {n: memory.peak_extra_bytes(call) for n, call in calls.items() if details}
+    sizes = {n: memory.result_bytes(call()) for n, call in calls.items() if details}
+    found = {name: asdict(measured) for name, measured in peers.measured.items()}
+    return Sampled(times, failed, load, peaks, sizes, found, peers.missing, errors)
+
+
+def peers_of(
+    benchmark: Benchmark,
+    case: Case,
+    which: str,
+    settings: Settings,
+    outputs: Mapping[str, Callable[[], Any]],
+) -> tuple[engines.Sessions, dict[str, float]]:
+    """The engines that run a case, and the errors of other forms against the same truth.
+
+    Args:
+        outputs: of those forms; where there are none, no errors are taken.
+    """
+    model = benchmark.engine_model(case) if which == FORWARD else "engines only infer"
+    if isinstance(model, str):
+        return engines.Sessions(missing=dict.fromkeys(engines.ENGINES, model)), {}
+    truth = model.truth() if outputs else None
+    found = engines.sessions(model, truth, compiled=settings.compile)
+    if truth is None:
+        return found, {}
+    return found, {
+        name: engines.relative_error(engines.flat(call()), truth) for name, call in outputs.items()
+    }
 
 
 def row_of(found: Sequence[Sampled]) -> Row:
@@ -195,13 +244,14 @@ def row_of(found: Sequence[Sampled]) -> Row:
     names = [n for n in found[0].times if all(n in process.times for process in found)]
     times = {name: [process.times[name] for process in found] for name in names}
     summaries = {name: Summary.over(each) for name, each in times.items()}
-    stock = [name for name in names if name not in (MBM, AGAIN)]
+    foreign = {n for n, measured in found[0].engines.items() if not measured["pytorch"]}
+    stock = [name for name in names if name not in (MBM, AGAIN, *foreign)]
     best = min(stock, key=lambda name: summaries[name].median_ms)
     ratios = {name: statistics.ratio_over(times[name], times[MBM]) for name in stock}
     loads = [process.load for process in found if process.load is not None]
     itself = statistics.ratio_over(times[AGAIN], times[MBM])
     return {
-        "forms": {name: summary.as_dict() for name, summary in summaries.items()},
+        "forms": {n: summary.as_dict() for n, summary in summaries.items() if n not in foreign},
         "unavailable": {n: why for process in found for n, why in process.unavailable.items()},
         "stock_form": best,
         "mbm_ms": summaries[MBM].median_ms,
@@ -216,6 +266,36 @@ def row_of(found: Sequence[Sampled]) -> Row:
         "peak_extra_bytes": found[0].peak_extra_bytes,
         "result_bytes": found[0].result_bytes,
         "samples": pack(times),
+    } | _engines(found, times)
+
+
+def _engines(found: Sequence[Sampled], times: Mapping[str, Sequence[Times]]) -> Row:
+    """Each engine's figures, and which is the fastest; nothing where none was asked for.
+
+    The fastest is one of those that are not PyTorch.
+    """
+    missing = {n: why for process in found for n, why in process.no_engines.items()}
+    timed = {n: measured for n, measured in found[0].engines.items() if n in times}
+    if not (missing or timed):
+        return {}
+    rows = {}
+    for name, measured in timed.items():
+        ratio = statistics.ratio_over(times[name], times[MBM])
+        rows[name] = {
+            **measured,
+            "ms": Summary.over(times[name]).median_ms,
+            "ratio": ratio.value,
+            "ratio_lo": ratio.low,
+            "ratio_hi": ratio.high,
+        }
+    foreign = [name for name, row in rows.items() if not row["pytorch"]]
+    fastest = min(foreign, key=lambda name: rows[name]["ms"], default=None)
+    return {
+        "engines": rows,
+        "no_engines": missing,
+        "engine": fastest,
+        "engine_ratio": rows[fastest]["ratio"] if fastest is not None else None,
+        "errors": found[0].errors,
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import env, native, timing
+from mbm_kernels._core import env, native, processor, timing
 
 ABSENT = "absent"  # this torch has no such library
 WIDEST = env.ISAS[-1]
@@ -246,3 +246,16 @@ def refusal(results: Mapping[str, Any], isa: str) -> str | None:
     if reason := disagreement(found):
         return reason
     return None if found["mbm"] == isa else f"it was measured in {found['mbm']}, not {isa}"
+
+
+def check_engines() -> None:
+    """
+    Raises:
+        ValueError: where MBM_ISA holds us to less than engines, which do not heed it, would run in.
+    """
+    wanted, widest = env.isa(), processor.best_isa(processor.read_cpuinfo())
+    if wanted not in (None, widest):
+        raise ValueError(
+            f"peers: got MBM_ISA={wanted}, which no engine heeds; expected {widest}, the widest of "
+            "this CPU; leave MBM_ISA or the engines out"
+        )

@@ -58,9 +58,10 @@ def is_local(dirty: bool | None, compiled: bool) -> bool:
     return bool(dirty) or not compiled
 
 
-def worth(row: Row) -> tuple[bool, int]:
-    """Rows of more are not replaced by rows of less: none in doubt, then more processes."""
-    return not row.get("doubts"), row.get("n_processes", 1)
+def worth(row: Row) -> tuple[bool, int, bool]:
+    """Rows of more are not replaced by rows of less: none in doubt, then more processes, then
+    engines beside them."""
+    return not row.get("doubts"), row.get("n_processes", 1), "engines" in row
 
 
 def _head(device: str, commit: str | None, local: bool) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class ResultsFile:
         if "wrong" not in row and any(
             worth(old) > worth(row) for old in same if "wrong" not in old
         ):
-            return "a row of more processes, or without doubts, stands there"
+            return "a row of more processes, with engines, or without doubts, stands there"
         kept = [old for old in rows if row_key(old) != row_key(row)]
         lines = [json.dumps(line, separators=(",", ":")) for line in (self._head, *kept, row)]
         write_atomic(self.path, ("\n".join(lines) + "\n").encode())

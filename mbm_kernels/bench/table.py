@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mbm_kernels._core.files import write_atomic
-from mbm_kernels.bench import isa, statistics
-from mbm_kernels.bench.benchmark import FORWARD
+from mbm_kernels.bench import engines_table, isa, statistics
 from mbm_kernels.bench.results import Row
+from mbm_kernels.bench.units import milliseconds, short_pass
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NARROW, MEDIUM, WIDE = 92, 118, 150  # terminal columns from which more is shown
@@ -27,20 +27,11 @@ def console_for_rows() -> Console:
     return console if console.is_terminal else Console(width=WIDE)
 
 
-def milliseconds(value: float) -> str:
-    """Milliseconds in three digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def mebibytes(value: int | None) -> str:
     if value is None:
         return "?"
     size = value / 2**20
     return "<1" if size < 1 else f"{size:,.0f}"
-
-
-def short_pass(name: str) -> str:
-    return "fwd" if name == FORWARD else "fwd+bwd"
 
 
 def _memory(row: Row) -> str:
@@ -93,6 +84,7 @@ def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
         groups.setdefault((row["op"], row["heap"]), []).append(row)
     for (op, heap), group in groups.items():
         console.print(_table(op, heap, group, console.width))
+        engines_table.print_rows(group, console)
     if rows:
         console.print(
             "[dim]ratio = best stock form / mbm in the same rounds, above 1: mbm is faster; "
@@ -118,10 +110,16 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
     for name in ("stock ms", "ratio", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # the verdict
+    beside = engines_table.any_in(rows)
+    if beside:
+        table.add_column("fastest engine", min_width=12)
+        table.add_column("ms", justify="right", no_wrap=True)
+        table.add_column("ratio", justify="right", no_wrap=True)
     if width >= MEDIUM:
         table.add_column("limit", justify="right", no_wrap=True)
         table.add_column("+MiB mbm / stock", justify="right", no_wrap=True)
-    if width >= WIDE:
+    others = width >= WIDE and not beside
+    if others:
         table.add_column("other forms")
     for row in rows:
         head = [escape(row["case"]), short_pass(row["pass"]), str(row["threads"])]
@@ -140,9 +138,12 @@ def _table(op: str, heap: str, rows: Sequence[Row], width: int) -> Table:
             f"{row['ratio_lo']:.2f}-{row['ratio_hi']:.2f}",
             f"[{colour}]{verdict(row)}[/{colour}]",
         ]
+        if beside:
+            name, ms, ratio = engines_table.fastest(row)
+            cells += [name, ms, f"{ratio}x" if ratio else ""]
         if width >= MEDIUM:
             cells += [_share(row), _memory(row)]
-        if width >= WIDE:
+        if others:
             cells.append(_others(row))
         table.add_row(*cells)
     return table
@@ -164,17 +165,18 @@ def markdown(found: dict[str, Any], path: str) -> str:
         and not row["quick"]
         and "wrong" not in row
     ]
+    beside = engines_table.any_in(rows)
     lines = [
         f"{machine['cpu']} ({found['device']}), {README_THREADS} threads, {README_HEAP} heap, "
         f"torch {machine['versions']['torch']}, float32, commit {(commit or 'none')[:7]}"
         f"{_isas(found)}. Ratio: best stock form / mbm_kernels, medians of interleaved rounds, and "
         f"its 95 % interval; below 1 stock is faster. {_capitalised(interval(rows))}. MiB: peak "
         "extra memory of a call beyond its results. One thread, the default heap and every stock "
-        f"form: [{path}]({path}).",
+        f"form: [{path}]({path})." + engines_table.NOTE * beside,
         "",
         "| operation | shape | pass | backend | best stock form | stock ms | mbm ms | ratio | | "
-        "MiB mbm / stock |",
-        "|---|---|---|---|---|--:|--:|--:|---|--:|",
+        "MiB mbm / stock |" + engines_table.COLUMNS * beside,
+        "|---|---|---|---|---|--:|--:|--:|---|--:|" + engines_table.RULE * beside,
     ]
     for row in sorted(rows, key=_order):
         cells = [
@@ -189,6 +191,8 @@ def markdown(found: dict[str, Any], path: str) -> str:
             verdict(row),
             _memory(row),
         ]
+        if beside:
+            cells += [*engines_table.fastest(row), engines_table.error_pair(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

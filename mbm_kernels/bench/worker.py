@@ -27,7 +27,7 @@ def main(folder: Path, op: str, index: int) -> int:
         try:
             with timing.threads(task["threads"]):
                 found = harness.sample(
-                    benchmark, case, task["pass"], settings, seed=index, with_memory=index == 0
+                    benchmark, case, task["pass"], settings, seed=index, details=index == 0
                 )
         except Exception as error:  # of an operation or of torch: whoever asked says it
             say({"failed": f"{type(error).__name__}: {str(error)[:300]}"})

@@ -1,4 +1,4 @@
-"""`mbm-kernels optimize`: a model from a package or a file, and what `optimize` makes of it."""
+"""`mbm-kernels optimize` and `explain`: a model from a package or a file, and what it becomes."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,10 @@ import torch
 import typer
 from torch import nn
 
+from mbm_kernels.explaining import explain as explain_model
 from mbm_kernels.optimize.optimizing import MODES, POLICIES
 from mbm_kernels.optimize.optimizing import optimize as optimize_model
+from mbm_kernels.optimize.racing import beside_engines
 
 Model = Annotated[
     str,
@@ -29,6 +31,16 @@ Size = Annotated[
 Mode = Annotated[str, typer.Option("--mode", help=" or ".join(MODES))]
 Policy = Annotated[str, typer.Option("--policy", help=", ".join(POLICIES))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Engines = Annotated[
+    bool,
+    typer.Option(
+        "--engines",
+        help="Time the whole model beside PyTorch and the inference engines of '.[peers]', too.",
+    ),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Time each call by every backend that runs it, too.")
+]
 Html = Annotated[Path | None, typer.Option("--html", help="Write the report to this file, too.")]
 
 
@@ -40,18 +52,43 @@ def optimize(
     policy: Policy = "auto",
     as_json: AsJson = False,
     html: Html = None,
+    engines: Engines = False,
 ) -> None:
     """What a model's modules become, with what they gain, and which stay and why."""
-    torch.manual_seed(0)
-    made, inputs, pixels = _made(model)
-    if inputs is None:
-        side = size or pixels
-        inputs = (torch.randn(batch, 3, side, side),)
+    if engines and mode != "inference":
+        raise ValueError(
+            f"engines: got mode {mode!r}; expected inference, all that engines do; leave one out"
+        )
+    made, inputs = _called(model, batch, size)
     made.train(mode == "training")
     report = optimize_model(made, mode=mode, policy=policy, sample_input=inputs)
+    if engines:
+        report.beside = beside_engines(made, inputs)
     if html is not None:
         report.to_html(html)
     typer.echo(report.to_json() if as_json else str(report))
+
+
+def explain(
+    model: Model,
+    batch: Batch = 1,
+    size: Size = None,
+    measure: Measure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which backend each call of a model takes in inference, predicted times, why not others."""
+    made, inputs = _called(model, batch, size)
+    with torch.no_grad():
+        found = explain_model(made.eval(), *inputs, measure=measure)
+    typer.echo(found.to_json() if as_json else str(found))
+
+
+def _called(spec: str, batch: int, size: int | None) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A model, and what it is called with: images where it says nothing else."""
+    torch.manual_seed(0)
+    made, inputs, pixels = _made(spec)
+    side = size or pixels
+    return made, (torch.randn(batch, 3, side, side),) if inputs is None else inputs
 
 
 def _made(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None, int]:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from mbm_kernels.optimize.beside import Beside
+
 COLUMNS = ("module", "was", "now", "backend", "error", "ratio", "reason")
 # In the table of text, where the width counts.
 SHORT = {
@@ -59,6 +61,7 @@ class Report:
     """The rows `replaced` and `kept`; `notes` are of the model as a whole. `revert` undoes it.
 
     ratio: by policy "measured", PyTorch's time over ours of the whole model on the sample.
+    beside: the whole model beside engines, where somebody measured that.
     """
 
     mode: str
@@ -67,6 +70,7 @@ class Report:
     kept: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ratio: float | None = None
+    beside: Beside | None = None
     _changes: list[Change] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
@@ -89,7 +93,7 @@ class Report:
 
     def to_json(self) -> str:
         """The rows and notes as JSON text."""
-        content = {
+        content: dict[str, Any] = {
             "mode": self.mode,
             "policy": self.policy,
             "replaced": [asdict(row) for row in self.replaced],
@@ -97,6 +101,8 @@ class Report:
             "notes": self.notes,
             "ratio": self.ratio,
         }
+        if self.beside is not None:
+            content["beside"] = self.beside.as_dict()
         return json.dumps(content, indent=2)
 
     def to_html(self, path: str | Path) -> None:
@@ -106,6 +112,10 @@ class Report:
             for title, rows in (("Replaced", self.replaced), ("Kept", self.kept))
             if rows
         ]
+        if self.beside is not None:
+            tables.append(f"<h2>{html.escape(self.beside.title.capitalize())}</h2>")
+            tables.append(_html_lines(self.beside.columns, self.beside.cells()))
+            tables += [f"<p>no {html.escape(line)}</p>" for line in _missing(self.beside)]
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
         page = _PAGE.format(title=html.escape(self.title), body="\n".join(tables) + notes)
         Path(path).write_text(page, encoding="utf-8")
@@ -145,6 +155,11 @@ class Report:
                 console.print(table(("kept", "is", "reason"), _grouped(rows)))
             for note in self.notes:
                 console.print(Text(note))
+            if self.beside is not None:
+                console.print(Text(f"\n{self.beside.title}"))
+                console.print(table(self.beside.columns, self.beside.cells()))
+                for line in _missing(self.beside):
+                    console.print(Text(f"no {line}"))
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -171,12 +186,20 @@ def _grouped(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     return [("\n".join(names), was, reason) for (was, reason), names in groups.items()]
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+def _missing(beside: Beside) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in beside.missing.items()]
 
-    lines = [line(COLUMNS, "th"), *(line(_cells(row), "td") for row in rows)]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+def _html_table(rows: Sequence[Row]) -> str:
+    return _html_lines(COLUMNS, [_cells(row) for row in rows])
+
+
+def _html_lines(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    shown = [line(columns, "th"), *(line(cells, "td") for cells in lines)]
+    return "<table>\n" + "\n".join(shown) + "\n</table>"
 
 
 _PAGE = """<!doctype html>

@@ -34,8 +34,11 @@ from mbm_kernels.bench import (
     results,
     samples,
     statistics,
+    table,
 )
 from mbm_kernels.bench.benchmark import prepare
+from mbm_kernels.engines import flat, relative_error
+from tests.bench.engines import Fake, fakes  # noqa: F401
 from tests.conftest import raises
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -262,7 +265,7 @@ class TestHarness:
         def source(benchmark, case, which, settings):
             seen.append((case.label, which, torch.get_num_threads()))
             found = [
-                harness.sample(benchmark, case, which, settings, seed=i, with_memory=i == 0)
+                harness.sample(benchmark, case, which, settings, seed=i, details=i == 0)
                 for i in range(2)
             ]
             return [harness.Sampled.from_json(json.loads(json.dumps(f.as_json()))) for f in found]
@@ -278,6 +281,54 @@ class TestHarness:
             ratio = statistics.ratio_over(each["eager"], each["mbm"])
             assert ratio.value == pytest.approx(r["ratio"], rel=1e-3)
             assert json.loads(json.dumps(r)) == r
+
+    def test_engines_in_the_same_rounds(self, fakes, tmp_path, capsys):
+        fakes(
+            Fake("fast", scale=1 + 1e-3),
+            Fake("slow", seconds=0.003),
+            Fake("compiler", pytorch=True),
+            Fake("absent", absent="not installed"),
+        )
+        benchmark = replace(benchmark_of(), engine=lambda case: as_called(stock_form))
+        settings = replace(FAST, peers=True)
+        forward, both = harness.run(benchmark, benchmark.cases, settings)
+        assert set(forward["engines"]) == {"fast", "slow", "compiler"}
+        for found in forward["engines"].values():
+            assert found["version"] == "1.2"
+            assert 0 < found["ratio_lo"] <= found["ratio"] <= found["ratio_hi"]
+        assert forward["engine"] == "fast"
+        assert forward["engine_ratio"] == forward["engines"]["fast"]["ratio"]
+        assert forward["engines"]["fast"]["error"] == pytest.approx(1e-3, rel=0.01)
+        assert forward["engines"]["slow"]["ms"] > 3
+        assert forward["no_engines"] == {"absent": "not installed"}
+        assert set(forward["errors"]) == {"mbm", "eager"}
+        # PyTorch under other options is on PyTorch's side.
+        assert set(forward["forms"]) == {"mbm", "mbm again", "eager", "compiler"}
+        assert set(forward["peak_extra_bytes"]) == {"mbm", "eager", "compiler"}
+        assert {"fast", "slow"} <= samples.unpack(forward["samples"]).keys()
+        assert both["engine"] is None
+        assert both["no_engines"]["fast"] == "engines only infer"
+        assert json.loads(json.dumps(forward)) == forward
+        found = {"machine": machine.facts(), "device": "x", "commit": None, "isa": ISAS}
+        text = table.markdown({**found, "rows": [forward | {"heap": "warm", "threads": 2}]}, "r")
+        assert "| fast, 1" in text
+        assert "times our error |" in text
+        cli.measure([benchmark], options(tmp_path, peers=True))
+        out = capsys.readouterr().out
+        assert "no absent: not installed" in out
+        assert "times our error" in out
+
+    def test_a_case_that_no_engine_has(self, fakes):
+        fakes(Fake("fast"))
+        benchmark = benchmark_of()
+        found = next(harness.run(benchmark, benchmark.cases, replace(FAST, peers=True)))
+        assert found["no_engines"] == {"fast": "no engine has this operation"}
+        assert found["engines"] == {}
+
+    def test_engines_run_in_the_widest_isa(self, monkeypatch):
+        monkeypatch.setenv("MBM_ISA", "baseline")
+        with raises(ValueError, "peers: got MBM_ISA=baseline", "leave MBM_ISA or the engines out"):
+            cli.Options(BENCHMARKS, peers=True).settings()
 
     def test_what_speaks_against_a_row_is_measured_again(self, monkeypatch):
         said = iter([["noise"], [], ["noise"], ["noise"]])
@@ -331,6 +382,21 @@ class TestBenchmarks:
             shares = correct.check(benchmark, case, which)
             assert shares
             assert max(shares.values()) <= 1
+
+    @pytest.mark.parametrize("op", OPS)
+    def test_what_engines_run_computes_the_same(self, op):
+        """In PyTorch, as the definition does: an engine's model, or why there is none."""
+        (benchmark,) = cli.load(BENCHMARKS, [op])
+        case = benchmark.choose(None, quick=True)[0].for_check(FORWARD)
+        model = benchmark.engine_model(case)
+        if isinstance(model, str):
+            assert "engine" in model
+            return
+        with torch.no_grad():
+            theirs = model.module(*model.inputs)
+            ours = benchmark.definition()(**benchmark.inputs(case))
+        truth = [y.double() if y.is_floating_point() else y for y in flat(ours)]
+        assert relative_error(flat(theirs), truth) < 1e-5
 
     @pytest.mark.parametrize("op", OPS)
     def test_labels_differ(self, op):
