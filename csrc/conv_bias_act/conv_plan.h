@@ -38,6 +38,13 @@ bool depthwise_rows_fit(const ConvForward& args);
 bool depthwise_rows_fit(const ConvBackward& args);
 void depthwise_rows_forward(const ConvForward& args, int num_threads);
 void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+// Depthwise or up to 64 channels a group; no pool, stride 1 or 2, no dilation; the pixels of x,
+// residual and y side by side.
+bool group_planes_fit(const ConvForward& args);
+void group_planes_forward(const ConvForward& args, int num_threads);
+// Up to 64 channels a group; no pool; the channels of x, residual and y side by side.
+bool group_rows_fit(const ConvForward& args);
+void group_rows_forward(const ConvForward& args, int num_threads);
 
 // grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
