@@ -158,6 +158,10 @@ DepthwiseTileFn tile_for(int64_t pixels, bool part) {
   return part ? tile_of<true>(pixels, Widths()) : tile_of<false>(pixels, Widths());
 }
 
+bool beyond_cache(const ConvSizes& s) {
+  return 4 * s.B * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kStreamBytes;
+}
+
 class DepthwiseRows {
  public:
   explicit DepthwiseRows(const ConvForward& args)
@@ -167,11 +171,8 @@ class DepthwiseRows {
     const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
     if (in_place_ && (residual.data || args.places || !plain))
       finish_ = finish_run_for(s_.activation);
-    side_by_side_ = args.y.x == s_.K && (!residual.data || residual.x == s_.K);
-    const int64_t floats = s_.B * s_.C * (s_.Y * s_.X + s_.conv_y * s_.conv_x);
     streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
-               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
-               4 * floats >= kStreamBytes;
+               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 && beyond_cache(s_);
     // Strides take so much of x for a tile that fetching it meanwhile holds the tile up.
     fetches_ = s_.stride_y == 1 && s_.stride_x == 1 && args.x.y == s_.X * args.x.x;
     width_ = pool_ ? 2 * s_.out_x : s_.conv_x;
@@ -211,7 +212,8 @@ class DepthwiseRows {
                    end_y / pool, x / pool, end_x / pool, staged);
           }
         }
-        for (int64_t row = y; finish_ && row < end_y; ++row) finish_pixels(b, row, x, end_x);
+        for (int64_t row = y; finish_ && row < end_y; ++row)
+          finish_(channels_run(args_, b, 0, s_.K, row, x, end_x));
       }
     }
     if (streams_) stream_end();
@@ -221,18 +223,6 @@ class DepthwiseRows {
   // Of tile i: even shares of a row, or pairs of its pixels for a pool.
   int64_t begin(int64_t i) const {
     return pool_ ? std::min(width_, i * kWidth) : i * width_ / tiles_;
-  }
-
-  // Pixels [x, end) of row y, all channels, of which y holds the sums.
-  void finish_pixels(int64_t b, int64_t y, int64_t x, int64_t end) const {
-    const int64_t pixels = side_by_side_ ? end - x : 1;
-    for (; x < end; x += pixels) {
-      const int64_t saved = ((b * s_.conv_y + y) * s_.conv_x + x) * s_.K;
-      finish_({args_.y.at(b, 0, y, x),
-               args_.residual.data ? args_.residual.at(b, 0, y, x) : nullptr,
-               args_.places ? args_.places + saved : nullptr, args_.z ? args_.z + saved : nullptr,
-               pixels * s_.K});
-    }
   }
 
   int64_t first_row(int64_t y) const {
@@ -277,7 +267,7 @@ class DepthwiseRows {
 
   const ConvForward& args_;
   const ConvSizes& s_;
-  bool pool_, in_place_, streams_, fetches_, side_by_side_;
+  bool pool_, in_place_, streams_, fetches_;
   FinishRunFn finish_ = nullptr;  // of sums in y, all channels of some pixels
   int64_t width_, tiles_;
 };
@@ -410,6 +400,8 @@ bool kernel_fits(const ConvSizes& s) {
 bool depthwise_rows_fit(const ConvForward& args) {
   return kernel_fits(args.sizes) && args.x.c == 1 && pool_kind(args.sizes) != 1;
 }
+
+bool depthwise_rows_stream(const ConvSizes& s) { return s.R * s.S <= 9 && beyond_cache(s); }
 
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;

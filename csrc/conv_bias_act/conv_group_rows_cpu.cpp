@@ -119,7 +119,8 @@ class GroupRows {
     for (int64_t g = 0; g < s_.groups; ++g)
       for (int64_t panel = 0; panel < panels_; ++panel)
         for (int64_t y = y0; y < y1; ++y) row(b, g, panel, y);
-    for (int64_t y = y0; finish_ && y < y1; ++y) finish(b, y);
+    for (int64_t y = y0; finish_ && y < y1; ++y)
+      finish_(channels_run(args_, b, 0, s_.K, y, 0, s_.conv_x));
   }
 
  private:
@@ -154,19 +155,6 @@ class GroupRows {
         group_tile_of<1>(pixels, std::make_integer_sequence<int, kPixels[0]>())(t);
       else
         group_tile_of<2>(pixels, std::make_integer_sequence<int, kPixels[1]>())(t);
-    }
-  }
-
-  // Row y of all outputs, of which y holds the sums.
-  void finish(int64_t b, int64_t y) const {
-    const bool dense = args_.y.x == s_.K && (!args_.residual.data || args_.residual.x == s_.K);
-    const int64_t pixels = dense ? s_.conv_x : 1;
-    for (int64_t x = 0; x < s_.conv_x; x += pixels) {
-      const int64_t saved = ((b * s_.conv_y + y) * s_.conv_x + x) * s_.K;
-      finish_({args_.y.at(b, 0, y, x),
-               args_.residual.data ? args_.residual.at(b, 0, y, x) : nullptr,
-               args_.places ? args_.places + saved : nullptr, args_.z ? args_.z + saved : nullptr,
-               pixels * s_.K});
     }
   }
 

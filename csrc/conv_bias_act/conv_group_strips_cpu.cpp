@@ -1,6 +1,7 @@
-// Depthwise and grouped convolution of NCHW maps: lanes are pixels of a row. Strips of a group's
-// planes are copied, padded with 0 and taken apart by the stride, so that the inputs of every tap
-// lie side by side; neither x nor y is transposed.
+// Depthwise and grouped convolution by strips: a group's planes, or a vector of channels of a
+// channels_last map, are copied, padded with 0 and taken apart by the stride, so that each tap's
+// inputs are vectors at one offset from the first tap's. Lanes are pixels of a row of NCHW or
+// channels; neither x nor y is transposed.
 #include <utility>
 
 #include "common/parallel.h"
@@ -12,29 +13,30 @@
 namespace mbm::MBM_ISA {
 namespace {
 
-constexpr int64_t kStripBytes = 16 << 10;  // of the planes of a group, in L1 beside the outputs
+// Of a strip, in L1 beside the outputs.
+constexpr int64_t kPlaneBytes = 16 << 10, kChannelBytes = 24 << 10;
 constexpr int64_t kTasks = 8;              // of a thread, wanted, so that threads end together
 constexpr int kRowsAtOnce = 8;             // of the output: sums of a depthwise register tile
-constexpr int kColumnTaps = 7;             // whose weights are in registers beside these
 constexpr int kOutputs = 4, kVectors = 3;  // of a grouped register tile
 constexpr int64_t kMostStride = 2, kMostGroup = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
-// The rows and columns of a plane's padded picture that `outputs` rows of the output meet, those of
-// one remainder by the stride together: [stride_y][stride_x][height][pitch].
-struct PlaneStrip {
-  int64_t height, pitch, phase, floats;
+// The rows and columns of the padded picture that `outputs` rows of the output meet, those of one
+// remainder by the stride together: [stride_y][stride_x][height][pitch] floats, of which a pixel
+// takes `pixel`, 1 or kLanes.
+struct Strip {
+  int64_t pixel, height, pitch, phase, floats;
   // Of the columns of each remainder: the first that lies in the picture, how many do, and where.
   int64_t first[kMostStride], count[kMostStride], x[kMostStride];
 
-  PlaneStrip(const ConvSizes& s, int64_t outputs)
-      : height(outputs + (s.R - 1) / s.stride_y),
-        pitch((std::max<int64_t>(s.conv_x, kLanes) + (s.S - 1) / s.stride_x + 2 * kLanes - 1) /
-              kLanes * kLanes),
-        phase(height * pitch),
-        floats(s.stride_y * s.stride_x * phase) {
+  Strip(const ConvSizes& s, bool channels, int64_t outputs)
+      : pixel(channels ? kLanes : 1), height(outputs + (s.R - 1) / s.stride_y) {
     const int64_t used = s.conv_x + (s.S - 1) / s.stride_x;
+    const int64_t read = used + std::max<int64_t>(0, kLanes - s.conv_x);
+    pitch = channels ? used * kLanes : (read + 2 * kLanes - 1) / kLanes * kLanes;
+    phase = height * pitch;
+    floats = s.stride_y * s.stride_x * phase;
     for (int64_t q = 0; q < s.stride_x; ++q) {
       first[q] = ceil_div(s.left - q, s.stride_x);
       x[q] = first[q] * s.stride_x + q - s.left;
@@ -44,9 +46,18 @@ struct PlaneStrip {
 
   int64_t tap(const ConvSizes& s, int64_t r, int64_t t) const {
     return (r % s.stride_y * s.stride_x + t % s.stride_x) * phase + r / s.stride_y * pitch +
-           t / s.stride_x;
+           t / s.stride_x * pixel;
   }
 };
+
+// n vectors of the first `channels` channels, `step` floats apart.
+void copy_pixels(const float* from, int64_t step, int64_t n, int64_t channels, float* to) {
+  if (channels >= kLanes)
+    for (int64_t j = 0; j < n; ++j) store(to + j * kLanes, load(from + j * step));
+  else
+    for (int64_t j = 0; j < n; ++j)
+      store(to + j * kLanes, load_n(from + j * step, static_cast<int>(channels)));
+}
 
 // to[j] = from[j * stride], j < n, then 0 up to a whole vector; `left` floats lie from `from` on.
 template <int stride>
@@ -66,40 +77,48 @@ void copy_phase(const float* from, int64_t n, int64_t left, float* to) {
   }
 }
 
-// Fills the strip of one plane, rows `row` floats apart, for output rows from y on. The columns
-// that lie outside of the picture hold 0 already.
-void fill_strip(const ConvSizes& s, const PlaneStrip& strip, const float* plane, int64_t row,
+// Fills the strip of the plane of x from `plane` on, or of up to kLanes of its `channels` channels,
+// for output rows from y on. The columns that lie outside of the picture hold 0 already.
+void fill_strip(const ConvForward& args, const Strip& strip, const float* plane, int64_t channels,
                 int64_t y, float* to) {
+  const ConvSizes& s = args.sizes;
+  const ConvMap<const float>& x = args.x;
   for (int64_t p = 0; p < s.stride_y; ++p)
     for (int64_t q = 0; q < s.stride_x; ++q) {
       int64_t from_y = y * s.stride_y + p - s.top;
-      const float* from = plane + from_y * row + strip.x[q];
-      for (int64_t i = 0; i < strip.height; ++i, to += strip.pitch) {
-        if (from_y < 0 || from_y >= s.Y)
+      const int64_t left = s.X - strip.x[q];
+      for (int64_t i = 0; i < strip.height; ++i, to += strip.pitch, from_y += s.stride_y) {
+        if (from_y < 0 || from_y >= s.Y) {
           for (int64_t j = 0; j < strip.pitch; j += kLanes) store(to + j, zero());
+          continue;
+        }
+        const float* from = plane + from_y * x.y + strip.x[q] * x.x;
+        float* first = to + strip.first[q] * strip.pixel;
+        if (strip.pixel > 1)
+          copy_pixels(from, s.stride_x * x.x, strip.count[q], channels, first);
         else if (s.stride_x == 1)
-          copy_phase<1>(from, strip.count[q], s.X - strip.x[q], to + strip.first[q]);
+          copy_phase<1>(from, strip.count[q], left, first);
         else
-          copy_phase<2>(from, strip.count[q], s.X - strip.x[q], to + strip.first[q]);
-        from_y += s.stride_y;
-        from += s.stride_y * row;
+          copy_phase<2>(from, strip.count[q], left, first);
       }
     }
 }
 
-// Taps of one column of the kernel, their inputs a row of the strip apart.
+// A column of the kernel: two runs of taps, or one. The inputs of a run's taps lie a row of the
+// strip apart.
 struct TapColumn {
-  int64_t offset, weights;
-  int count;
+  int64_t offset[2], weights[2];
 };
 
-template <int ROWS, int COUNT>
+// across: a weight for each lane.
+template <int ROWS, int COUNT, bool across>
 inline __attribute__((always_inline)) void column_taps(const float* x, int64_t pitch,
                                                        const float* weights, int64_t below,
                                                        vf (&acc)[ROWS]) {
   vf w[COUNT];
 #pragma GCC unroll 8
-  for (int i = 0; i < COUNT; ++i) w[i] = set1(weights[i * below]);
+  for (int i = 0; i < COUNT; ++i)
+    w[i] = across ? load(weights + i * below) : set1(weights[i * below]);
 #pragma GCC unroll 16
   for (int l = 0; l < ROWS + COUNT - 1; ++l, x += pitch) {
     const vf v = load(x);
@@ -113,15 +132,15 @@ struct PlaneTile {
   const float* strip;  // first row and column of the tile
   int64_t pitch;
   const TapColumn* columns;
-  int64_t count;         // of columns
+  int64_t count;
   const float* weights;  // of the columns at their offsets
   int64_t below;         // floats between the weights of a column
-  float bias;
+  vf bias;
   bool relu;
   float* y;
   int64_t row;
   const float* end;  // of the plane of y
-  int width;         // pixels of a row, at most kLanes
+  int width;         // lanes that count
 };
 
 // One vector of a row of y. A full one may reach into rows below, which are written later.
@@ -132,35 +151,52 @@ inline void store_row(float* y, vf v, const float* end, int width) {
     store_n(y, v, width);
 }
 
-template <int ROWS>
+// A and B: taps of the two runs of a column.
+template <int ROWS, int A, int B, bool across>
 void plane_tile(const PlaneTile& t) {
   vf acc[ROWS];
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) acc[i] = set1(t.bias);
+  for (int i = 0; i < ROWS; ++i) acc[i] = t.bias;
   for (int64_t j = 0; j < t.count; ++j) {
-    const float* x = t.strip + t.columns[j].offset;
-    const float* w = t.weights + t.columns[j].weights;
-    switch (t.columns[j].count) {
-      case 1: column_taps<ROWS, 1>(x, t.pitch, w, t.below, acc); break;
-      case 2: column_taps<ROWS, 2>(x, t.pitch, w, t.below, acc); break;
-      case 3: column_taps<ROWS, 3>(x, t.pitch, w, t.below, acc); break;
-      case 4: column_taps<ROWS, 4>(x, t.pitch, w, t.below, acc); break;
-      case 5: column_taps<ROWS, 5>(x, t.pitch, w, t.below, acc); break;
-      case 6: column_taps<ROWS, 6>(x, t.pitch, w, t.below, acc); break;
-      default: column_taps<ROWS, 7>(x, t.pitch, w, t.below, acc);
-    }
+    const TapColumn& column = t.columns[j];
+    column_taps<ROWS, A, across>(t.strip + column.offset[0], t.pitch, t.weights + column.weights[0],
+                                 t.below, acc);
+    if constexpr (B > 0)
+      column_taps<ROWS, B, across>(t.strip + column.offset[1], t.pitch,
+                                   t.weights + column.weights[1], t.below, acc);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i)
-    store_row(t.y + i * t.row, t.relu ? max(zero(), acc[i]) : acc[i], t.end, t.width);
+  for (int i = 0; i < ROWS; ++i) {
+    const vf y = t.relu ? max(zero(), acc[i]) : acc[i];
+    if constexpr (across)
+      store_channels(t.y + i * t.row, y, t.width);
+    else
+      store_row(t.y + i * t.row, y, t.end, t.width);
+  }
 }
 
 using PlaneTileFn = void (*)(const PlaneTile&);
 
-template <int... I>
+template <int A, int B, bool across, int... I>
 PlaneTileFn plane_tile_of(int64_t rows, std::integer_sequence<int, I...>) {
-  static constexpr PlaneTileFn table[] = {plane_tile<I + 1>...};
+  static constexpr PlaneTileFn table[] = {plane_tile<I + 1, A, B, across>...};
   return table[rows - 1];
+}
+
+// Taps of a column's first run: the weights of a run stay in registers beside the sums, and those
+// of a stride of 2 meet rows of one remainder.
+int64_t first_run(int64_t R, int64_t stride) { return stride == 1 && R <= 5 ? R : (R + 1) / 2; }
+
+template <bool across>
+PlaneTileFn plane_tile_for(int64_t R, int64_t stride, int64_t rows) {
+  using Rows = std::make_integer_sequence<int, kRowsAtOnce>;
+  switch (R * 2 + stride) {
+    case 7: return plane_tile_of<3, 0, across>(rows, Rows());
+    case 8: return plane_tile_of<2, 1, across>(rows, Rows());
+    case 11: return plane_tile_of<5, 0, across>(rows, Rows());
+    case 12: return plane_tile_of<3, 2, across>(rows, Rows());
+    default: return plane_tile_of<4, 3, across>(rows, Rows());
+  }
 }
 
 // Sums of kOutputs outputs of a group at N vectors of pixels.
@@ -210,35 +246,35 @@ void group_tile(const GroupTile& t) {
   }
 }
 
-class GroupPlanes {
+class GroupStrips {
  public:
-  explicit GroupPlanes(const ConvForward& args)
+  explicit GroupStrips(const ConvForward& args)
       : args_(args),
         s_(args.sizes),
+        channels_(args.x.x != 1),
         inputs_(s_.C / s_.groups),
         outputs_(s_.K / s_.groups),
-        height_(height(s_)),
-        strip_(s_, height_),
+        height_(height(s_, channels_)),
+        strip_(s_, channels_, height_),
         width_(static_cast<int>(std::min<int64_t>(s_.conv_x, kLanes))),
-        vectors_((s_.conv_x + kLanes - 1) / kLanes) {
+        vectors_(channels_ ? s_.conv_x : (s_.conv_x + kLanes - 1) / kLanes) {
     const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
     if (args.residual.data || args.places || !plain) finish_ = finish_run_for(s_.activation);
     relu_ = !finish_ && s_.activation == Activation::kRelu;
     depthwise_ = depthwise_fits(s_.C, s_.K, s_.groups);
+    const int64_t second = s_.stride_y == 1 ? first_run(s_.R, 1) : 1;
     for (int64_t t = 0; depthwise_ && t < s_.S; ++t)
-      for (int64_t p = 0; p < s_.stride_y; ++p)
-        for (int64_t r = p; r < s_.R;) {
-          const int64_t left = (s_.R - r + s_.stride_y - 1) / s_.stride_y;
-          const int count = static_cast<int>(std::min<int64_t>(left, kColumnTaps));
-          columns_.push_back({strip_.tap(s_, r, t), (r * s_.S + t) * kLanes, count});
-          r += count * s_.stride_y;
-        }
+      columns_.push_back({{strip_.tap(s_, 0, t), strip_.tap(s_, second, t)},
+                          {t * kLanes, (second * s_.S + t) * kLanes}});
     for (int64_t i = 0; !depthwise_ && i < s_.R * s_.S; ++i)
       taps_.push_back(strip_.tap(s_, i / s_.S, i % s_.S));
   }
 
-  // Groups [begin, end) of all images.
-  void groups(int64_t begin, int64_t end) const {
+  // Of an image: groups, or vectors of channels.
+  int64_t parts() const { return channels_ ? (s_.C + kLanes - 1) / kLanes : s_.groups; }
+
+  // Parts [p0, p1) of image b.
+  void parts(int64_t b, int64_t p0, int64_t p1) const {
     const int64_t pixels = height_ * s_.conv_x;
     const Scratch memory(sizeof(float) * (inputs_ * strip_.floats + pixels) +
                          static_cast<size_t>(pixels));
@@ -246,56 +282,67 @@ class GroupPlanes {
     float* z = strip + inputs_ * strip_.floats;
     auto* places = reinterpret_cast<uint8_t*>(z + pixels);
     std::fill_n(strip, inputs_ * strip_.floats, 0.0f);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / s_.groups, g = i % s_.groups;
-      for (int64_t y = 0; y < s_.conv_y; y += height_) {
-        const int64_t end_y = std::min(s_.conv_y, y + height_);
+    for (int64_t y = 0; y < s_.conv_y; y += height_) {
+      const int64_t end = std::min(s_.conv_y, y + height_);
+      for (int64_t p = p0; p < p1; ++p) {
+        const int64_t c0 = channels_ ? p * kLanes : p * inputs_;
         for (int64_t c = 0; c < inputs_; ++c)
-          fill_strip(s_, strip_, args_.x.at(b, g * inputs_ + c, 0, 0), args_.x.y, y,
+          fill_strip(args_, strip_, args_.x.at(b, c0 + c, 0, 0), s_.C - c0, y,
                      strip + c * strip_.floats);
         if (depthwise_)
-          plane(b, g, y, end_y, strip);
+          plane(b, c0, y, end, strip);
         else
-          group(b, g, y, end_y, strip);
-        for (int64_t k = g * outputs_; finish_ && k < (g + 1) * outputs_; ++k)
-          finish(b, k, y, end_y, z, places);
+          group(b, p, y, end, strip);
+        for (int64_t k = p * outputs_; finish_ && !channels_ && k < (p + 1) * outputs_; ++k)
+          finish_plane(b, k, y, end, z, places);
+        for (int64_t row = y; finish_ && channels_ && row < end; ++row)
+          finish_(
+              channels_run(args_, b, c0, std::min<int64_t>(kLanes, s_.K - c0), row, 0, s_.conv_x));
       }
     }
   }
 
  private:
   // Rows of the output whose inputs fill a strip.
-  static int64_t height(const ConvSizes& s) {
-    const int64_t row = PlaneStrip(s, 2).floats - PlaneStrip(s, 1).floats;
-    const int64_t fit = kStripBytes / (4 * row * (s.C / s.groups)) - (s.R - 1) / s.stride_y;
+  static int64_t height(const ConvSizes& s, bool channels) {
+    const int64_t row = Strip(s, channels, 2).floats - Strip(s, channels, 1).floats;
+    const int64_t bytes = channels ? kChannelBytes : kPlaneBytes;
+    const int64_t fit = bytes / (4 * row * (s.C / s.groups)) - (s.R - 1) / s.stride_y;
     const int64_t least = s.C == s.groups ? kRowsAtOnce : kVectors;
     return std::min(s.conv_y, std::max(fit / least, int64_t{1}) * least);
   }
 
   // Where vector i of a row begins: the last one ends with the row.
   int64_t column(int64_t i) const {
-    return std::min(i * kLanes, std::max<int64_t>(0, s_.conv_x - kLanes));
+    return channels_ ? i : std::min(i * kLanes, std::max<int64_t>(0, s_.conv_x - kLanes));
   }
 
+  // Channel c, or a vector of them from there on.
   void plane(int64_t b, int64_t c, int64_t y0, int64_t y1, const float* strip) const {
-    PlaneTile t{};
+    PlaneTile t;
     t.pitch = strip_.pitch;
     t.columns = columns_.data();
     t.count = static_cast<int64_t>(columns_.size());
     t.weights = args_.packed + c / kLanes * s_.R * s_.S * kLanes + c % kLanes;
     t.below = s_.stride_y * s_.S * kLanes;
-    t.bias = args_.bias ? args_.bias[c] : 0.0f;
     t.relu = relu_;
     t.row = args_.y.y;
-    t.end = args_.y.at(b, c, s_.conv_y, 0);
     t.width = width_;
+    if (channels_) {
+      t.width = static_cast<int>(std::min<int64_t>(kLanes, s_.K - c));
+      t.bias = args_.bias ? load_channels(args_.bias + c, t.width) : zero();
+      t.end = nullptr;
+    } else {
+      t.bias = set1(args_.bias ? args_.bias[c] : 0.0f);
+      t.end = args_.y.at(b, c, s_.conv_y, 0);
+    }
     const int64_t tiles = (y1 - y0 + kRowsAtOnce - 1) / kRowsAtOnce;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t y = y0 + i * (y1 - y0) / tiles, end = y0 + (i + 1) * (y1 - y0) / tiles;
-      const PlaneTileFn tile =
-          plane_tile_of(end - y, std::make_integer_sequence<int, kRowsAtOnce>());
+      const PlaneTileFn tile = channels_ ? plane_tile_for<true>(s_.R, s_.stride_y, end - y)
+                                         : plane_tile_for<false>(s_.R, s_.stride_y, end - y);
       for (int64_t v = 0; v < vectors_; ++v) {
-        t.strip = strip + (y - y0) * strip_.pitch + column(v);
+        t.strip = strip + (y - y0) * strip_.pitch + column(v) * strip_.pixel;
         t.y = args_.y.at(b, c, y, column(v));
         tile(t);
       }
@@ -334,7 +381,7 @@ class GroupPlanes {
   }
 
   // Rows [y0, y1) of output k, of which y holds the sums. What is saved lies channel by channel.
-  void finish(int64_t b, int64_t k, int64_t y0, int64_t y1, float* z, uint8_t* places) const {
+  void finish_plane(int64_t b, int64_t k, int64_t y0, int64_t y1, float* z, uint8_t* places) const {
     const int64_t n = (y1 - y0) * s_.conv_x;
     finish_({args_.y.at(b, k, y0, 0),
              args_.residual.data ? args_.residual.at(b, k, y0, 0) : nullptr,
@@ -346,8 +393,9 @@ class GroupPlanes {
 
   const ConvForward& args_;
   const ConvSizes& s_;
+  bool channels_;
   int64_t inputs_, outputs_, height_;
-  PlaneStrip strip_;
+  Strip strip_;
   int width_;
   int64_t vectors_;  // of a row of the output
   FinishRunFn finish_ = nullptr;
@@ -358,25 +406,31 @@ class GroupPlanes {
 
 }  // namespace
 
-bool group_planes_fit(const ConvForward& args) {
+bool group_strips_fit(const ConvForward& args) {
   const ConvSizes& s = args.sizes;
-  const auto rows = [](const auto& map, int64_t width) { return map.x == 1 && map.y == width; };
   if (s.groups == 1 || s.C / s.groups > kMostGroup || pool_kind(s) != 0) return false;
   if (std::max(s.stride_y, s.stride_x) > kMostStride) return false;
-  if (s.dilation_y != 1 || s.dilation_x != 1 || args.x.x != 1) return false;
-  return rows(args.y, s.conv_x) && (!args.residual.data || rows(args.residual, s.conv_x));
+  if (s.dilation_y != 1 || s.dilation_x != 1) return false;
+  const bool depthwise = depthwise_fits(s.C, s.K, s.groups), residual = args.residual.data;
+  if (depthwise && s.R != 3 && s.R != 5 && s.R != 7) return false;
+  if (args.x.x != 1)
+    return depthwise && args.x.c == 1 && args.y.c == 1 && (!residual || args.residual.c == 1);
+  const auto rows = [&s](const auto& map) { return map.x == 1 && map.y == s.conv_x; };
+  return rows(args.y) && (!residual || rows(args.residual));
 }
 
-void group_planes_forward(const ConvForward& args, int num_threads) {
+void group_strips_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   if (s.B == 0) return;
-  const GroupPlanes planes(args);
+  const GroupStrips strips(args);
   const int64_t work = s.B * s.K * s.conv_y * s.conv_x * (s.C / s.groups) * s.R * s.S;
   // Below half a million multiply-adds a second thread costs more than it brings.
   const int threads = work < 500000 ? 1 : num_threads;
-  const int64_t all = s.B * s.groups, cuts = std::min<int64_t>(all, kTasks * threads);
-  parallel_for(threads, cuts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) planes.groups(i * all / cuts, (i + 1) * all / cuts);
+  const int64_t parts = strips.parts(), wanted = threads > 1 ? kTasks * threads : 1;
+  const int64_t cuts = std::min(parts, (wanted + s.B - 1) / s.B);
+  parallel_for(threads, s.B * cuts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      strips.parts(i / cuts, i % cuts * parts / cuts, (i % cuts + 1) * parts / cuts);
   });
 }
 
