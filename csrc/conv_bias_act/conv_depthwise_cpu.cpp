@@ -139,7 +139,10 @@ class Depthwise {
 void depthwise_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   if (s.B == 0 || s.out_y == 0 || s.out_x == 0) return;
-  if (depthwise_rows_fit(args)) return depthwise_rows_forward(args, num_threads);
+  const bool rows = depthwise_rows_fit(args);
+  if (group_strips_fit(args) && !(rows && depthwise_rows_stream(s)))
+    return group_strips_forward(args, num_threads);
+  if (rows) return depthwise_rows_forward(args, num_threads);
   const int64_t size = rows_that_fit(s, s.out_y), cuts = (s.out_y + size - 1) / size;
   const Depthwise depthwise(args, size);
   parallel_for(num_threads, s.B * cuts, 1, [&](int64_t begin, int64_t end) {

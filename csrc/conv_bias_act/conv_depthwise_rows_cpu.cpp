@@ -1,8 +1,11 @@
 // Depthwise convolution of channels_last maps, read in place: lanes are channels, a register tile
 // is a run of pixels of one row, and each input is loaded once for all taps of a kernel's row.
+#include <utility>
+
 #include "conv_bias_act/conv_epilogue.h"
 #include "conv_bias_act/conv_grad_z.h"
 #include "conv_bias_act/conv_plan.h"
+#include "conv_bias_act/conv_run.h"
 
 namespace mbm::MBM_ISA {
 namespace {
@@ -14,9 +17,9 @@ constexpr int64_t kParts = 16;
 constexpr int64_t kPartBytes = 32 << 20;
 constexpr int64_t kRun = 28;  // pixels whose products are summed in registers, in grad_weight
 
-// A tile of two rows of the output, so that each row of inputs comes from L2 half as often.
-constexpr int kWidth =
-    kLanes == 16 ? 8 : 4;  // pixels: inputs, sums and a weight fill the registers
+// A tile of two rows of the output: each input serves both, so that loads are no more than
+// products. Its sums, two weights and an input fill the registers.
+constexpr int kWidth = kLanes == 16 ? 12 : 6;
 
 // Reads `floats` once in the order of memory, which the hardware fetches ahead: by itself a tile's
 // pixels lie too far apart for it (3x3 from memory, 1 thread: 4.4 -> 1.7 ms).
@@ -54,122 +57,147 @@ class Ahead {
 };
 
 struct DepthwiseTile {
-  const float* x;       // column 0 of the tile, first row of inputs
-  int64_t row, column;  // floats between rows and pixels of x
-  int rows;             // of inputs
-  int kernel_row[2];  // that the first row of inputs meets, for each row of the output; rises by 1
-  int R;
-  int first, last;       // columns [first, last) lie in the picture
-  int n;                 // channels
-  const float* weights;  // [R][S][kLanes]
-  const float* bias;     // kLanes floats, or null
+  const float* x;          // first tap of the first pixel, first row of inputs
+  int64_t row, tap, step;  // floats between rows, neighbouring taps and neighbouring pixels
+  int rows;                // of inputs
+  int kernel_row[2];       // that the first row of inputs meets, for each row of the output
+  int R, S;
+  int64_t left, stride, X;  // column of the first tap; the picture's are [0, X)
+  bool inside;              // no tap lies outside of the picture
+  int n;                    // channels
+  const float* weights;     // [R][S][kLanes]
+  const float* bias;        // kLanes floats, or null
   bool relu, streams;
   float* out;
   int64_t out_row, out_column;
-  int out_rows, pixels;  // at most 2 and PX
+  int out_rows;  // 1 or 2
 };
 
-// EDGE: columns outside of the picture, fewer channels or fewer pixels.
-template <int S, int STRIDE, int PX, bool EDGE>
+// sums[o] += one row of inputs times the kernel's row weights[o], of the rows FIRST <= o < LAST.
+// PART: fewer channels than lanes.
+template <int PX, int FIRST, int LAST, bool PART>
+inline __attribute__((always_inline)) void depthwise_row(const DepthwiseTile& t, const float* at,
+                                                         const float* const* weights,
+                                                         vf (&acc)[2][PX]) {
+  for (int s = 0; s < t.S; ++s, at += t.tap) {
+    vf w[2];
+#pragma GCC unroll 2
+    for (int o = FIRST; o < LAST; ++o) w[o] = load(weights[o] + s * kLanes);
+    // Pixels [first, last) have this tap within the picture.
+    int64_t first = 0, last = PX;
+    if (!t.inside) {
+      const int64_t column = t.left + s;
+      while (first < PX && column + first * t.stride < 0) ++first;
+      while (last > first && column + (last - 1) * t.stride >= t.X) --last;
+    }
+    const auto run = [&](const auto& meets) {
+#pragma GCC unroll 16
+      for (int i = 0; i < PX; ++i) {
+        if (!meets(i)) continue;
+        const vf x = PART ? load_n(at + i * t.step, t.n) : load(at + i * t.step);
+#pragma GCC unroll 2
+        for (int o = FIRST; o < LAST; ++o) acc[o][i] = fma(x, w[o], acc[o][i]);
+      }
+    };
+    if (last - first == PX)
+      run([](int) { return true; });
+    else
+      run([&](int i) { return i >= first && i < last; });
+  }
+}
+
+template <int PX, bool PART>
 void depthwise_tile(const DepthwiseTile& t) {
-  constexpr int kColumns = (PX - 1) * STRIDE + S;
   const vf bias = t.bias ? load_channels(t.bias, t.n) : zero();
   vf acc[2][PX];
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < 2 * PX; ++i) acc[i / PX][i % PX] = bias;
   for (int l = 0; l < t.rows; ++l) {
-    const float* at = t.x + l * t.row;
-    vf x[kColumns];
-#pragma GCC unroll 32
-    for (int j = 0; j < kColumns; ++j, at += t.column) {
-      if constexpr (EDGE)
-        x[j] = j >= t.first && j < t.last ? load_channels(at, t.n) : zero();
-      else
-        x[j] = load(at);
-    }
-#pragma GCC unroll 2
+    const float* weights[2];
+    bool meets[2];
     for (int o = 0; o < 2; ++o) {
       const int r = t.kernel_row[o] + l;
-      if (r < 0 || r >= t.R) continue;
-#pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) {
-        const vf w = load(t.weights + (r * S + s) * kLanes);
-#pragma GCC unroll 16
-        for (int i = 0; i < PX; ++i) acc[o][i] = fma(x[i * STRIDE + s], w, acc[o][i]);
-      }
+      meets[o] = o < t.out_rows && r >= 0 && r < t.R;
+      weights[o] = meets[o] ? t.weights + r * t.S * kLanes : nullptr;
     }
+    const float* at = t.x + l * t.row;
+    if (meets[0] && meets[1])
+      depthwise_row<PX, 0, 2, PART>(t, at, weights, acc);
+    else if (meets[0])
+      depthwise_row<PX, 0, 1, PART>(t, at, weights, acc);
+    else if (meets[1])
+      depthwise_row<PX, 1, 2, PART>(t, at, weights, acc);
   }
 #pragma GCC unroll 2
   for (int o = 0; o < 2; ++o) {
     if (o == t.out_rows) break;
 #pragma GCC unroll 16
     for (int i = 0; i < PX; ++i) {
-      if (EDGE && i >= t.pixels) break;
       const vf y = t.relu ? max(zero(), acc[o][i]) : acc[o][i];
       float* to = t.out + o * t.out_row + i * t.out_column;
       if (t.streams)
         stream(to, y);
+      else if (PART)
+        store_n(to, y, t.n);
       else
-        store_channels(to, y, EDGE ? t.n : kLanes);
+        store(to, y);
     }
   }
 }
 
 using DepthwiseTileFn = void (*)(const DepthwiseTile&);
 
-template <int S, int STRIDE>
-DepthwiseTileFn tile_of_width(bool half, bool edge) {
-  if (half)
-    return edge ? depthwise_tile<S, STRIDE, kWidth / 2, true>
-                : depthwise_tile<S, STRIDE, kWidth / 2, false>;
-  return edge ? depthwise_tile<S, STRIDE, kWidth, true> : depthwise_tile<S, STRIDE, kWidth, false>;
+template <bool PART, int... PX>
+DepthwiseTileFn tile_of(int64_t pixels, std::integer_sequence<int, PX...>) {
+  static constexpr DepthwiseTileFn table[] = {depthwise_tile<PX + 1, PART>...};
+  return table[pixels - 1];
 }
 
-DepthwiseTileFn tile_for(int64_t S, int64_t stride, bool half, bool edge) {
-  switch (S * 2 + stride - 1) {
-    case 6: return tile_of_width<3, 1>(half, edge);
-    case 7: return tile_of_width<3, 2>(half, edge);
-    case 10: return tile_of_width<5, 1>(half, edge);
-    case 11: return tile_of_width<5, 2>(half, edge);
-    case 14: return tile_of_width<7, 1>(half, edge);
-    default: return tile_of_width<7, 2>(half, edge);
-  }
+DepthwiseTileFn tile_for(int64_t pixels, bool part) {
+  using Widths = std::make_integer_sequence<int, kWidth>;
+  return part ? tile_of<true>(pixels, Widths()) : tile_of<false>(pixels, Widths());
+}
+
+bool beyond_cache(const ConvSizes& s) {
+  return 4 * s.B * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kStreamBytes;
 }
 
 class DepthwiseRows {
  public:
   explicit DepthwiseRows(const ConvForward& args)
       : args_(args), s_(args.sizes), pool_(pool_kind(s_) == 2) {
-    in_place_ = args.y.c == 1 && !pool_ && !args.residual.data && !args.places &&
-                (s_.activation == Activation::kNone || s_.activation == Activation::kRelu);
-    const int64_t floats = s_.B * s_.C * (s_.Y * s_.X + s_.conv_y * s_.conv_x);
-    streams_ = in_place_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
-               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
-               4 * floats >= kStreamBytes;
+    const ConvMap<const float>& residual = args.residual;
+    in_place_ = args.y.c == 1 && !pool_ && (!residual.data || residual.c == 1);
+    const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
+    if (in_place_ && (residual.data || args.places || !plain))
+      finish_ = finish_run_for(s_.activation);
+    streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
+               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 && beyond_cache(s_);
     // Strides take so much of x for a tile that fetching it meanwhile holds the tile up.
     fetches_ = s_.stride_y == 1 && s_.stride_x == 1 && args.x.y == s_.X * args.x.x;
+    width_ = pool_ ? 2 * s_.out_x : s_.conv_x;
+    tiles_ = (width_ + kWidth - 1) / kWidth;
   }
 
   int64_t pairs() const { return pool_ ? s_.out_y : (s_.conv_y + 1) / 2; }
 
   // Pairs of rows [first, last) of the convolution of image b.
   void pairs(int64_t b, int64_t first, int64_t last) const {
-    const int64_t pool = pool_ ? 2 : 1, width = pool_ ? 2 * s_.out_x : s_.conv_x;
-    const int64_t tiles = (width + kWidth - 1) / kWidth * ((s_.K + kLanes - 1) / kLanes);
+    const int64_t pool = pool_ ? 2 : 1, blocks = (s_.K + kLanes - 1) / kLanes;
     const Scratch memory(sizeof(float) * (2 * kWidth * kLanes + staged_floats(s_, 2, kWidth)));
     float* sums = memory.as<float>();
     float* staged = sums + 2 * kWidth * kLanes;
     for (int64_t y = 2 * first; y < 2 * last; y += 2) {
-      const int64_t met = end_row(y + 1);
+      const int64_t end_y = std::min(s_.conv_y, y + 2), met = end_row(y + 1);
       const int64_t next = fetches_ && y + 2 < 2 * last ? end_row(y + 3) : met;
       if (y == 2 * first || !fetches_)
         touch_rows(args_.x, s_, b, y == 2 * first ? first_row(y) : end_row(y - 1), met);
-      Ahead ahead(args_.x.at(b, 0, met, 0), args_.x.at(b, 0, next, 0), tiles);
-      for (int64_t x = 0; x < width; x += kWidth) {
-        const int64_t end_y = std::min(s_.conv_y, y + 2), end_x = std::min(s_.conv_x, x + kWidth);
+      Ahead ahead(args_.x.at(b, 0, met, 0), args_.x.at(b, 0, next, 0), tiles_ * blocks);
+      for (int64_t i = 0; i < tiles_; ++i) {
+        const int64_t x = begin(i), end_x = begin(i + 1);
         DepthwiseTile t = tile(b, y, end_y, x, end_x);
         if (!in_place_) t.out = sums;
-        const DepthwiseTileFn whole = function(t, false), part = function(t, true);
+        const DepthwiseTileFn whole = tile_for(end_x - x, false), part = tile_for(end_x - x, true);
         for (int64_t k = 0; k < s_.K; k += kLanes) {
           t.n = static_cast<int>(std::min<int64_t>(kLanes, s_.K - k));
           ahead.fetch();
@@ -181,15 +209,22 @@ class DepthwiseRows {
             if (t.bias) t.bias += kLanes;
           } else {
             finish(args_, b, k, t.n, {sums, kWidth * kLanes, kLanes, y, x}, end_y, end_x, y / pool,
-                   end_y / pool, x / pool, std::min(s_.out_x, end_x / pool), staged);
+                   end_y / pool, x / pool, end_x / pool, staged);
           }
         }
+        for (int64_t row = y; finish_ && row < end_y; ++row)
+          finish_(channels_run(args_, b, 0, s_.K, row, x, end_x));
       }
     }
     if (streams_) stream_end();
   }
 
  private:
+  // Of tile i: even shares of a row, or pairs of its pixels for a pool.
+  int64_t begin(int64_t i) const {
+    return pool_ ? std::min(width_, i * kWidth) : i * width_ / tiles_;
+  }
+
   int64_t first_row(int64_t y) const {
     return std::clamp<int64_t>(y * s_.stride_y - s_.top, 0, s_.Y);
   }
@@ -211,33 +246,30 @@ class DepthwiseRows {
       t.out = args_.y.at(b, 0, y, x);
     }
     t.row = args_.x.y;
-    t.column = args_.x.x;
+    t.tap = args_.x.x;
+    t.step = s_.stride_x * args_.x.x;
     t.rows = static_cast<int>(std::min(s_.Y, bottom) - first_row(y));
     for (int o = 0; o < 2; ++o)
       t.kernel_row[o] = static_cast<int>(first_row(y) - ((y + o) * s_.stride_y - s_.top));
     t.R = static_cast<int>(s_.R);
-    t.first = static_cast<int>(std::clamp<int64_t>(-left, 0, 99));
-    t.last = static_cast<int>(std::clamp<int64_t>(s_.X - left, 0, 99));
+    t.S = static_cast<int>(s_.S);
+    t.left = left;
+    t.stride = s_.stride_x;
+    t.X = s_.X;
+    t.inside = left >= 0 && (end_x - 1) * s_.stride_x - s_.left + s_.S <= s_.X;
     t.streams = streams_;
-    t.relu = in_place_ && s_.activation == Activation::kRelu;
+    t.relu = in_place_ && !finish_ && s_.activation == Activation::kRelu;
     t.out_row = in_place_ ? args_.y.y : kWidth * kLanes;
     t.out_column = in_place_ ? args_.y.x : kLanes;
     t.out_rows = static_cast<int>(end_y - y);
-    t.pixels = static_cast<int>(end_x - x);
     return t;
-  }
-
-  DepthwiseTileFn function(const DepthwiseTile& t, bool part) const {
-    const bool half = t.pixels <= kWidth / 2;
-    const int pixels = half ? kWidth / 2 : kWidth;
-    const int64_t columns = (pixels - 1) * s_.stride_x + s_.S;
-    const bool edge = part || t.first > 0 || t.last < columns || t.pixels < pixels;
-    return tile_for(s_.S, s_.stride_x, half, edge);
   }
 
   const ConvForward& args_;
   const ConvSizes& s_;
   bool pool_, in_place_, streams_, fetches_;
+  FinishRunFn finish_ = nullptr;  // of sums in y, all channels of some pixels
+  int64_t width_, tiles_;
 };
 
 // Kernel rows [first, last) that meet the picture in row y of the convolution.
@@ -368,6 +400,8 @@ bool kernel_fits(const ConvSizes& s) {
 bool depthwise_rows_fit(const ConvForward& args) {
   return kernel_fits(args.sizes) && args.x.c == 1 && pool_kind(args.sizes) != 1;
 }
+
+bool depthwise_rows_stream(const ConvSizes& s) { return s.R * s.S <= 9 && beyond_cache(s); }
 
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;

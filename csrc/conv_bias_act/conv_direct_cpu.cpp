@@ -147,6 +147,8 @@ int64_t rows_of_task(const ConvSizes& s) {
 void direct_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
   if (s.B == 0 || s.out_y == 0 || s.out_x == 0) return;
+  if (group_strips_fit(args)) return group_strips_forward(args, num_threads);
+  if (group_rows_fit(args)) return group_rows_forward(args, num_threads);
   const int64_t size = rows_of_task(s), cuts = (s.out_y + size - 1) / size;
   const Direct direct(args, size);
   const int64_t work = s.B * s.K * s.conv_y * s.conv_x * (s.C / s.groups) * s.R * s.S;

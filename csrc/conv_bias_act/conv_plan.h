@@ -36,8 +36,17 @@ void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int nu
 // x channels_last, the kernel 3, 5 or 7 wide, stride 1 or 2.
 bool depthwise_rows_fit(const ConvForward& args);
 bool depthwise_rows_fit(const ConvBackward& args);
+// Few taps, and more of x and y than the last cache holds: read in order, strips do not pay.
+bool depthwise_rows_stream(const ConvSizes& sizes);
 void depthwise_rows_forward(const ConvForward& args, int num_threads);
 void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);
+// Depthwise or up to 64 channels a group; no pool, stride 1 or 2, no dilation; the pixels of x,
+// residual and y side by side, or their channels where it is depthwise.
+bool group_strips_fit(const ConvForward& args);
+void group_strips_forward(const ConvForward& args, int num_threads);
+// Up to 64 channels a group; no pool; the channels of x, residual and y side by side.
+bool group_rows_fit(const ConvForward& args);
+void group_rows_forward(const ConvForward& args, int num_threads);
 
 // grad_z [B, Y', X', padded_channels(K)], or null: computed strip by strip, with grad_bias.
 void direct_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);

@@ -74,6 +74,7 @@ def _convolutions() -> Iterator[tuple[str, str, Inputs]]:
         "stride 2": _conv(numbers, 1, 32, 48, 15, 3, stride=2, **same),
         "one by one": _conv(numbers, 2, 64, 64, 12, 1, activation="silu"),
         "depthwise": _conv(numbers, 2, 64, 64, 16, 3, groups=64, **same),
+        "grouped": _conv(numbers, 2, 64, 64, 14, 3, groups=8, **same),
     }.items():
         yield "conv_bias_act", what, inputs
 

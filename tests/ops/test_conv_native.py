@@ -35,11 +35,20 @@ SHAPES = {
     "groups": (2, 24, 36, 15, 17, 3, {"padding": 1, "groups": 4, "dilation": 2}),
     "stem, no pool": (2, 1, 21, 9, 75, 3, {"padding": 1, "activation": "relu"}),
     "stem of one vector": (1, 2, 5, 11, 31, 4, {"stride": 3, "dilation": 2, "max_pool": 2}),
-    "depthwise rows": (2, 40, 40, 31, 29, 3, {"padding": 1, "groups": 40}),
-    "depthwise rows, strided": (1, 53, 53, 21, 33, 7, {"padding": 3, "stride": 2, "groups": 53}),
+    # Several strips of rows, a last vector of channels or pixels; rows shorter than a vector.
+    "depthwise strips": (2, 40, 40, 71, 29, 3, {"padding": 1, "groups": 40}),
+    "depthwise strips, strided": (1, 53, 53, 21, 33, 7, {"padding": 3, "stride": 2, "groups": 53}),
+    "depthwise strips, short": (
+        *(3, 21, 21, 9, 5, 5),
+        {"padding": 2, "groups": 21, "activation": "hardswish"},
+    ),
     "depthwise rows, pool": (2, 33, 33, 13, 8, 5, {"padding": 4, "groups": 33, "max_pool": 2}),
     "depthwise, dilated": (1, 18, 18, 9, 11, 3, {"dilation": 3, "padding": 2, "groups": 18}),
     "depthwise": (2, 37, 37, 19, 35, 5, {"padding": 2, "groups": 37, "activation": "relu6"}),
+    # Groups of part of a vector of outputs, of one and a part, of more than a panel.
+    "narrow groups": (2, 24, 24, 17, 31, 3, {"padding": 1, "groups": 3, "activation": "relu"}),
+    "groups, strided": (1, 39, 33, 15, 9, 5, {"padding": 2, "groups": 3, "stride": 2}),
+    "wide groups": (1, 40, 74, 7, 6, 3, {"padding": 1, "groups": 2, "activation": "silu"}),
     # Read in place where channels_last: several blocks of pixels, a rest, part of a panel.
     "one by one, in place": (2, 64, 40, 15, 17, 1, {"activation": "silu"}),
     "one by one, groups": (2, 36, 50, 9, 11, 1, {"groups": 2}),
@@ -125,6 +134,7 @@ def block_of(inputs, options, residual=None):
     [
         ("winograd", "winograd", "winograd"),
         ("depthwise", "depthwise", "depthwise"),
+        ("depthwise strips", "depthwise", "depthwise"),
         ("stem, no pool", "few", "few"),
         ("one by one", "planes", "pixels"),
         ("strided one by one", "planes", "pixels"),
@@ -151,6 +161,14 @@ def test_the_model_of_cost_names_the_kernel_that_runs(monkeypatch):
         sizes = drawn_times.sizes_of("conv_bias_act", drawing.call()("cpu"))
         runs = native.cpu().conv_kernel(plans[-1].block)
         assert dispatch.forward_kernel({**sizes, **machine}) == runs, drawing.label
+
+
+def test_maps_past_the_last_cache_are_streamed(isa):
+    options = {"padding": 1, "groups": 48, "activation": "relu"}
+    x, weight, bias = (t.detach() for t in tensors(1, 48, 48, 310, 290, 3, options))
+    streamed = mbm_kernels.conv_bias_act(x, weight, bias, **options, backend="cpu")
+    copied = mbm_kernels.conv_bias_act(x.contiguous(), weight, bias, **options, backend="cpu")
+    torch.testing.assert_close(streamed, copied, rtol=1e-5, atol=1e-5)
 
 
 def test_a_weight_in_the_wrong_form_is_refused():

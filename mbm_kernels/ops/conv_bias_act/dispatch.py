@@ -10,7 +10,10 @@ IN_TILE = 36  # products of a tile, of a channel in and one out
 MOST_TAPS = 25  # beyond 5 x 5 a convolution is called long
 MOST_GATHERED = 8  # pixels of a row of NCHW whose taps are copied rather than transposed
 # csrc's name of a forward kernel where it is not the first word of the model's.
-FORWARD = {"few direct": "direct", "grouped": "direct"}
+FORWARD = dict.fromkeys(("few direct", "grouped", "grouped planes", "grouped rows"), "direct")
+MOST_GROUP = 64  # channels of a group that strips and rows take
+STRIP_TAPS = (3, 5, 7)  # rows of a depthwise kernel
+STREAMED = 32 << 20  # bytes of x and y from which few taps read channels_last in order
 OTHER_POOL = 2  # of geometry.POOLS: every pool past 2x2
 
 
@@ -26,10 +29,13 @@ def cpu(p: Sizes) -> Work:
         amounts["tiles_in"] = share(tiles, threads) * group_in
         amounts["tiles_out"] = share(tiles, threads) * p["K"]
     else:
-        pixels = p["B"] * p["conv_y"] * p["conv_x"]
-        across = (
-            p["C"] if kernel.startswith("depthwise") else p["groups"] * padded(group_out, lanes)
-        )
+        width, across = p["conv_x"], p["groups"] * padded(group_out, lanes)
+        if kernel.endswith("planes") and kernel != "planes":
+            width, across = padded(width, lanes), p["K"]  # lanes are pixels
+            amounts["rows"] = share(p["B"] * p["C"] * p["Y"], threads)
+        elif kernel.startswith("depthwise"):
+            across = p["C"]
+        pixels = p["B"] * p["conv_y"] * width
         per = p["R"] * p["S"] * (1 if kernel.startswith("depthwise") else group_in)
         amounts["products"] = share(pixels, threads) * per * across
         amounts["taps"] = share(pixels, threads) * per * p["groups"]
@@ -72,7 +78,6 @@ def _long(p: Sizes) -> str:
 
 
 def _forward(p: Sizes) -> str:
-    square = p["R"] == p["S"]
     sizes = (p["R"], p["S"], *[p["stride"]] * 2, *[p["dilation"]] * 2, p["groups"])
     if p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"]):
         return "winograd"
@@ -80,8 +85,7 @@ def _forward(p: Sizes) -> str:
     if few and not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL:
         return "few"
     if p["depthwise"]:
-        rows = p["layout"] and square and p["R"] in (3, 5, 7) and p["stride"] in (1, 2)
-        return "depthwise rows" if rows else "depthwise"
+        return _depthwise_kernel(p)
     one_by_one = p["R"] == p["S"] == 1
     if not p["pool"] and (one_by_one or p["groups"] == 1):
         if p["layout"]:
@@ -92,8 +96,25 @@ def _forward(p: Sizes) -> str:
     if few:
         return "few direct"
     if p["groups"] > 1:
-        return "grouped"
+        if p["pool"] or p["C"] // p["groups"] > MOST_GROUP:
+            return "grouped"
+        if p["layout"]:
+            return "grouped rows"
+        return "grouped planes" if _plain_steps(p) else "grouped"
     return "direct" if p["stride"] == 1 else "direct strided"
+
+
+def _plain_steps(p: Sizes) -> bool:
+    return p["stride"] in (1, 2) and p["dilation"] == 1
+
+
+def _depthwise_kernel(p: Sizes) -> str:
+    rows = p["layout"] and p["S"] in STRIP_TAPS and _plain_steps(p) and p["pool"] < OTHER_POOL
+    moved = 4 * p["B"] * p["C"] * (p["Y"] * p["X"] + p["conv_y"] * p["conv_x"])
+    streams = rows and p["R"] * p["S"] <= 9 and moved >= STREAMED
+    if not p["pool"] and p["R"] in STRIP_TAPS and _plain_steps(p) and not streams:
+        return "depthwise strips" if p["layout"] else "depthwise planes"
+    return "depthwise rows" if rows else "depthwise"
 
 
 def _moved(p: Sizes) -> dict[str, float]:

@@ -52,6 +52,7 @@ def _grouped(given: Draws) -> Layer:
         "outputs": groups * given.size(COLUMNS),
         "stride": given.of(1, 1, 2),
         "dilation": given.of(1, 1, 2),
+        "channels_last": given.flag(),
     }
 
 
@@ -73,8 +74,8 @@ def _depthwise_rows(given: Draws) -> Layer:
         "channels": channels,
         "outputs": channels,
         "kernel": (given.of(3, 1, 5, 7), given.of(3, 5, 7)),
-        "stride": given.of(1, 1, 2, (3, 1), (1, 2)),
-        "channels_last": True,
+        "stride": given.of(1, 1, 2, (3, 1), (1, 2), (2, 1)),
+        "channels_last": given.of(True, True, False),
     }
 
 
