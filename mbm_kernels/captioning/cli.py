@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from mbm_kernels.captioning import checkpoint, data, options
+from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.decode import caption_pictures, read_batches, save_attention_sheet
 from mbm_kernels.captioning.evaluate import evaluate
@@ -23,12 +23,14 @@ from mbm_kernels.captioning.options import (
     Json,
     Layers,
     Limit,
-    Out,
-    Rate,
-    Resume,
     Root,
     Seed,
     Steps,
+    TrainingOptions,
+    check_splits,
+    load,
+    report,
+    training,
 )
 from mbm_kernels.captioning.presets import Preset, preset, preset_for
 from mbm_kernels.captioning.train import train_student, train_teacher
@@ -42,11 +44,6 @@ app = typer.Typer(
 
 Size = Annotated[int | None, typer.Option("--image-size", help="Side in pixels, 8 n.")]
 Attention = Annotated[str, typer.Option("--attention", help="additive or dot.")]
-Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
-Augment = Annotated[
-    bool | None,
-    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
-]
 Beam = Annotated[int, typer.Option("--beam", help="Hypotheses per picture; 1 is greedy.")]
 
 
@@ -84,99 +81,77 @@ def prepare(
 
 
 @app.command()
+@training
 def train(
-    out: Out,
-    name: Data = "scenes",
+    options: TrainingOptions,
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     attention: Attention = "additive",
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    augment: Augment = None,
     image_size: Size = None,
     pieces: Annotated[
         int | None, typer.Option(help="BPE pieces instead of words, so many.")
     ] = None,
-    resume: Resume = False,
 ) -> None:
     """Train a captioner by cross-entropy."""
-    chosen = preset_for(name)
-    settings = chosen.teacher if size == "teacher" else chosen.student
-    settings = settings.changed(steps, batch_size, learning_rate, augment)
-    sets = options.load(
-        name,
-        chosen.image_size if image_size is None else image_size,
-        seed=seed,
-        root=data_root,
-        limit=limit,
-        images=images,
-        to_stderr=False,
-    )
-    train_set = data.train_of(name, sets)
+    chosen = preset_for(options.data)
+    settings = options.changed(chosen.teacher if size == "teacher" else chosen.student)
+    side = chosen.image_size if image_size is None else image_size
+    sets = options.load(side, to_stderr=False)
+    train_set = data.train_of(options.data, sets)
     done = train_teacher(
         train_set,
         WordTokenizer.train(train_set.captions, pieces=pieces),
         settings,
         size=size,
         attention=attention,
-        layers=layers,
-        seed=seed,
         validation=_validation(chosen, sets),
-        run=out,
-        resume=resume,
+        **options.fitting(),
     )
-    options.report(done.history, out)
+    report(done.history, settings, options.out)
 
 
 @app.command()
+@training
 def distill(
-    out: Out,
+    options: TrainingOptions,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
-    name: Data = "scenes",
     attention: Attention = "additive",
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    augment: Augment = None,
-    resume: Resume = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of both distributions of words.")
+    ] = None,
+    hard_weight: Annotated[
+        float | None, typer.Option(help="Share of the cross-entropy, 0 to 1.")
+    ] = None,
+    feature_weight: Annotated[
+        float | None, typer.Option(help="Of the cosine between feature maps; 0 leaves it out.")
+    ] = None,
+    divergence: Annotated[str | None, typer.Option(help="forward_kl, reverse_kl or jsd.")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Of jsd: 0 is forward_kl, 1 reverse_kl.")
+    ] = None,
 ) -> None:
     """Train a student from a teacher."""
-    chosen = preset_for(name)
-    settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
-    taught_by = checkpoint.load(teacher, layers=layers)
-    sets = options.load(
-        name,
-        taught_by.model.image_size,
-        seed=seed,
-        root=data_root,
-        limit=limit,
-        images=images,
-        to_stderr=False,
+    chosen = preset_for(options.data)
+    settings = options.changed(chosen.student)
+    distillation = chosen.distill.changed(
+        temperature=temperature,
+        hard_weight=hard_weight,
+        feature_weight=feature_weight,
+        divergence=divergence,
+        beta=beta,
     )
+    taught_by = checkpoint.load(teacher, layers=options.layers)
+    sets = options.load(taught_by.model.image_size, to_stderr=False)
     done = train_student(
-        data.train_of(name, sets),
+        data.train_of(options.data, sets),
         taught_by.tokenizer,
         settings,
         teacher=taught_by.model,
-        distill=chosen.distill,
+        distill=distillation,
         attention=attention,
-        layers=layers,
-        seed=seed,
         validation=_validation(chosen, sets),
-        run=out,
-        resume=resume,
+        **options.fitting(),
     )
-    options.report(done.history, out)
+    report(done.history, settings, options.out)
 
 
 @app.command(name="eval")
@@ -195,7 +170,7 @@ def evaluate_command(
     """Score a checkpoint: exact match 0..1, BLEU-4 0..100, CIDEr-D 0..10."""
     chosen = preset_for(name)
     found = checkpoint.load(path, layers=layers)
-    sets = options.load(
+    sets = load(
         name,
         found.model.image_size,
         seed=seed,
@@ -204,7 +179,7 @@ def evaluate_command(
         images=images,
     )
     scores = {}
-    wanted = options.check_splits(split, sets)
+    wanted = check_splits(split, sets)
     if not wanted:
         raise ValueError(
             f"split: got {name} with train alone, expected another; give --split train"

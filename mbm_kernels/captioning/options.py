@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mbm_kernels.captioning import data
+from mbm_kernels.captioning import checkpoint, data, processes, settings_file
 from mbm_kernels.captioning.data import CaptionSet
+from mbm_kernels.captioning.execution import Execution
 from mbm_kernels.captioning.fit import History
+from mbm_kernels.captioning.presets import TrainSettings
 
 Data = Annotated[str, typer.Option("--data", help="A built-in name or the path of captions.")]
 Images = Annotated[
@@ -22,9 +28,128 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the data, the weights and 
 Layers = Annotated[str, typer.Option("--layers", help="mbm or stock.")]
 Out = Annotated[Path, typer.Option("--out", "--run", help="Folder of the checkpoints.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimiser steps, else the preset's.")]
-Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest checkpoint.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _setting(kind: Any, name: str, text: str) -> Any:
+    """An option for a field of TrainSettings, whose preset it overrides."""
+    return Annotated[kind | None, typer.Option(name, help=text)]
+
+
+Batch = _setting(int, "--batch-size", "Rows of a step, of all processes together.")
+Accumulate = _setting(int, "--accumulate", "Parts that a step is computed in, to save memory.")
+Rate = _setting(float, "--learning-rate", "Peak learning rate.")
+Warmup = _setting(int, "--warmup", "Steps up to the peak, before a cosine to zero.")
+Decay = _setting(float, "--weight-decay", "Of matrices, decoupled (AdamW).")
+Clip = _setting(float, "--clip", "Largest norm of the gradient.")
+WordDropout = _setting(float, "--word-dropout", "Share of the input words that are hidden.")
+Augment = _setting(bool, "--augment/--no-augment", "Shift, scale, turn and recolour images.")
+Ema = _setting(float, "--ema", "Decay of the moving average of weights that is saved.")
+Every = _setting(int, "--evaluate-every", "Steps between validations and checkpoints.")
+Patience = _setting(int, "--patience", "Validations without a lower loss before it stops.")
+Amp = _setting(str, "--amp", "bf16: autocast to bfloat16.")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of every command that trains."""
+
+    out: Out
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="TOML file of options; flags override it.",
+            is_eager=True,
+            callback=settings_file.read,
+        ),
+    ] = None
+    data: Data = "scenes"
+    images: Images = None
+    root: Root = None
+    limit: Limit = None
+    layers: Layers = "mbm"
+    seed: Seed = 0
+    steps: Steps = None
+    batch_size: Batch = None
+    accumulate: Accumulate = None
+    learning_rate: Rate = None
+    warmup: Warmup = None
+    weight_decay: Decay = None
+    clip: Clip = None
+    word_dropout: WordDropout = None
+    augment: Augment = None
+    ema: Ema = None
+    amp: Amp = None
+    evaluate_every: Every = None
+    patience: Patience = None
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu"
+    parallel: Annotated[
+        str, typer.Option("--parallel", help="ddp or fsdp2, where torchrun starts several.")
+    ] = "ddp"
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write losses to tensorboard/ in --out.")
+    ] = False
+    resume: Resume = False
+
+    def changed(self, settings: TrainSettings) -> TrainSettings:
+        """A preset's settings, but for what the options say."""
+        names = {x.name for x in fields(TrainSettings)} & {x.name for x in fields(self)}
+        return settings.changed(**{name: getattr(self, name) for name in names})
+
+    def load(self, image_size: int, *, to_stderr: bool = True) -> dict[str, CaptionSet]:
+        """The splits, by the first process first: it prepares data of the user's own."""
+        with processes.first_alone():
+            return load(
+                self.data,
+                image_size,
+                seed=self.seed,
+                root=self.root,
+                limit=self.limit,
+                images=self.images,
+                to_stderr=to_stderr,
+            )
+
+    def fitting(self) -> dict[str, Any]:
+        """What the functions that train take of them.
+
+        Where torchrun restarts workers that die, ``--resume`` begins anew in an empty folder: the
+        same command line must begin a run and go on with it.
+        """
+        begins = processes.restartable() and not checkpoint.exists(self.out)
+        return {
+            "layers": self.layers,
+            "seed": self.seed,
+            "run": self.out,
+            "resume": self.resume and not begins,
+            "execution": Execution(self.device, self.parallel, self.tensorboard),
+        }
+
+
+def training(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first parameter is TrainingOptions, with these as options before its own.
+
+    It runs in the group of the processes that torchrun started, if it did.
+    """
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    shared = [
+        x.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for x in inspect.signature(TrainingOptions, eval_str=True).parameters.values()
+    ]
+    names = [x.name for x in shared]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = TrainingOptions(**{name: given.pop(name) for name in names})
+        with processes.group(processes.own_device(options.device)):
+            command(options, **given)
+
+    parameters = shared + [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in own]
+    run.__annotations__ = {x.name: x.annotation for x in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    del run.__wrapped__  # whose signature typer would read
+    return run
 
 
 def load(
@@ -61,7 +186,12 @@ def check_splits(asked: list[str] | None, sets: dict[str, CaptionSet]) -> list[s
     return asked or [one for one in sets if one != "train"]
 
 
-def report(history: History, run: Path) -> None:
-    """The line that ends a training."""
+def report(history: History, settings: TrainSettings, run: Path) -> None:
+    """The line that ends a training, by the first process."""
+    if not processes.is_first():
+        return
     last = history.train[-1]
-    typer.echo(f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}")
+    line = f"step {last['step']:.0f}, loss {last['loss']:.4f}, checkpoints in {run}"
+    if last["step"] < settings.steps:
+        line += f" (stopped: no lower loss in {settings.patience} validations)"
+    typer.echo(line)
