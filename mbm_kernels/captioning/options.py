@@ -32,23 +32,39 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue from the latest
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _setting(kind: Any, name: str, text: str) -> Any:
-    """An option for a field of TrainSettings, whose preset it overrides."""
-    return Annotated[kind | None, typer.Option(name, help=text)]
-
-
-Batch = _setting(int, "--batch-size", "Rows of a step, of all processes together.")
-Accumulate = _setting(int, "--accumulate", "Parts that a step is computed in, to save memory.")
-Rate = _setting(float, "--learning-rate", "Peak learning rate.")
-Warmup = _setting(int, "--warmup", "Steps up to the peak, before a cosine to zero.")
-Decay = _setting(float, "--weight-decay", "Of matrices, decoupled (AdamW).")
-Clip = _setting(float, "--clip", "Largest norm of the gradient.")
-WordDropout = _setting(float, "--word-dropout", "Share of the input words that are hidden.")
-Augment = _setting(bool, "--augment/--no-augment", "Shift, scale, turn and recolour images.")
-Ema = _setting(float, "--ema", "Decay of the moving average of weights that is saved.")
-Every = _setting(int, "--evaluate-every", "Steps between validations and checkpoints.")
-Patience = _setting(int, "--patience", "Validations without a lower loss before it stops.")
-Amp = _setting(str, "--amp", "bf16: autocast to bfloat16.")
+Batch = Annotated[
+    int | None, typer.Option("--batch-size", help="Rows of a step, of all processes together.")
+]
+Accumulate = Annotated[
+    int | None,
+    typer.Option("--accumulate", help="Parts that a step is computed in, to save memory."),
+]
+Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
+Warmup = Annotated[
+    int | None, typer.Option("--warmup", help="Steps up to the peak, before a cosine to zero.")
+]
+Decay = Annotated[
+    float | None, typer.Option("--weight-decay", help="Of matrices, decoupled (AdamW).")
+]
+Clip = Annotated[float | None, typer.Option("--clip", help="Largest norm of the gradient.")]
+WordDropout = Annotated[
+    float | None, typer.Option("--word-dropout", help="Share of the input words that are hidden.")
+]
+Augment = Annotated[
+    bool | None,
+    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
+]
+Ema = Annotated[
+    float | None,
+    typer.Option("--ema", help="Decay of the moving average of weights that is saved."),
+]
+Every = Annotated[
+    int | None, typer.Option("--evaluate-every", help="Steps between validations and checkpoints.")
+]
+Patience = Annotated[
+    int | None, typer.Option("--patience", help="Validations without a lower loss before it stops.")
+]
+Amp = Annotated[str | None, typer.Option("--amp", help="bf16: autocast to bfloat16.")]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The options of a training: what each does, and that a resumed run gives the same bits with all."""
+"""The options of a training: what each does, and that with all a resumed run has the same bits."""
 
 import json
 import sys
@@ -107,7 +107,7 @@ def test_losses_that_relate_rows_are_not_computed_in_parts(train_set, tokenizer)
     config = TwoTowerConfig(image_size=16, channels=(8, 8, 8), features=8, embedding=8, hidden=8)
     objective = ContrastiveObjective(TwoTower(tokenizer.vocab_size, config=config, layers="stock"))
     settings = replace(SETTINGS, accumulate=2)
-    with pytest.raises(ValueError, match="accumulate: got 2 parts .* `retrieve train` relates"):
+    with pytest.raises(ValueError, match=r"accumulate: got 2 parts .* `retrieve train` relates"):
         fit(objective, train_set, tokenizer, settings)
 
 
@@ -163,15 +163,13 @@ def test_it_stops_early_and_stays_stopped(train_set, tokenizer, tmp_path):
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(train_set, tokenizer):
-    plain, half = (
-        trained(train_set, tokenizer, replace(SETTINGS, amp=amp))[0] for amp in (None, "bf16")
+    (_, plain), (half, history) = (
+        trained(train_set, tokenizer, replace(SETTINGS, amp=amp)) for amp in (None, "bf16")
     )
     assert {x.dtype for x in half.parameters()} == {torch.float32}
-    moved = [
-        (a - b).abs().max() / a.abs().max()
-        for a, b in zip(plain.parameters(), half.parameters(), strict=True)
-    ]
-    assert 0 < max(moved) < 0.2
+    ours, theirs = history.train[-1]["loss"], plain.train[-1]["loss"]
+    assert ours != theirs
+    assert ours == pytest.approx(theirs, rel=2**-7)
 
 
 @pytest.mark.parametrize(
@@ -236,14 +234,14 @@ def test_tensorboard_gets_each_row_once(train_set, tokenizer, tmp_path, monkeypa
     assert first.folder == str(tmp_path / "tensorboard")
     assert first.rows == [("validation/loss", 3)]
     assert second.purge_step == 4
-    assert second.rows == [("train/loss", 6), ("train/hard", 6), ("validation/loss", 6)]
+    assert sorted(second.rows) == [("train/hard", 6), ("train/loss", 6), ("validation/loss", 6)]
     assert first.closed
     assert second.closed
 
 
 def test_tensorboard_that_is_not_installed(train_set, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="tensorboard: got none .* `pip install tensorboard`"):
+    with pytest.raises(ImportError, match=r"tensorboard: got none .* `pip install tensorboard`"):
         trained(
             train_set,
             tokenizer,
