@@ -37,7 +37,7 @@ Batch = Annotated[
 ]
 Accumulate = Annotated[
     int | None,
-    typer.Option("--accumulate", help="Parts that a step is computed in, to save memory."),
+    typer.Option("--accumulate", help="Parts of a step, one after another."),
 ]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.")]
 Warmup = Annotated[
@@ -52,11 +52,11 @@ WordDropout = Annotated[
 ]
 Augment = Annotated[
     bool | None,
-    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
+    typer.Option("--augment/--no-augment", help="Move and recolour images."),
 ]
 Ema = Annotated[
     float | None,
-    typer.Option("--ema", help="Decay of the moving average of weights that is saved."),
+    typer.Option("--ema", help="Decay of the average of the weights."),
 ]
 Every = Annotated[
     int | None, typer.Option("--evaluate-every", help="Steps between validations and checkpoints.")

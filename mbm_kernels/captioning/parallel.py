@@ -33,7 +33,7 @@ class Parallel:
         self.call: Any = objective
         self.sharded: Any = None
         if self.world > 1 and kind == "ddp":
-            self.call = DistributedDataParallel(objective, broadcast_buffers=False)
+            self.call = DistributedDataParallel(objective)
         elif self.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
