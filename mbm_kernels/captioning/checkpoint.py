@@ -59,6 +59,7 @@ def save(
     *,
     step: int,
     best: bool,
+    weights: dict[str, Tensor],
     training: dict[str, Tensor],
     info: dict[str, Any],
 ) -> Path:
@@ -66,6 +67,7 @@ def save(
 
     Args:
         run: the run's folder, made if absent.
+        weights: the model's state_dict, whole where the model has shards.
         training: tensors that only a resumed training needs.
         info: JSON-able facts for config.json.
 
@@ -79,7 +81,7 @@ def save(
     try:
         run.mkdir(parents=True, exist_ok=True)
         names = Folder(run, kind_of(model)).index()
-        _write_folder(run, name, model, tokenizer, step, training, info)
+        _write_folder(run, name, model, tokenizer, step, weights, training, info)
         names["latest"] = name
         if best or "best" not in names:
             names["best"] = name
@@ -112,6 +114,7 @@ def _write_folder(
     model: nn.Module,
     tokenizer: WordTokenizer,
     step: int,
+    weights: dict[str, Tensor],
     training: dict[str, Tensor],
     info: dict[str, Any],
 ) -> None:
@@ -119,7 +122,7 @@ def _write_folder(
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=run))
     try:
         contents = {
-            "model.safetensors": _tensors_to_bytes(dict(model.state_dict())),
+            "model.safetensors": _tensors_to_bytes(weights),
             "training.safetensors": _tensors_to_bytes(training),
             "tokenizer.json": tokenizer.to_bytes(),
         }

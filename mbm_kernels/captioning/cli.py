@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from mbm_kernels.captioning import card, checkpoint, data, options
+from mbm_kernels.captioning import card, checkpoint, data
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.generate import generate
@@ -24,12 +24,15 @@ from mbm_kernels.captioning.options import (
     Json,
     Layers,
     Limit,
-    Out,
-    Rate,
-    Resume,
     Root,
     Seed,
     Steps,
+    TrainingOptions,
+    as_table,
+    check_splits,
+    load,
+    report,
+    training,
 )
 from mbm_kernels.captioning.presets import Preset, preset, preset_for
 from mbm_kernels.captioning.train import train_student, train_teacher
@@ -46,11 +49,6 @@ Attention = Annotated[str | None, typer.Option("--attention", help="additive, or
 ModelConfig = Annotated[
     Path | None,
     typer.Option("--model-config", help="TOML or JSON of CaptionerConfig, instead of a size."),
-]
-Batch = Annotated[int | None, typer.Option("--batch-size", help="Pictures per step.")]
-Augment = Annotated[
-    bool | None,
-    typer.Option("--augment/--no-augment", help="Shift, scale, turn and recolour images."),
 ]
 
 
@@ -88,43 +86,24 @@ def prepare(
 
 
 @app.command()
+@training
 def train(
-    out: Out,
-    name: Data = "scenes",
+    options: TrainingOptions,
     size: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     model_config: ModelConfig = None,
     attention: Attention = None,
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    augment: Augment = None,
     image_size: Size = None,
     pieces: Annotated[
         int | None, typer.Option(help="BPE pieces instead of words, so many.")
     ] = None,
-    resume: Resume = False,
 ) -> None:
     """Train a captioner by cross-entropy."""
-    chosen = preset_for(name)
-    settings = chosen.teacher if size == "teacher" else chosen.student
-    settings = settings.changed(steps, batch_size, learning_rate, augment)
+    chosen = preset_for(options.data)
+    settings = options.changed(chosen.teacher if size == "teacher" else chosen.student)
     side = chosen.image_size if image_size is None else image_size
     config = None if model_config is None else read_config(model_config, image_size, side)
-    sets = options.load(
-        name,
-        side if config is None else config.image_size,
-        seed=seed,
-        root=data_root,
-        limit=limit,
-        images=images,
-        to_stderr=False,
-    )
-    train_set = data.train_of(name, sets)
+    sets = options.load(side if config is None else config.image_size, to_stderr=False)
+    train_set = data.train_of(options.data, sets)
     done = train_teacher(
         train_set,
         WordTokenizer.train(train_set.captions, pieces=pieces),
@@ -132,37 +111,44 @@ def train(
         size=size,
         config=config,
         attention=attention,
-        layers=layers,
-        seed=seed,
         validation=_validation(chosen, sets),
-        run=out,
-        resume=resume,
+        **options.fitting(),
     )
-    options.report(done.history, out)
+    report(done.history, settings, options.out)
 
 
 @app.command()
+@training
 def distill(
-    out: Out,
+    options: TrainingOptions,
     teacher: Annotated[Path, typer.Option(help="The teacher's run or checkpoint.")],
-    name: Data = "scenes",
     model_config: ModelConfig = None,
     attention: Attention = None,
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    augment: Augment = None,
-    resume: Resume = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of both distributions of words.")
+    ] = None,
+    hard_weight: Annotated[
+        float | None, typer.Option(help="Share of the cross-entropy, 0 to 1.")
+    ] = None,
+    feature_weight: Annotated[
+        float | None, typer.Option(help="Of the cosine between feature maps; 0 leaves it out.")
+    ] = None,
+    divergence: Annotated[str | None, typer.Option(help="forward_kl, reverse_kl or jsd.")] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Of jsd: 0 is forward_kl, 1 reverse_kl.")
+    ] = None,
 ) -> None:
     """Train a student from a teacher."""
-    chosen = preset_for(name)
-    settings = chosen.student.changed(steps, batch_size, learning_rate, augment)
-    taught_by = checkpoint.load(teacher, layers=layers)
+    chosen = preset_for(options.data)
+    settings = options.changed(chosen.student)
+    distillation = chosen.distill.changed(
+        temperature=temperature,
+        hard_weight=hard_weight,
+        feature_weight=feature_weight,
+        divergence=divergence,
+        beta=beta,
+    )
+    taught_by = checkpoint.load(teacher, layers=options.layers)
     side = taught_by.model.image_size
     config = None if model_config is None else read_config(model_config, None, side)
     if config is not None and config.image_size != side:
@@ -170,30 +156,19 @@ def distill(
             f"model config {model_config}: got image_size {config.image_size}, expected the "
             f"teacher's {side}; leave it out"
         )
-    sets = options.load(
-        name,
-        side,
-        seed=seed,
-        root=data_root,
-        limit=limit,
-        images=images,
-        to_stderr=False,
-    )
+    sets = options.load(side, to_stderr=False)
     done = train_student(
-        data.train_of(name, sets),
+        data.train_of(options.data, sets),
         taught_by.tokenizer,
         settings,
         teacher=taught_by.model,
-        distill=chosen.distill,
+        distill=distillation,
         config=config,
         attention=attention,
-        layers=layers,
-        seed=seed,
         validation=_validation(chosen, sets),
-        run=out,
-        resume=resume,
+        **options.fitting(),
     )
-    options.report(done.history, out)
+    report(done.history, settings, options.out)
 
 
 @app.command(name="eval")
@@ -220,7 +195,7 @@ def evaluate_command(
         raise ValueError(
             f"--save: got {path}, a checkpoint outside of a run, expected a run; leave it out"
         )
-    sets = options.load(
+    sets = load(
         name,
         found.model.image_size,
         seed=seed,
@@ -229,7 +204,7 @@ def evaluate_command(
         images=images,
     )
     scores = {}
-    wanted = options.check_splits(split, sets)
+    wanted = check_splits(split, sets)
     if not wanted:
         raise ValueError(
             f"split: got {name} with train alone, expected another; give --split train"
@@ -247,14 +222,14 @@ def evaluate_command(
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
         return
-    typer.echo(options.as_table(scores))
+    typer.echo(as_table(scores))
 
 
 @app.command()
 def demo(
     name: Data = "scenes",
     out: Annotated[Path | None, typer.Option(help="Folder; default out/demo/<data>.")] = None,
-    attention: Attention = "additive",
+    attention: Attention = None,
     steps: Steps = None,
     seed: Seed = 0,
     limit: Limit = None,

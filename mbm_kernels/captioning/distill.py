@@ -5,29 +5,26 @@ Both take tokens int64 [B, T + 1], bos ... eos and padding; the target of place 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.losses import losses_named
-from mbm_kernels.captioning.objective import BATCH, Loss, Objective
+from mbm_kernels.captioning.objective import WHOLE, Loss, Objective, Share
 from mbm_kernels.captioning.presets import DistillSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
+from mbm_kernels.captioning.taught import Taught, checksum
 from mbm_kernels.models import Captioner
-
-
-class Taught(NamedTuple):
-    """What a student learns from: the teacher's hidden [B, T, H] and features [B, S, D]."""
-
-    hidden: Tensor
-    features: Tensor
 
 
 class _WordObjective(Objective):
     """A model and, in training mode only, a prior that is added to its logits."""
+
+    separable = True
 
     def __init__(self, model: Captioner, prior: NeighbourPrior | None) -> None:
         super().__init__()
@@ -42,8 +39,20 @@ class _WordObjective(Objective):
             return hidden, weight
         return self.prior.extend(hidden, weight, tokens, model.pad_id)
 
-    def held_out_loss(self, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int) -> float:
-        return hard_loss(self.model, caption_set, tokenizer, limit)
+    def hard(self, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+        """Next-word cross-entropy, the mean over words; padding does not count."""
+        return self.losses.cross_entropy(
+            hidden,
+            weight,
+            tokens[:, 1:].contiguous(),
+            bias=self.model.head.bias,
+            ignore_index=self.model.pad_id,
+        )
+
+    def held_out(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, float]:
+        """Cross-entropy, weighted by predicted words, whatever is trained on."""
+        loss = self(images, tokens, hard_only=True).total
+        return loss, float((tokens[:, 1:] != self.model.pad_id).sum())
 
 
 class CrossEntropyObjective(_WordObjective):
@@ -52,17 +61,21 @@ class CrossEntropyObjective(_WordObjective):
     def __init__(self, model: Captioner, prior: NeighbourPrior | None = None) -> None:
         super().__init__(model, prior)
 
-    def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
-        """Loss of images [B, 3, Y, X]; ``inputs`` [B, T] replaces the words that are fed."""
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        inputs: Tensor | None = None,
+        share: Share = WHOLE,
+        hard_only: bool = True,
+    ) -> Loss:
+        """Loss of images [B, 3, Y, X]; ``inputs`` [B, T] replaces the words that are fed.
+
+        It knows no other term than that of ``hard_only``.
+        """
         inputs = tokens[:, :-1] if inputs is None else inputs
         hidden, weight = self.words(self.model(images, inputs).hidden, self.model, tokens)
-        loss = self.losses.cross_entropy(
-            hidden,
-            weight,
-            tokens[:, 1:].contiguous(),
-            bias=self.model.head.bias,
-            ignore_index=self.model.pad_id,
-        )
+        loss = self.hard(hidden, weight, tokens) * share.words
         return Loss(loss, {"hard": loss})
 
 
@@ -92,7 +105,9 @@ class DistillationObjective(_WordObjective):
                     f"{name}: got {ours} for the student and {theirs} for the teacher, expected "
                     "the same; train both on the same data"
                 )
-        self.projection = nn.Linear(model.feature_size, teacher.feature_size, bias=False)
+        self.projection: nn.Linear | None = None
+        if settings.feature_weight > 0:
+            self.projection = nn.Linear(model.feature_size, teacher.feature_size, bias=False)
         self.settings = settings
         self._teacher = (teacher.eval().requires_grad_(False),)  # a tuple hides it from nn.Module
 
@@ -100,59 +115,69 @@ class DistillationObjective(_WordObjective):
     def teacher(self) -> Captioner:
         return self._teacher[0]
 
+    def identity(self) -> dict[str, Any]:
+        return {"distill": asdict(self.settings), "teacher": checksum(self.teacher)}
+
     def forward(
         self,
         images: Tensor,
         tokens: Tensor,
         inputs: Tensor | None = None,
         taught: Taught | None = None,
+        share: Share = WHOLE,
+        hard_only: bool = False,
     ) -> Loss:
         """Loss of images [B, 3, Y, X].
 
         Args:
             inputs: [B, T], replaces the words that the student is fed.
             taught: what the teacher says of these images and tokens; None asks it.
+            share: of the rows and words of the batch that these are.
+            hard_only: the student's cross-entropy, without the teacher.
         """
+        own = self.model(images, tokens[:, :-1] if inputs is None else inputs)
+        hidden, weight = self.words(own.hidden, self.model, tokens)
+        if hard_only:
+            loss = self.hard(hidden, weight, tokens) * share.words
+            return Loss(loss, {"hard": loss})
         if taught is None:
             with torch.no_grad():
                 output = self.teacher(images, tokens[:, :-1])
-            taught = Taught(output.hidden, output.features)
-        own = self.model(images, tokens[:, :-1] if inputs is None else inputs)
-        hidden, weight = self.words(own.hidden, self.model, tokens)
-        taught_hidden, taught_weight = self.words(taught.hidden, self.teacher, tokens)
-        words, hard, soft = self.losses.distillation(
+            taught = Taught(output.features, output.hidden)
+        terms = self.losses.distillation(
             hidden,
             weight,
             tokens[:, 1:].contiguous(),
             student_bias=self.model.head.bias,
-            teacher_hidden=taught_hidden,
-            teacher_weight=taught_weight,
-            teacher_bias=self.teacher.head.bias,
+            **self._source(taught, tokens),
             temperature=self.settings.temperature,
             hard_weight=self.settings.hard_weight,
+            divergence=self.settings.divergence,
+            beta=self.settings.beta,
             ignore_index=self.model.pad_id,
         )
-        cosine = F.cosine_similarity(self.projection(own.features), taught.features, dim=-1)
-        features = 1 - cosine.mean()
-        total = words + self.settings.feature_weight * features
-        return Loss(total, {"hard": hard, "soft": soft, "features": features})
+        total, hard, soft = (x * share.words for x in terms)
+        parts = {"hard": hard, "soft": soft}
+        if self.projection is not None:
+            cosine = F.cosine_similarity(self.projection(own.features), taught.features, dim=-1)
+            parts["features"] = (1 - cosine.mean()) * share.rows
+            total = total + self.settings.feature_weight * parts["features"]
+        return Loss(total, parts)
+
+    def _source(self, taught: Taught, tokens: Tensor) -> dict[str, Any]:
+        """The teacher as `linear_distillation_loss` takes it."""
+        if taught.hidden is None:
+            return {"teacher_topk": taught.topk}
+        hidden, weight = self.words(taught.hidden, self.teacher, tokens)
+        bias = self.teacher.head.bias
+        return {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}
 
 
-@torch.no_grad()
 def hard_loss(
     model: Captioner, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int
 ) -> float:
-    """Mean cross-entropy per word on the first ``limit`` images."""
+    """Mean cross-entropy per word on the first ``limit`` captions."""
     was_training = model.training
-    objective = CrossEntropyObjective(model).eval()
-    total = words = 0.0
-    count = min(limit, len(caption_set))
-    for start in range(0, count, BATCH):
-        rows = range(start, min(start + BATCH, count))
-        images, tokens, lengths = collate(caption_set, rows, tokenizer)
-        predicted = float((lengths - 1).sum())
-        loss = objective(images, tokens)
-        total += float(loss.total) * predicted
-        words += predicted
+    loss = CrossEntropyObjective(model).held_out_loss(caption_set, tokenizer, limit)
     model.train(was_training)
-    return total / words
+    return loss

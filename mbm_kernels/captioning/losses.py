@@ -13,6 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from mbm_kernels.ops.linear_distillation_loss import reference
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -44,14 +46,33 @@ def stock_distillation(
     target: Tensor,
     *,
     student_bias: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     temperature: float,
     hard_weight: float,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, hard, soft): cross-entropy and temperature^2 KL(teacher || student)."""
+    """(loss, hard, soft): cross-entropy and temperature^2 times a divergence from the teacher."""
+    if divergence != "forward_kl" or teacher_hidden is None or teacher_weight is None:
+        return reference.linear_distillation_loss(
+            student_hidden,
+            student_weight,
+            target,
+            student_bias,
+            teacher_hidden,
+            teacher_weight,
+            teacher_bias,
+            teacher_topk=teacher_topk,
+            temperature=temperature,
+            hard_weight=hard_weight,
+            divergence=divergence,
+            beta=beta,
+            ignore_index=ignore_index,
+        )
     keep = target != ignore_index
     logits = F.linear(student_hidden[keep], student_weight, student_bias)  # [rows kept, V]
     teacher = F.linear(teacher_hidden[keep], teacher_weight, teacher_bias).detach()

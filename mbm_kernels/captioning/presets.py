@@ -7,20 +7,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mbm_kernels.ops.linear_distillation_loss.op import check_options
+
 
 @dataclass(frozen=True)
 class TrainSettings:
     """One training run.
 
-    steps: optimiser steps. learning_rate: the peak, after ``warmup`` steps, before a cosine to
+    steps: optimiser steps. batch_size: rows of a step, of all processes and parts together.
+    accumulate: parts that a process computes its rows of a step in, one after another, which takes
+    memory for one of them. learning_rate: the peak, after ``warmup`` steps, before a cosine to
     zero. clip: largest norm of the gradient. augment: move, recolour and restyle the images.
     word_dropout: share of the input words that read as unknown. neighbour_prior: keep what
     neighbouring words say of one another out of the model (prior.py). evaluate_every: steps
-    between validations and checkpoints.
+    between validations and checkpoints. patience: validations without a lower loss after which
+    training stops early. ema: decay of the moving average of the weights that is evaluated and
+    saved (average.py). amp: "bf16" computes forward and backward under autocast to bfloat16.
+
+    Raises:
+        ValueError: for an impossible number or name.
     """
 
     steps: int
     batch_size: int = 32
+    accumulate: int = 1
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: int = 100
@@ -29,40 +39,64 @@ class TrainSettings:
     word_dropout: float = 0.0
     neighbour_prior: bool = False
     evaluate_every: int = 200
+    patience: int | None = None
+    ema: float | None = None
+    amp: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("evaluate_every", 1)):
+        counts = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "evaluate_every": 1}
+        if self.patience is not None:
+            counts["patience"] = 1
+        for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, expected at least 0")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"word_dropout: got {self.word_dropout}, expected 0 to 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema: got {self.ema}, expected more than 0 and less than 1")
+        if self.amp not in (None, "bf16"):
+            raise ValueError(f"amp: got {self.amp!r}, expected 'bf16'")
 
     def shortened(self, steps: int) -> TrainSettings:
         """The same for other steps; the warm-up never exceeds half of them."""
         return replace(self, steps=steps, warmup=min(self.warmup, steps // 2))
 
-    def changed(
-        self,
-        steps: int | None,
-        batch_size: int | None,
-        learning_rate: float | None,
-        augment: bool | None = None,
-    ) -> TrainSettings:
-        """The same but for what is given."""
+    def changed(self, *, steps: int | None = None, **given: Any) -> TrainSettings:
+        """The same but for what is given and not None."""
         settings = self if steps is None else self.shortened(steps)
-        given = {"batch_size": batch_size, "learning_rate": learning_rate, "augment": augment}
-        changes: dict[str, Any] = {n: x for n, x in given.items() if x is not None}
-        return replace(settings, **changes)
+        return replace(settings, **_given(given))
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """The student's loss beside ``TrainSettings``; ``feature_weight`` scales the cosine term."""
+    """The student's loss beside ``TrainSettings``.
+
+    temperature, hard_weight, divergence and beta are those of ``linear_distillation_loss``;
+    ``feature_weight`` scales the cosine term, 0 leaves it out.
+
+    Raises:
+        ValueError: for an impossible number or name.
+    """
 
     temperature: float = 2.0
     hard_weight: float = 0.5
     feature_weight: float = 1.0
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_options(self.temperature, self.hard_weight, self.divergence, self.beta, "mean")
+        if not 0 <= self.feature_weight < math.inf:
+            raise ValueError(f"feature_weight: got {self.feature_weight}, expected at least 0")
+
+    def changed(self, **given: Any) -> DistillSettings:
+        """The same but for what is given and not None."""
+        return replace(self, **_given(given))
 
 
 @dataclass(frozen=True)
@@ -129,6 +163,10 @@ PRESETS = {
         validation=None,
     ),
 }
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in options.items() if x is not None}
 
 
 def preset(data: str) -> Preset:

@@ -13,7 +13,11 @@ SHARPNESS = (0.0, 1.8)  # 0 blurs by a 3 x 3 mean, 1 leaves, above sharpens
 CONTRAST = (0.75, 1.3)  # exponent of the distance from white, so that white stays white
 
 
-def restyle(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def restyle(
+    images: Tensor,
+    generator: torch.Generator | None = None,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
     """A copy of each image with other proportions, sharpness, saturation and contrast.
 
     On emoji, 3000 steps with it name unseen_style at CIDEr-D 1.73, 2000 without at 1.55 (student
@@ -22,14 +26,16 @@ def restyle(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     Args:
         images: float [B, 3, Y, X] in -1..1, on white.
         generator: source of the random numbers, on the CPU.
+        part: as `augment` takes it.
 
     Returns:
         The same shape and dtype, clamped to -1..1. The input is left untouched.
     """
     count, _, height, width = images.shape
+    first, total = part or (0, count)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        drawn = torch.rand(count, *shape, generator=generator)
+        drawn = torch.rand(total, *shape, generator=generator)[first : first + count]
         return drawn.mul_(high - low).add_(low).to(images)
 
     nodes = uniform(-WARP, WARP, 2, 4, 4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import NamedTuple, Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
-from mbm_kernels.captioning.distill import Taught
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.models import Captioner
 
@@ -14,19 +16,53 @@ BATCH = 128  # fixed, so that a resumed run gets the same bits
 MOST_BYTES = 2 << 30
 
 
+class Taught(NamedTuple):
+    """What a student learns from.
+
+    features: the teacher's, [B, S, D]. hidden: its states [B, T, H], or else topk: ids and
+    log-probabilities [B, T, k] of its likeliest words.
+    """
+
+    features: Tensor
+    hidden: Tensor | None = None
+    topk: tuple[Tensor, Tensor] | None = None
+
+    def to(self, device: torch.device) -> Taught:
+        hidden = None if self.hidden is None else self.hidden.to(device)
+        topk = None if self.topk is None else (self.topk[0].to(device), self.topk[1].to(device))
+        return Taught(self.features.to(device), hidden, topk)
+
+
+class Teaching(Protocol):
+    """What a teacher says of a set, computed beforehand."""
+
+    def batch(self, rows: Tensor) -> Taught:
+        """Of some captions, int64 [B]."""
+
+
+def checksum(model: nn.Module) -> str:
+    """SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class TaughtSet:
     """Float32 outputs of a teacher in eval mode for the N images of a set and their captions."""
 
     def __init__(self, teacher: Captioner, images: CaptionSet, tokenizer: WordTokenizer) -> None:
         hidden, features, lengths = [], [], []
+        device = next(teacher.parameters()).device
         with torch.no_grad():
             for start in range(0, len(images), BATCH):
                 rows = range(start, min(start + BATCH, len(images)))
                 pixels, tokens, length = collate(images, rows, tokenizer)
-                output = teacher(pixels, tokens[:, :-1])
-                features.append(output.features)
+                output = teacher(pixels.to(device), tokens[:, :-1].to(device))
+                features.append(output.features.cpu())
                 predicted = torch.arange(tokens.shape[1] - 1) < (length - 1)[:, None]
-                hidden.append(output.hidden[predicted])
+                hidden.append(output.hidden.cpu()[predicted])
                 lengths.append(length - 1)
         self.features = torch.cat(features)  # [N, S, D]
         self.hidden = torch.cat(hidden)  # [sum of the lengths, H]
@@ -58,4 +94,4 @@ class TaughtSet:
         place = torch.arange(int(lengths.max()))
         real = place < lengths[:, None]  # [B, T]
         hidden = self.hidden[(self.starts[rows, None] + place) * real]
-        return Taught(hidden * real[..., None], self.features[rows])
+        return Taught(self.features[rows], hidden * real[..., None])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
-from mbm_kernels.captioning.fit import History, fit, seeded
+from mbm_kernels.captioning.execution import HERE, Execution
+from mbm_kernels.captioning.fit import History, fit
 from mbm_kernels.captioning.presets import DistillSettings, TrainSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
+from mbm_kernels.captioning.seeding import seeded
 from mbm_kernels.captioning.taught import TaughtSet
 from mbm_kernels.models import Captioner, CaptionerConfig
 
@@ -37,6 +39,7 @@ def train_teacher(
     run: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    execution: Execution = HERE,
 ) -> Trained:
     """Train a captioner by cross-entropy; see ``fit`` for the arguments that the two share.
 
@@ -55,6 +58,7 @@ def train_teacher(
         run=run,
         resume=resume,
         title=title if progress else None,
+        execution=execution,
     )
     return Trained(model.eval(), tokenizer, history)
 
@@ -74,6 +78,7 @@ def train_student(
     run: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    execution: Execution = HERE,
 ) -> Trained:
     """Train a student from a teacher, or by cross-entropy alone if ``teacher`` is None."""
     if teacher is None:
@@ -90,6 +95,7 @@ def train_student(
             run=run,
             resume=resume,
             progress=progress,
+            execution=execution,
         )
     model = fresh_model(train_set, tokenizer, "student", attention, layers, seed, config)
     with seeded(seed, -2):
@@ -110,6 +116,7 @@ def train_student(
         resume=resume,
         title="student by distillation" if progress else None,
         taught=TaughtSet.if_worth(teacher, train_set, tokenizer, settings),
+        execution=execution,
     )
     return Trained(model.eval(), tokenizer, history)
 

@@ -15,8 +15,8 @@ from typing import Annotated
 import torch
 import typer
 
-from mbm_kernels.captioning import checkpoint, data, options
-from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning import checkpoint, data
+from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.fit import History
 from mbm_kernels.captioning.kinds import MULTIMODAL, TWO_TOWER
 from mbm_kernels.captioning.options import (
@@ -25,12 +25,13 @@ from mbm_kernels.captioning.options import (
     Json,
     Layers,
     Limit,
-    Out,
-    Rate,
-    Resume,
     Root,
     Seed,
-    Steps,
+    TrainingOptions,
+    check_splits,
+    load,
+    report,
+    training,
 )
 from mbm_kernels.captioning.pictures import read_picture
 from mbm_kernels.captioning.presets import TrainSettings
@@ -39,7 +40,7 @@ from mbm_kernels.retrieval import matching
 from mbm_kernels.retrieval.embed import embed_pictures, embed_texts
 from mbm_kernels.retrieval.evaluate import as_text, evaluate
 from mbm_kernels.retrieval.folder import check_same_model, index_folder
-from mbm_kernels.retrieval.presets import preset
+from mbm_kernels.retrieval.presets import Preset, preset
 from mbm_kernels.retrieval.train import train_two_tower
 
 app = typer.Typer(
@@ -49,7 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Batch = Annotated[int | None, typer.Option("--batch-size", help="Pairs per step.")]
 Splits = Annotated[list[str] | None, typer.Option("--split", help="Splits; else all but train.")]
 
 
@@ -59,49 +59,19 @@ def root() -> None:
 
 
 @app.command()
-def train(
-    out: Out,
-    name: Data = "scenes",
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    resume: Resume = False,
-) -> None:
+@training
+def train(options: TrainingOptions) -> None:
     """Train image and text encoders by the contrastive loss."""
-    chosen = preset(name)
-    side, settings = chosen.config.image_size, chosen.settings
-    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
-    fit = partial(
-        train_two_tower, config=chosen.config, layers=layers, seed=seed, run=out, resume=resume
-    )
-    _train(fit, name, sets, settings.changed(steps, batch_size, learning_rate), out)
+    chosen = preset(options.data)
+    _train(partial(train_two_tower, config=chosen.config), options, chosen, chosen.settings)
 
 
 @app.command()
-def match(
-    out: Out,
-    name: Data = "scenes",
-    layers: Layers = "mbm",
-    steps: Steps = None,
-    batch_size: Batch = None,
-    learning_rate: Rate = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    images: Images = None,
-    resume: Resume = False,
-) -> None:
+@training
+def match(options: TrainingOptions) -> None:
     """Train the multimodal model to tell whether an image and a text belong together."""
-    chosen = preset(name)
-    side, settings = chosen.config.image_size, chosen.matching
-    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
-    fit = partial(matching.train_matching, layers=layers, seed=seed, run=out, resume=resume)
-    _train(fit, name, sets, settings.changed(steps, batch_size, learning_rate), out)
+    chosen = preset(options.data)
+    _train(matching.train_matching, options, chosen, chosen.matching)
 
 
 @app.command(name="match-eval")
@@ -119,11 +89,11 @@ def match_eval(
     """AUC of right against wrong texts, hard and easy, for every set of streams."""
     found = checkpoint.load(path, layers=layers, kind=MULTIMODAL)
     side = found.model.image_size
-    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    sets = load(name, side, seed=seed, root=data_root, limit=limit, images=images)
     swap = matching.swap_of(data.train_of(name, sets), found.tokenizer)
     tables = {
         one: matching.ablations(found.model, sets[one], found.tokenizer, swap)
-        for one in options.check_splits(split, sets)
+        for one in check_splits(split, sets)
     }
     typer.echo(json.dumps(tables, indent=2) if as_json else matching.as_text(tables))
 
@@ -143,9 +113,9 @@ def evaluate_command(
     """R@1, R@5 and R@10 in both directions, beside colour histograms with CCA and chance."""
     found = checkpoint.load(path, layers=layers, kind=TWO_TOWER)
     side = found.model.image_size
-    sets = options.load(name, side, seed=seed, root=data_root, limit=limit, images=images)
+    sets = load(name, side, seed=seed, root=data_root, limit=limit, images=images)
     data.train_of(name, sets)  # which the baseline is fitted to
-    table = evaluate(found.model, sets, found.tokenizer, options.check_splits(split, sets))
+    table = evaluate(found.model, sets, found.tokenizer, check_splits(split, sets))
     typer.echo(json.dumps(table, indent=2) if as_json else as_text(table))
 
 
@@ -215,12 +185,13 @@ def query(
 
 def _train(
     fit: Callable[..., tuple[object, History]],
-    name: str,
-    sets: dict[str, CaptionSet],
+    options: TrainingOptions,
+    chosen: Preset,
     settings: TrainSettings,
-    out: Path,
 ) -> None:
-    train_set = data.train_of(name, sets)
+    settings = options.changed(settings)
+    sets = options.load(chosen.config.image_size)
+    train_set = data.train_of(options.data, sets)
     words = WordTokenizer.train(train_set.captions)
-    _, history = fit(train_set, words, settings, validation=sets.get("val"))
-    options.report(history, out)
+    _, history = fit(train_set, words, settings, validation=sets.get("val"), **options.fitting())
+    report(history, settings, options.out)

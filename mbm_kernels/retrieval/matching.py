@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
-from mbm_kernels.captioning.fit import History, fit, seeded
+from mbm_kernels.captioning.execution import HERE, Execution
+from mbm_kernels.captioning.fit import History, fit
 from mbm_kernels.captioning.objective import Loss, Objective
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.prior import word_classes
+from mbm_kernels.captioning.seeding import seeded
 from mbm_kernels.models import MultimodalBigModel, MultimodalConfig
 from mbm_kernels.retrieval.baselines import color_histograms
 from mbm_kernels.retrieval.objective import text_lengths
@@ -138,6 +140,7 @@ def train_matching(
     run: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    execution: Execution = HERE,
 ) -> tuple[MultimodalBigModel, History]:
     """Train a similarity head and the streams below it; see `captioning.fit.fit`.
 
@@ -165,6 +168,7 @@ def train_matching(
         run=run,
         resume=resume,
         title="similarity head" if progress else None,
+        execution=execution,
     )
     return model.eval(), history
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
-from mbm_kernels.captioning.fit import History, fit, seeded
+from mbm_kernels.captioning.execution import HERE, Execution
+from mbm_kernels.captioning.fit import History, fit
 from mbm_kernels.captioning.presets import TrainSettings
+from mbm_kernels.captioning.seeding import seeded
 from mbm_kernels.models import TwoTower, TwoTowerConfig
 from mbm_kernels.retrieval.objective import ContrastiveObjective
 
@@ -24,6 +26,7 @@ def train_two_tower(
     run: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    execution: Execution = HERE,
 ) -> tuple[TwoTower, History]:
     """Train two towers on captioned images; see `captioning.fit.fit` for the other arguments.
 
@@ -47,5 +50,6 @@ def train_two_tower(
         run=run,
         resume=resume,
         title="two towers" if progress else None,
+        execution=execution,
     )
     return model.eval(), history

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mbm_kernels.captioning import checkpoint
+from mbm_kernels.captioning.batches import mask_words
 from mbm_kernels.captioning.data import WordTokenizer, collate
 from mbm_kernels.captioning.distill import (
     CrossEntropyObjective,
@@ -15,13 +16,14 @@ from mbm_kernels.captioning.distill import (
     hard_loss,
 )
 from mbm_kernels.captioning.evaluate import evaluate
-from mbm_kernels.captioning.fit import fit, mask_words, schedule
+from mbm_kernels.captioning.fit import fit
 from mbm_kernels.captioning.losses import losses_named
 from mbm_kernels.captioning.presets import PRESETS, DistillSettings, TrainSettings, preset
 from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.captioning.style import restyle
 from mbm_kernels.captioning.taught import TaughtSet
 from mbm_kernels.captioning.train import train_student, train_teacher
+from mbm_kernels.captioning.trainer import schedule
 from mbm_kernels.models import Captioner
 
 from .training_helpers import (  # noqa: F401  the fixtures are used by name

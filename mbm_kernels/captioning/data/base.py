@@ -107,12 +107,23 @@ def collate(
             f"collate: got {got}, expected at least one in 0..{len(caption_set) - 1}; "
             "draw the batch from range(len(caption_set))"
         )
-    encoded = [tokenizer.encode(caption_set.captions[i]) for i in rows]
-    tokens, lengths = padded(encoded, tokenizer.pad_id)
+    return images_of(caption_set, rows), *texts_of(caption_set, rows, tokenizer)
+
+
+def images_of(caption_set: CaptionSet, rows: Sequence[int]) -> torch.Tensor:
+    """The images of the given captions, float32 `[B, 3, Y, X]` from `normalise`."""
     of = torch.tensor(rows)
     if caption_set.image_of is not None:
         of = caption_set.image_of[of]
-    return normalise(caption_set.images[of]), tokens, lengths
+    return normalise(caption_set.images[of])
+
+
+def texts_of(
+    caption_set: CaptionSet, rows: Sequence[int], tokenizer: WordTokenizer
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The given captions as `collate` has them: tokens int64 `[B, T]` and lengths int64 `[B]`."""
+    encoded = [tokenizer.encode(caption_set.captions[i]) for i in rows]
+    return padded(encoded, tokenizer.pad_id)
 
 
 def padded(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +133,11 @@ def padded(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor,
     return torch.nn.utils.rnn.pad_sequence(rows, True, pad_id), lengths
 
 
-def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def augment(
+    images: torch.Tensor,
+    generator: torch.Generator | None = None,
+    part: tuple[int, int] | None = None,
+) -> torch.Tensor:
     """A slightly moved and recoloured copy of each image; never mirrored, captions say "left".
 
     Shift up to 6 % of the side, scale 0.88..1.12, rotation up to 8 degrees, edges
@@ -132,6 +147,8 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> t
     Args:
         images: float `[B, 3, Y, X]` in -1..1, from `normalise`.
         generator: source of the random numbers, on the CPU.
+        part: (first, total) where the images are rows first ... first + B - 1 of a batch of total,
+            for all of which numbers are drawn; each row comes out as in the whole batch.
 
     Returns:
         The same shape and dtype, clamped to -1..1. The input is left untouched.
@@ -142,9 +159,10 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None) -> t
             "expected float [B, 3, Y, X]; call normalise first"
         )
     count = images.shape[0]
+    first, total = part or (0, count)
 
     def uniform(reach: float, *shape: int) -> torch.Tensor:
-        drawn = torch.rand(count, *shape, generator=generator)
+        drawn = torch.rand(total, *shape, generator=generator)[first : first + count]
         return drawn.mul_(2 * reach).sub_(reach).to(images)
 
     angle, scale, shift = uniform(0.14), 1 + uniform(0.12), uniform(0.12, 2)

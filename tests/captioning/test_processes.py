@@ -1,0 +1,118 @@
+"""Trainings that are killed, and trainings of more than one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbm_kernels.captioning import checkpoint, options, processes
+from mbm_kernels.captioning.data import WordTokenizer
+from mbm_kernels.captioning.distill import CrossEntropyObjective
+from mbm_kernels.captioning.fit import fit
+
+from .forked import GROUP
+from .training_helpers import assert_same, colours, make, weights_of
+
+
+def forked(*arguments):
+    command = [sys.executable, "-m", "tests.captioning.forked", *(str(x) for x in arguments)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed(kills, tmp_path):
+    output = forked("crash", tmp_path, kills, kills)
+    assert f"{kills} kills in" in output
+    assert "the same weights" in output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("groups")
+    forked("group", folder)
+    return folder
+
+
+def history(run):
+    return checkpoint.load(run, layers="stock", which="latest").config["history"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("objective", ["hard", "distill"])
+def test_two_processes_are_one(objective, parallel, runs):
+    one, two, parts = (runs / f"{objective}-{name}" for name in ("one", parallel, "parts"))
+    for group, rows in history(one).items():
+        for ours, theirs in zip(history(two)[group], rows, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5), group
+    found, expected = weights_of(two), weights_of(parts)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(parallel, runs):
+    """`forked.groups` has seen the run end at once, its checkpoint of step 3 whole."""
+    assert_same(weights_of(runs / f"dead-{parallel}"), weights_of(runs / f"hard-{parallel}"))
+
+
+def test_a_batch_of_fewer_rows_than_parts_is_refused(monkeypatch):
+    train_set = colours()
+    tokenizer = WordTokenizer.train(train_set.captions)
+    monkeypatch.setattr(processes, "world", lambda: 7)
+    with pytest.raises(ValueError, match="batch_size: got 6, expected at least 7, a row for each"):
+        fit(CrossEntropyObjective(make(tokenizer)), train_set, tokenizer, GROUP)
+
+
+def test_resume_begins_anew_only_where_torchrun_restarts(tmp_path, monkeypatch):
+    given = options.TrainingOptions(out=tmp_path, resume=True)
+    assert given.fitting()["resume"]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    assert given.fitting()["resume"]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert not given.fitting()["resume"]
+    (tmp_path / "checkpoints.json").write_text("{}")
+    assert given.fitting()["resume"]
+
+
+def children(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(x) for x in found]
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_worker_was_killed(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    train = ["-m", "mbm_kernels", "caption", "train", "--layers=stock", "--size=student"]
+    train += ["--limit=64", "--batch-size=8", "--image-size=16", "--evaluate-every=2"]
+    train += ["--steps=60", "--resume", "--out"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+
+    def start(run):
+        command = [*launch, "--max-restarts=1", *train, str(run)]
+        return subprocess.Popen(
+            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    whole = start(tmp_path / "whole")
+    _, errors = whole.communicate(timeout=300)
+    assert whole.returncode == 0, errors.decode()
+    run = tmp_path / "killed"
+    process = start(run)
+    while not checkpoint.exists(run):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+    assert output.count(b"step 60, loss") == 1
+    assert_same(weights_of(run), weights_of(tmp_path / "whole"))
