@@ -139,7 +139,8 @@ def test_what_was_half_written_is_removed(train_set, tokenizer, tmp_path):
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     run_once(tmp_path, train_set, tokenizer)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "step-00000006"]
+    names = ["README.md", "checkpoints.json", "step-00000006"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("where", ["file", "below a file", "/proc", "read-only"])
