@@ -156,5 +156,5 @@ def _data_checksum(captions: CaptionSet, tokenizer: WordTokenizer) -> str:
     if captions.image_of is not None:
         digest.update(captions.image_of.numpy().tobytes())
     for start in range(0, len(captions.images), 1024):
-        digest.update(captions.images[start : start + 1024].contiguous().numpy())
+        digest.update(captions.images[start : start + 1024].contiguous().numpy().tobytes())
     return digest.hexdigest()
