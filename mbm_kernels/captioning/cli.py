@@ -137,6 +137,12 @@ def distill(
     beta: Annotated[
         float | None, typer.Option(help="Of jsd: 0 is forward_kl, 1 reverse_kl.")
     ] = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option(help="Folder of the teacher's top-k words; made if absent.")
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="Words of each place in the cache; 32 if not said.")
+    ] = None,
 ) -> None:
     """Train a student from a teacher."""
     chosen = preset_for(options.data)
@@ -164,6 +170,8 @@ def distill(
         teacher=taught_by.model,
         distill=distillation,
         config=config,
+        teacher_cache=teacher_cache,
+        topk=topk,
         attention=attention,
         validation=_validation(chosen, sets),
         **options.fitting(),

@@ -166,8 +166,9 @@ class DistillationObjective(_WordObjective):
 
     def _source(self, taught: Taught, tokens: Tensor) -> dict[str, Any]:
         """The teacher as `linear_distillation_loss` takes it."""
-        if taught.hidden is None:
+        if taught.topk is not None:
             return {"teacher_topk": taught.topk}
+        assert taught.hidden is not None
         hidden, weight = self.words(taught.hidden, self.teacher, tokens)
         bias = self.teacher.head.bias
         return {"teacher_hidden": hidden, "teacher_weight": weight, "teacher_bias": bias}

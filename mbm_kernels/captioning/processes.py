@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # The rest waits while the first scans and decodes data of the user's own.
 TIMEOUT = timedelta(hours=2)
@@ -67,7 +69,11 @@ def group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store: without a prefix a restarted group finds the dead one's addresses.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt-{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     yield
     # Not after an error: to leave a group waits for the others, which torchrun is about to end.
     dist.destroy_process_group()

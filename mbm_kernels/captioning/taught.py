@@ -39,6 +39,9 @@ class Teaching(Protocol):
     def batch(self, rows: Tensor) -> Taught:
         """Of some captions, int64 [B]."""
 
+    def identity(self) -> dict[str, int]:
+        """What must be the same for a resumed training to be the same."""
+
 
 def checksum(model: nn.Module) -> str:
     """SHA-256 of a model's weights."""
@@ -47,6 +50,21 @@ def checksum(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def starts_of(lengths: Tensor) -> Tensor:
+    """Where each caption's words begin among those of all, int64 [N]."""
+    return lengths.cumsum(0) - lengths
+
+
+def place_of(rows: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the words of some captions are, int64 [B, T], and which are there, bool [B, T].
+
+    Where there is none, its place is 0.
+    """
+    place = torch.arange(int(lengths[rows].max()))
+    real = place < lengths[rows, None]
+    return (starts[rows, None] + place) * real, real
 
 
 class TaughtSet:
@@ -67,7 +85,7 @@ class TaughtSet:
         self.features = torch.cat(features)  # [N, S, D]
         self.hidden = torch.cat(hidden)  # [sum of the lengths, H]
         self.lengths = torch.cat(lengths)  # [N], predicted words of each caption
-        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.starts = starts_of(self.lengths)
 
     @classmethod
     def if_worth(
@@ -88,10 +106,11 @@ class TaughtSet:
             return None
         return cls(teacher.eval(), images, tokenizer)
 
+    def identity(self) -> dict[str, int]:
+        return {}  # they are the teacher's own
+
     def batch(self, rows: Tensor) -> Taught:
         """The outputs for some images; hidden is 0 past a caption's end, where nothing reads it."""
-        lengths = self.lengths[rows]
-        place = torch.arange(int(lengths.max()))
-        real = place < lengths[:, None]  # [B, T]
-        hidden = self.hidden[(self.starts[rows, None] + place) * real]
+        place, real = place_of(rows, self.starts, self.lengths)
+        hidden = self.hidden[place]
         return Taught(self.features[rows], hidden * real[..., None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mbm_kernels.captioning import processes
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
 from mbm_kernels.captioning.execution import HERE, Execution
@@ -12,8 +13,11 @@ from mbm_kernels.captioning.fit import History, fit
 from mbm_kernels.captioning.presets import DistillSettings, TrainSettings
 from mbm_kernels.captioning.prior import NeighbourPrior
 from mbm_kernels.captioning.seeding import seeded
-from mbm_kernels.captioning.taught import TaughtSet
+from mbm_kernels.captioning.taught import TaughtSet, Teaching
+from mbm_kernels.captioning.teacher_cache import TeacherCache
 from mbm_kernels.models import Captioner, CaptionerConfig
+
+TOPK = 32  # words of a place that a teacher's cache keeps, unless said
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def train_student(
     teacher: Captioner | None,
     distill: DistillSettings | None = None,
     config: CaptionerConfig | None = None,
+    teacher_cache: Path | None = None,
+    topk: int | None = None,
     attention: str | None = None,
     layers: str = "mbm",
     seed: int = 0,
@@ -80,7 +86,13 @@ def train_student(
     progress: bool = True,
     execution: Execution = HERE,
 ) -> Trained:
-    """Train a student from a teacher, or by cross-entropy alone if ``teacher`` is None."""
+    """Train a student from a teacher, or by cross-entropy alone if ``teacher`` is None.
+
+    Args:
+        teacher_cache: a folder of the teacher's ``topk`` likeliest words (32 if None) at each
+            place, computed there if absent, which the student learns from instead of whole
+            distributions; the images must not be augmented then.
+    """
     if teacher is None:
         return train_teacher(
             train_set,
@@ -97,14 +109,12 @@ def train_student(
             progress=progress,
             execution=execution,
         )
+    prior = _prior(train_set, tokenizer, settings)
+    teacher.to(processes.own_device(execution.device))
+    taught = _taught(teacher, train_set, tokenizer, settings, teacher_cache, topk, prior)
     model = fresh_model(train_set, tokenizer, "student", attention, layers, seed, config)
     with seeded(seed, -2):
-        objective = DistillationObjective(
-            model,
-            teacher,
-            distill or DistillSettings(),
-            _prior(train_set, tokenizer, settings),
-        )
+        objective = DistillationObjective(model, teacher, distill or DistillSettings(), prior)
     history = fit(
         objective,
         train_set,
@@ -115,10 +125,32 @@ def train_student(
         run=run,
         resume=resume,
         title="student by distillation" if progress else None,
-        taught=TaughtSet.if_worth(teacher, train_set, tokenizer, settings),
+        taught=taught,
         execution=execution,
     )
     return Trained(model.eval(), tokenizer, history)
+
+
+def _taught(
+    teacher: Captioner,
+    train_set: CaptionSet,
+    tokenizer: WordTokenizer,
+    settings: TrainSettings,
+    cache: Path | None,
+    topk: int | None,
+    prior: NeighbourPrior | None,
+) -> Teaching | None:
+    """The teacher's outputs that are known before training."""
+    if cache is None:
+        return TaughtSet.if_worth(teacher, train_set, tokenizer, settings)
+    if settings.augment:
+        raise ValueError(
+            f"teacher_cache: got {cache} for images that are augmented, expected images as they "
+            "are, of which its outputs are; give --no-augment, or leave --teacher-cache out"
+        )
+    k = min(TOPK, teacher.vocab_size) if topk is None else topk
+    with processes.first_alone():
+        return TeacherCache.open(cache, teacher, train_set, tokenizer, k=k, prior=prior)
 
 
 def fresh_model(

@@ -277,6 +277,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "objective": type(self.objective).__name__,
             **self.objective.identity(),
+            **({} if self.taught is None else self.taught.identity()),
             "seed": self.seed,
             "pictures": len(self.train_set),
             **({} if data is None else {"data": data}),

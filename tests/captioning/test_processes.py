@@ -28,10 +28,10 @@ def forked(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed(kills, tmp_path):
-    output = forked("crash", tmp_path, kills, kills)
-    assert f"{kills} kills in" in output
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """`python -m tests.captioning.forked crash FOLDER` does it 20 times."""
+    output = forked("crash", tmp_path, 4, 1)
+    assert "4 kills in" in output
     assert "the same weights" in output
 
 
@@ -46,8 +46,9 @@ def history(run):
     return checkpoint.load(run, layers="stock", which="latest").config["history"]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("objective", ["hard", "distill"])
+@pytest.mark.parametrize(
+    ("objective", "parallel"), [("hard", "ddp"), ("hard", "fsdp2"), ("distill", "ddp")]
+)
 def test_two_processes_are_one(objective, parallel, runs):
     one, two, parts = (runs / f"{objective}-{name}" for name in ("one", parallel, "parts"))
     for group, rows in history(one).items():
@@ -58,10 +59,9 @@ def test_two_processes_are_one(objective, parallel, runs):
         torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(parallel, runs):
+def test_a_process_that_dies_leaves_a_checkpoint_to_go_on_from(runs):
     """`forked.groups` has seen the run end at once, its checkpoint of step 3 whole."""
-    assert_same(weights_of(runs / f"dead-{parallel}"), weights_of(runs / f"hard-{parallel}"))
+    assert_same(weights_of(runs / "dead-fsdp2"), weights_of(runs / "hard-fsdp2"))
 
 
 def test_a_batch_of_fewer_rows_than_parts_is_refused(monkeypatch):
@@ -93,7 +93,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     train = ["-m", "mbm_kernels", "caption", "train", "--layers=stock", "--size=student"]
     train += ["--limit=64", "--batch-size=8", "--image-size=16", "--evaluate-every=2"]
-    train += ["--steps=60", "--resume", "--out"]
+    train += ["--steps=40", "--resume", "--out"]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
 
@@ -114,5 +114,5 @@ def test_torchrun_goes_on_after_a_worker_was_killed(tmp_path):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors.decode()
-    assert output.count(b"step 60, loss") == 1
+    assert output.count(b"step 40, loss") == 1
     assert_same(weights_of(run), weights_of(tmp_path / "whole"))

@@ -292,7 +292,8 @@ def test_teacher_outputs_are_kept_only_where_images_come_again(train_set, tokeni
         assert (found is not None) is kept
 
 
-def test_losses_of_both_layers_agree():
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_losses_of_both_layers_agree(divergence):
     torch.manual_seed(0)
     hidden, taught = torch.randn(3, 4, 8), torch.randn(3, 4, 6)
     weight, bias, teacher_weight = torch.randn(9, 8), torch.randn(9), torch.randn(9, 6)
@@ -313,6 +314,8 @@ def test_losses_of_both_layers_agree():
             teacher_bias=bias,
             temperature=2.0,
             hard_weight=0.4,
+            divergence=divergence,
+            beta=0.3,
             ignore_index=0,
         )
         (hard + parts[0]).backward()
