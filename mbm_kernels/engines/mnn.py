@@ -62,8 +62,8 @@ class Mnn(Engine):
             return MnnSession(module, inputs, runtime)
 
 
-# Not by `python -m MNN.tools.mnnconvert`: importing that installs a logging service's package by pip,
-# and reports to it. The module of native code that it calls does neither.
+# Not by `python -m MNN.tools.mnnconvert`: importing that installs a logging service's package by
+# pip, and reports to it. The module of native code that it calls does neither.
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
