@@ -311,7 +311,7 @@ class TestHarness:
         assert json.loads(json.dumps(forward)) == forward
         found = {"machine": machine.facts(), "device": "x", "commit": None, "isa": ISAS}
         text = table.markdown({**found, "rows": [forward | {"heap": "warm", "threads": 2}]}, "r")
-        assert "| fast, 1" in text
+        assert "| fast, " in text
         assert "times our error |" in text
         cli.measure([benchmark], options(tmp_path, peers=True))
         out = capsys.readouterr().out
