@@ -27,7 +27,8 @@ class MnnSession(Session):
 
     def __init__(self, module: Any, inputs: list[Any], runtime: Any):
         self._module, self._inputs, self._runtime = module, inputs, runtime
-        self._last = self.run()
+        self._last: Any = None
+        self.run()
 
     def run(self) -> object:
         self._last = self._module.forward(self._inputs)
