@@ -14,7 +14,8 @@ help:
 	@echo "make build   .venv, pinned dependencies, compiled kernels"
 	@echo "make test    the whole test suite"
 	@echo "make demo    train, distil, caption and time on generated scenes (DATA=emoji: real drawings)"
-	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/"
+	@echo "make bench   benchmarks against stock PyTorch into benchmarks/results/ (PEERS=1: and beside"
+	@echo "             ONNX Runtime, OpenVINO, MNN, ...)"
 	@echo "make zoo     other people's models, as they are and optimized (MODELS=, needs the network)"
 	@echo "make lint    ruff, ruff-format, clang-format, import-linter, mypy"
 	@echo "make docs    the documentation's site into build/site"
@@ -62,8 +63,14 @@ format: native
 demo: native
 	$(PY) -m mbm_kernels caption demo --data $(DATA)
 
+# Engines without their dependencies: numpy is there, and OpenVINO's is its telemetry. zentorch, whose
+# minor version is torch's, runs on CPUs with AVX-512 alone.
+ENGINES = onnxruntime openvino MNN \
+  $(if $(shell grep -m1 -w avx512f /proc/cpuinfo),"zentorch==$$($(PY) -c 'import torch; print(torch.__version__.rpartition(".")[0])').*")
+
 bench: native
-	$(PY) -m benchmarks --publish
+	$(if $(PEERS),$(PY) -m pip install -q --no-deps -c constraints.txt $(ENGINES))
+	$(PY) -m benchmarks --publish $(if $(PEERS),--peers)
 
 # Without their dependencies, among which is a torch of gigabytes; pyyaml and the rest are timm's.
 zoo: native

@@ -7,14 +7,14 @@ nothing of this package is in them.
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mbm_kernels.optimize.packages import torchvision
 
 Inputs = tuple[Tensor, ...]
 
@@ -36,23 +36,6 @@ class Entry:
         return self.package
 
 
-def _torchvision() -> ModuleType:
-    """torchvision, also where its C++ operations do not load: no model here calls them.
-
-    Its CUDA wheel beside a CPU torch is such a case; importing it asks for two schemas.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision.library = library  # type: ignore[attr-defined]  # it lives as long as used
-        return importlib.import_module("torchvision")
-
-
 def _lively(model: nn.Module) -> nn.Module:
     """Statistics of BatchNorm as after training, not 0 and 1."""
     generator = torch.Generator().manual_seed(1)
@@ -71,14 +54,14 @@ def _images(batch: int) -> Inputs:
 
 def _of_torchvision(name: str) -> Entry:
     def make() -> nn.Module:
-        return _lively(_torchvision().models.get_model(name, weights=None))
+        return _lively(torchvision().models.get_model(name, weights=None))
 
     return Entry(f"torchvision:{name}", make, _images, "torchvision")
 
 
 def _of_timm(name: str) -> Entry:
     def make() -> nn.Module:
-        _torchvision()
+        torchvision()
         return _lively(importlib.import_module("timm").create_model(name, pretrained=False))
 
     return Entry(f"timm:{name}", make, _images, "timm")

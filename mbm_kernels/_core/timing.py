@@ -19,8 +19,8 @@ LEAST_SAMPLE_NS = 2_000_000  # perf_counter_ns and the loop cost under 0.1 us
 MIN_ROUNDS = 9
 MAX_ROUNDS = 200
 WARM_UP_CALLS = 3
-# In which threads of the form before stop spinning (libgomp's take 12 ms on Zen 3), and those of the
-# next are awake.
+# In which threads of the form before stop spinning (libgomp's take 12 ms on Zen 3), and those of
+# the next one wake up.
 SETTLE_SECONDS = 0.02
 WARM_UP_NS = 200_000_000  # enough calls of a slow form
 

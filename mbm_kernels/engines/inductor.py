@@ -28,13 +28,15 @@ def frozen(function: Function, mode: str | None = None, backend: str = "inductor
             return compiled(*args, **kwargs)
         from torch._inductor import config, select_algorithm
 
-        with config.patch(freezing=True):
-            printing = getattr(select_algorithm, "PRINT_AUTOTUNE", None)
-            select_algorithm.PRINT_AUTOTUNE = False  # type: ignore[attr-defined]
-            try:
+        # A table of candidates for each product that is tuned, on standard error
+        tuner: Any = select_algorithm
+        printing = getattr(tuner, "PRINT_AUTOTUNE", True)
+        tuner.PRINT_AUTOTUNE = False
+        try:
+            with config.patch(freezing=True):
                 found = compiled(*args, **kwargs)
-            finally:
-                select_algorithm.PRINT_AUTOTUNE = printing  # type: ignore[attr-defined]
+        finally:
+            tuner.PRINT_AUTOTUNE = printing
         is_compiled = True
         return found
 

@@ -27,7 +27,8 @@ class MnnSession(Session):
 
     def __init__(self, module: Any, inputs: list[Any], runtime: Any):
         self._module, self._inputs, self._runtime = module, inputs, runtime
-        self._last = self.run()
+        self._last: Any = None
+        self.run()
 
     def run(self) -> object:
         self._last = self._module.forward(self._inputs)
@@ -62,8 +63,8 @@ class Mnn(Engine):
             return MnnSession(module, inputs, runtime)
 
 
-# Not by `python -m MNN.tools.mnnconvert`: importing that installs a logging service's package by pip,
-# and reports to it. The module of native code that it calls does neither.
+# Not by `python -m MNN.tools.mnnconvert`: importing that installs a logging service's package by
+# pip, and reports to it. The module of native code that it calls does neither.
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 

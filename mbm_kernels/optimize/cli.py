@@ -1,10 +1,8 @@
 """`mbm-kernels optimize` and `explain`: a model from a package or a file, and what it becomes."""
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from mbm_kernels.explaining import explain as explain_model
 from mbm_kernels.optimize.optimizing import MODES, POLICIES
 from mbm_kernels.optimize.optimizing import optimize as optimize_model
+from mbm_kernels.optimize.packages import package
 from mbm_kernels.optimize.racing import beside_engines
 
 Model = Annotated[
@@ -100,24 +99,12 @@ def _made(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None, int]:
             "say which model of it"
         )
     if source == "torchvision":
-        models: Any = _package("torchvision").models
+        models: Any = package("torchvision").models
         return models.get_model(name, weights=None), None, 224
     if source == "timm":
-        found = _package("timm").create_model(name, pretrained=False)
+        found = package("timm").create_model(name, pretrained=False)
         return found, None, int(found.default_cfg["input_size"][-1])
     return (*_from_file(Path(source), name), 224)
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ImportError(
-            f"MODEL: got a model of {name}, which is not installed; expected the package; "
-            f"run pip install {name}"
-        ) from None
 
 
 def _from_file(path: Path, function: str) -> tuple[nn.Module, tuple[Any, ...] | None]:

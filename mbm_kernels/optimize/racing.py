@@ -89,7 +89,7 @@ def _form(name: str, version: str, times: dict[str, Times], errors: dict[str, fl
     ratio = Ratio(1.0, 1.0, 1.0) if name == OURS else paired_ratio(times[name], times[OURS])
     return Form(
         name,
-        version.split("-")[0],
+        version.partition("-")[0].partition("+")[0],
         float(torch.as_tensor(times[name]).median()) / 1e6,
         ratio.value,
         ratio.low,

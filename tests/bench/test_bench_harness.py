@@ -311,7 +311,7 @@ class TestHarness:
         assert json.loads(json.dumps(forward)) == forward
         found = {"machine": machine.facts(), "device": "x", "commit": None, "isa": ISAS}
         text = table.markdown({**found, "rows": [forward | {"heap": "warm", "threads": 2}]}, "r")
-        assert "| fast, 1" in text
+        assert "| fast, " in text
         assert "times our error |" in text
         cli.measure([benchmark], options(tmp_path, peers=True))
         out = capsys.readouterr().out
@@ -394,7 +394,9 @@ class TestBenchmarks:
             return
         with torch.no_grad():
             theirs = model.module(*model.inputs)
-            ours = benchmark.definition()(**benchmark.inputs(case))
+        inputs = benchmark.inputs(case)
+        definition = Form(as_called(benchmark.definition()))
+        ours = prepare(definition, inputs, benchmark.differentiable(inputs)).forward()
         truth = [y.double() if y.is_floating_point() else y for y in flat(ours)]
         assert relative_error(flat(theirs), truth) < 1e-5
 

@@ -73,11 +73,12 @@ class TestResults:
 
     def test_a_row_worth_less_replaces_none(self, tmp_path):
         file = results.ResultsFile(tmp_path, "a" * 40)
-        assert file.append(row(ratio=4.0)) is None
-        for less in ({"n_processes": 1}, {"doubts": ["p80 / p20 is 3"]}):
+        beside = {"engines": {}}
+        assert file.append(row(ratio=4.0, **beside)) is None
+        for less in ({"n_processes": 1}, {"doubts": ["p80 / p20 is 3"]}, {}):
             assert "more processes" in file.append(row(ratio=9.0, **less))
         assert [r["ratio"] for r in file.rows()] == [4.0]
-        file.append(row(ratio=5.0))
+        file.append(row(ratio=5.0, **beside))
         assert [r["ratio"] for r in file.rows()] == [5.0]
         wrong = {n: row().get(n) for n in results.KEY} | {"wrong": "error 1 over the budget"}
         assert file.append(wrong) is None

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,13 +202,14 @@ class TestZenTorch:
     engine = zentorch.ZenTorch()
 
     @pytest.fixture
-    def installed(self, monkeypatch):
+    def installed(self, monkeypatch, tmp_path):
+        """A package of that name, which registers nothing."""
+        (tmp_path / "zentorch.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+
         def put(version, isa="avx512"):
             monkeypatch.setattr(processor, "best_isa", lambda cpuinfo: isa)
-            spec = SimpleNamespace()
-            monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
             monkeypatch.setattr(zentorch.ZenTorch, "version", lambda self: version)
-            monkeypatch.setitem(sys.modules, "zentorch", SimpleNamespace())
 
         return put
 

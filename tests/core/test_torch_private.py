@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mbm_kernels"
 MODULE = PACKAGE / "_core" / "torch_private.py"
 # What runs beside the package, in its pinned environment: benchmarks, gates and tests.
-TOOLS = ("bench", "gate", "testing")
+TOOLS = ("bench", "engines", "gate", "testing")
 OTHERS = {"_replace", "_data"}  # of a named tuple, of os.environ
 
 

@@ -10,8 +10,11 @@ from torch import nn
 
 import mbm_kernels
 from mbm_kernels import cli
+from mbm_kernels._core import timing
+from mbm_kernels.optimize import racing
 from mbm_kernels.optimize.fused import PLAN
 from mbm_kernels.optimize.report import Report, Row
+from tests.bench.engines import Fake, fakes  # noqa: F401
 from tests.conftest import raises
 from tests.optimize.models import GRUClassifier, ResNet, warmed
 
@@ -130,6 +133,22 @@ class TestExplain:
         assert {row.name for row in rows} == {"ResNet", "layer1.0", "layer1.1"}
         assert all(row.backend == "cpu" for row in rows)
 
+    def test_measured_times(self, predictions):
+        predictions(lambda op, sizes: op == "gru_cell")
+        model, words = GRUClassifier(), torch.randint(0, 11, (2, 5))
+        with torch.no_grad():
+            found = mbm_kernels.explain(model, words, measure=True)
+        for row in found.rows:
+            assert row.measured_ms.keys() == {"cpu", "torch"}
+            assert all(0 < ms < 1e3 for ms in row.measured_ms.values())
+        assert "measured" in str(found)
+        assert type(model.gru) is nn.GRU
+        assert "backend" not in vars(model.gru)
+        (row,) = mbm_kernels.explain(
+            "gru_cell", *(torch.randn(size) for size in CELL_SIZES), measure=True
+        ).rows
+        assert row.measured_ms.keys() >= {"cpu", "torch"}
+
     def test_a_module_that_must_stay(self):
         class Own(nn.GRUCell):
             pass
@@ -143,6 +162,7 @@ class TestExplain:
             mbm_kernels.explain(3)
 
 
+CELL_SIZES = ((2, 8), (2, 16), (48, 8), (48, 16), (48,), (48,))
 MODEL_FILE = """
 import torch
 from torch import nn
@@ -169,7 +189,8 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
 
         def run(*args):
-            monkeypatch.setattr(sys, "argv", ["mbm-kernels", "optimize", *args])
+            command = () if args[0] == "explain" else ("optimize",)
+            monkeypatch.setattr(sys, "argv", ["mbm-kernels", *command, *args])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
             return ended.value.code, *capsys.readouterr()
@@ -187,6 +208,37 @@ class TestCommandLine:
         code, out, _ = run("models.py:words", "--mode", "training", "--policy", "always", "--json")
         assert code == 0
         assert json.loads(out)["replaced"][0]["backend"] == "cpu"
+
+    def test_engines_beside_the_whole_model(self, run, fakes, tmp_path, monkeypatch):
+        monkeypatch.setattr(racing, "SECONDS", 0.01)
+        monkeypatch.setattr(timing, "SETTLE_SECONDS", 1e-3)
+        fakes(Fake("engine", scale=1 + 1e-3), Fake("absent", absent="not installed"))
+        arguments = ("models.py:images", "--size", "16", "--engines")
+        code, out, _ = run(*arguments, "--html", "report.html")
+        assert code == 0
+        assert "its time / ours" in out
+        assert "no absent: not installed" in out
+        assert "times our error" in (tmp_path / "report.html").read_text()
+        code, out, _ = run(*arguments, "--json")
+        beside = json.loads(out)["beside"]
+        forms = {form["name"]: form for form in beside["forms"]}
+        assert set(forms) == {"mbm_kernels", "PyTorch", "PyTorch channels_last", "engine"}
+        assert forms["mbm_kernels"]["ratio"] == 1
+        assert forms["engine"]["error"] == pytest.approx(1e-3, rel=0.01)
+        assert forms["engine"]["version"] == "1.2"
+        assert beside["missing"] == {"absent": "not installed"}
+        code, _, err = run(*arguments, "--mode", "training")
+        assert code == 2
+        assert "expected inference" in err
+
+    def test_explain(self, run):
+        code, out, _ = run("explain", "models.py:words", "--measure", "--json")
+        assert code == 0
+        (row,) = json.loads(out)["rows"]
+        assert row["measured_ms"].keys() == {"cpu", "torch"}
+        code, out, _ = run("explain", "models.py:words")
+        assert code == 0
+        assert "measured" not in out.splitlines()[1]
 
     @pytest.mark.parametrize(
         ("spec", "words"),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbm_kernels import engines
 from mbm_kernels._core import dispatch, timing
 from mbm_kernels.bench import memory
 from mbm_kernels.bench.benchmark import (
@@ -26,7 +27,6 @@ from mbm_kernels.bench.benchmark import (
     Case,
     Inputs,
     Prepared,
-    freeze_whole,
     prepare,
     watch,
 )
@@ -255,7 +255,7 @@ def _calls(
     for name, form in {MBM: benchmark.mbm(settings.backend), **forms}.items():
         if form.compile and not settings.compile:
             continue
-        if form.compiler is freeze_whole:  # it packs weights for oneDNN, and compiles for a while
+        if form.compiler is engines.frozen:  # it packs weights for oneDNN, and compiles for a while
             continue
         prepared: Prepared = prepare(form, inputs, diff)
         if name != MBM and (reason := call_fails(prepared, which)):
