@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mbm_kernels.captioning.batches import Batches, Part
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.execution import Execution
 from mbm_kernels.captioning.history import History
+from mbm_kernels.captioning.identity import check_same_run
 from mbm_kernels.captioning.kinds import kind_of
 from mbm_kernels.captioning.objective import WHOLE, Objective
 from mbm_kernels.captioning.parallel import Parallel, assign, like, whole
@@ -202,7 +203,7 @@ class Trainer:
             )
         kind = kind_of(self.model)
         found = checkpoint.load(self.run, layers=self.model.layers, which="latest", kind=kind)
-        self._compare(found)
+        check_same_run(self.run, found, self.identity, self.model.settings)
         training = checkpoint.load_training(found)
         try:
             self._take(training, found)
@@ -211,32 +212,6 @@ class Trainer:
                 f"run {self.run}: got a checkpoint without all of what a training goes on from "
                 f"({error!r}), expected one of `mbm-kernels {kind.command}`; start without --resume"
             ) from error
-
-    def _compare(self, found: checkpoint.Checkpoint[Any]) -> None:
-        got, expected = found.config.get("training"), dict(self.identity)
-        if isinstance(got, dict) and isinstance(got.get("settings"), dict):
-            # A setting that is newer than the checkpoint had its default.
-            defaults = {x.name: x.default for x in fields(TrainSettings)}
-            got = {**got, "settings": {**defaults, **got["settings"]}}
-        else:
-            got = {"settings": None}
-        flat_got, flat_expected = (
-            _flat({**x, "model": model.settings})
-            for x, model in ((got, found.model), (expected, self.model))
-        )
-        other = [
-            name
-            for name in {**flat_expected, **flat_got}
-            if flat_got.get(name) != flat_expected.get(name)
-        ]
-        if other:
-            raise ValueError(
-                f"run {self.run}: got a checkpoint with "
-                + ", ".join(f"{name} {flat_got.get(name)!r}" for name in other)
-                + ", expected "
-                + ", ".join(f"{name} {flat_expected.get(name)!r}" for name in other)
-                + "; resume with the settings that it began with"
-            )
 
     def _take(self, training: dict[str, Tensor], found: checkpoint.Checkpoint[Any]) -> None:
         config, saved = found.config, found.model.state_dict()
@@ -320,11 +295,3 @@ def _own_parts(accumulate: int) -> range:
     """Numbers of the parts of a step that this process computes."""
     first = processes.rank() * accumulate
     return range(first, first + accumulate)
-
-
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    """Values by their own name, whatever dictionary they are in."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
-    return flat

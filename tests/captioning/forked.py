@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which each child would import at its first step
 import torch.distributed.fsdp
 
 from mbm_kernels.captioning import checkpoint, processes
