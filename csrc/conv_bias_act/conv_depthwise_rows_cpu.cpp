@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kTasks = 8;  // of a thread, wanted, so that threads end together
 // Of x and y together: more than the last cache holds, so that a reader of y finds nothing there.
 constexpr int64_t kStreamBytes = 32 << 20;
+// Of x and y of an image, so that its results do not depend on the batch: not in L2 any more when
+// a strip's next vector of channels comes.
+constexpr int64_t kImageBytes = 3 << 20;
 constexpr int64_t kParts = 16;
 constexpr int64_t kPartBytes = 32 << 20;
 constexpr int64_t kRun = 28;  // pixels whose products are summed in registers, in grad_weight
@@ -401,7 +404,9 @@ bool depthwise_rows_fit(const ConvForward& args) {
   return kernel_fits(args.sizes) && args.x.c == 1 && pool_kind(args.sizes) != 1;
 }
 
-bool depthwise_rows_stream(const ConvSizes& s) { return s.R * s.S <= 9 && beyond_cache(s); }
+bool depthwise_rows_stream(const ConvSizes& s) {
+  return s.R * s.S <= 9 && 4 * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kImageBytes;
+}
 
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;
