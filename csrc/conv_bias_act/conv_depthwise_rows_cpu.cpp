@@ -140,10 +140,8 @@ void depthwise_tile(const DepthwiseTile& t) {
       float* to = t.out + o * t.out_row + i * t.out_column;
       if (t.streams)
         stream(to, y);
-      else if (PART)
-        store_n(to, y, t.n);
       else
-        store(to, y);
+        store_channels(to, y, PART ? t.n : kLanes);
     }
   }
 }
@@ -161,9 +159,8 @@ DepthwiseTileFn tile_for(int64_t pixels, bool part) {
   return part ? tile_of<true>(pixels, Widths()) : tile_of<false>(pixels, Widths());
 }
 
-bool beyond_cache(const ConvSizes& s) {
-  return 4 * s.B * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kStreamBytes;
-}
+// Bytes of x and y of an image.
+int64_t image_bytes(const ConvSizes& s) { return 4 * s.C * (s.Y * s.X + s.conv_y * s.conv_x); }
 
 class DepthwiseRows {
  public:
@@ -175,7 +172,8 @@ class DepthwiseRows {
     if (in_place_ && (residual.data || args.places || !plain))
       finish_ = finish_run_for(s_.activation);
     streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
-               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 && beyond_cache(s_);
+               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
+               s_.B * image_bytes(s_) >= kStreamBytes;
     // Strides take so much of x for a tile that fetching it meanwhile holds the tile up.
     fetches_ = s_.stride_y == 1 && s_.stride_x == 1 && args.x.y == s_.X * args.x.x;
     width_ = pool_ ? 2 * s_.out_x : s_.conv_x;
@@ -405,7 +403,7 @@ bool depthwise_rows_fit(const ConvForward& args) {
 }
 
 bool depthwise_rows_stream(const ConvSizes& s) {
-  return s.R * s.S <= 9 && 4 * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kImageBytes;
+  return s.R * s.S <= 9 && image_bytes(s) >= kImageBytes;
 }
 
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
