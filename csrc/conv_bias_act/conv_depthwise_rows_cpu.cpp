@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kTasks = 8;  // of a thread, wanted, so that threads end together
 // Of x and y together: more than the last cache holds, so that a reader of y finds nothing there.
 constexpr int64_t kStreamBytes = 32 << 20;
+// Of x and y of an image, so that its results do not depend on the batch: not in L2 any more when
+// a strip's next vector of channels comes.
+constexpr int64_t kImageBytes = 3 << 20;
 constexpr int64_t kParts = 16;
 constexpr int64_t kPartBytes = 32 << 20;
 constexpr int64_t kRun = 28;  // pixels whose products are summed in registers, in grad_weight
@@ -137,10 +140,8 @@ void depthwise_tile(const DepthwiseTile& t) {
       float* to = t.out + o * t.out_row + i * t.out_column;
       if (t.streams)
         stream(to, y);
-      else if (PART)
-        store_n(to, y, t.n);
       else
-        store(to, y);
+        store_channels(to, y, PART ? t.n : kLanes);
     }
   }
 }
@@ -158,9 +159,8 @@ DepthwiseTileFn tile_for(int64_t pixels, bool part) {
   return part ? tile_of<true>(pixels, Widths()) : tile_of<false>(pixels, Widths());
 }
 
-bool beyond_cache(const ConvSizes& s) {
-  return 4 * s.B * s.C * (s.Y * s.X + s.conv_y * s.conv_x) >= kStreamBytes;
-}
+// Bytes of x and y of an image.
+int64_t image_bytes(const ConvSizes& s) { return 4 * s.C * (s.Y * s.X + s.conv_y * s.conv_x); }
 
 class DepthwiseRows {
  public:
@@ -172,7 +172,8 @@ class DepthwiseRows {
     if (in_place_ && (residual.data || args.places || !plain))
       finish_ = finish_run_for(s_.activation);
     streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
-               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 && beyond_cache(s_);
+               reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
+               s_.B * image_bytes(s_) >= kStreamBytes;
     // Strides take so much of x for a tile that fetching it meanwhile holds the tile up.
     fetches_ = s_.stride_y == 1 && s_.stride_x == 1 && args.x.y == s_.X * args.x.x;
     width_ = pool_ ? 2 * s_.out_x : s_.conv_x;
@@ -401,7 +402,9 @@ bool depthwise_rows_fit(const ConvForward& args) {
   return kernel_fits(args.sizes) && args.x.c == 1 && pool_kind(args.sizes) != 1;
 }
 
-bool depthwise_rows_stream(const ConvSizes& s) { return s.R * s.S <= 9 && beyond_cache(s); }
+bool depthwise_rows_stream(const ConvSizes& s) {
+  return s.R * s.S <= 9 && image_bytes(s) >= kImageBytes;
+}
 
 void depthwise_rows_forward(const ConvForward& args, int num_threads) {
   const ConvSizes& s = args.sizes;

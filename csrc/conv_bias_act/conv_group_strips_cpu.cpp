@@ -83,25 +83,27 @@ void fill_strip(const ConvForward& args, const Strip& strip, const float* plane,
                 int64_t y, float* to) {
   const ConvSizes& s = args.sizes;
   const ConvMap<const float>& x = args.x;
-  for (int64_t p = 0; p < s.stride_y; ++p)
-    for (int64_t q = 0; q < s.stride_x; ++q) {
-      int64_t from_y = y * s.stride_y + p - s.top;
-      const int64_t left = s.X - strip.x[q];
-      for (int64_t i = 0; i < strip.height; ++i, to += strip.pitch, from_y += s.stride_y) {
-        if (from_y < 0 || from_y >= s.Y) {
-          for (int64_t j = 0; j < strip.pitch; j += kLanes) store(to + j, zero());
-          continue;
-        }
-        const float* from = plane + from_y * x.y + strip.x[q] * x.x;
-        float* first = to + strip.first[q] * strip.pixel;
-        if (strip.pixel > 1)
-          copy_pixels(from, s.stride_x * x.x, strip.count[q], channels, first);
-        else if (s.stride_x == 1)
-          copy_phase<1>(from, strip.count[q], left, first);
-        else
-          copy_phase<2>(from, strip.count[q], left, first);
+  const int64_t odd = s.stride_y - 1;  // strides are 1 or 2
+  // Row by row as they lie in memory, which the hardware fetches ahead.
+  for (int64_t i = 0; i < strip.height * s.stride_y; ++i) {
+    const int64_t from_y = y * s.stride_y - s.top + i;
+    float* row = to + ((i & odd) * s.stride_x * strip.height + (i >> odd)) * strip.pitch;
+    for (int64_t q = 0; q < s.stride_x; ++q, row += strip.phase) {
+      if (from_y < 0 || from_y >= s.Y) {
+        for (int64_t j = 0; j < strip.pitch; j += kLanes) store(row + j, zero());
+        continue;
       }
+      const float* from = plane + from_y * x.y + strip.x[q] * x.x;
+      const int64_t left = s.X - strip.x[q];
+      float* first = row + strip.first[q] * strip.pixel;
+      if (strip.pixel > 1)
+        copy_pixels(from, s.stride_x * x.x, strip.count[q], channels, first);
+      else if (s.stride_x == 1)
+        copy_phase<1>(from, strip.count[q], left, first);
+      else
+        copy_phase<2>(from, strip.count[q], left, first);
     }
+  }
 }
 
 // A column of the kernel: two runs of taps, or one. The inputs of a run's taps lie a row of the

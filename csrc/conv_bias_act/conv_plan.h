@@ -36,7 +36,7 @@ void depthwise_grad_weight(const ConvBackward& args, const float* grad_z, int nu
 // x channels_last, the kernel 3, 5 or 7 wide, stride 1 or 2.
 bool depthwise_rows_fit(const ConvForward& args);
 bool depthwise_rows_fit(const ConvBackward& args);
-// Few taps, and more of x and y than the last cache holds: read in order, strips do not pay.
+// Few taps and a large image: read in order, strips do not pay.
 bool depthwise_rows_stream(const ConvSizes& sizes);
 void depthwise_rows_forward(const ConvForward& args, int num_threads);
 void depthwise_rows_grad_weight(const ConvBackward& args, const float* grad_z, int num_threads);

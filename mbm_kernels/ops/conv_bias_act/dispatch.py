@@ -13,7 +13,7 @@ MOST_GATHERED = 8  # pixels of a row of NCHW whose taps are copied rather than t
 FORWARD = dict.fromkeys(("few direct", "grouped", "grouped planes", "grouped rows"), "direct")
 MOST_GROUP = 64  # channels of a group that strips and rows take
 STRIP_TAPS = (3, 5, 7)  # rows of a depthwise kernel
-STREAMED = 32 << 20  # bytes of x and y from which few taps read channels_last in order
+STREAMED = 3 << 20  # bytes of an image's x and y from which few taps read channels_last in order
 OTHER_POOL = 2  # of geometry.POOLS: every pool past 2x2
 
 
@@ -110,7 +110,7 @@ def _plain_steps(p: Sizes) -> bool:
 
 def _depthwise_kernel(p: Sizes) -> str:
     rows = p["layout"] and p["S"] in STRIP_TAPS and _plain_steps(p) and p["pool"] < OTHER_POOL
-    moved = 4 * p["B"] * p["C"] * (p["Y"] * p["X"] + p["conv_y"] * p["conv_x"])
+    moved = 4 * p["C"] * (p["Y"] * p["X"] + p["conv_y"] * p["conv_x"])
     streams = rows and p["R"] * p["S"] <= 9 and moved >= STREAMED
     if not p["pool"] and p["R"] in STRIP_TAPS and _plain_steps(p) and not streams:
         return "depthwise strips" if p["layout"] else "depthwise planes"
