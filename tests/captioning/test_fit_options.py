@@ -266,7 +266,7 @@ def test_options_from_a_file_and_flags_over_them(tmp_path):
     assert result.exit_code == 0, result.exception
     saved = json.loads((tmp_path / "run" / "step-00000002" / "config.json").read_text())
     found = saved["training"]["settings"]
-    assert saved["model"]["size"] == "student"
+    assert saved["model"]["config"]["hidden"] == 192  # the student's
     expected = {"steps": 2, "batch_size": 4, "ema": 0.9, "augment": True, "learning_rate": 1e-3}
     assert expected.items() <= found.items()
 
