@@ -13,8 +13,7 @@ namespace {
 constexpr int64_t kTasks = 8;  // of a thread, wanted, so that threads end together
 // Of x and y together: more than the last cache holds, so that a reader of y finds nothing there.
 constexpr int64_t kStreamBytes = 32 << 20;
-// Of x and y of an image, so that its results do not depend on the batch: not in L2 any more when
-// a strip's next vector of channels comes.
+// Of x and y of an image, so that its results do not depend on the batch.
 constexpr int64_t kImageBytes = 3 << 20;
 constexpr int64_t kParts = 16;
 constexpr int64_t kPartBytes = 32 << 20;
@@ -166,10 +165,9 @@ class DepthwiseRows {
  public:
   explicit DepthwiseRows(const ConvForward& args)
       : args_(args), s_(args.sizes), pool_(pool_kind(s_) == 2) {
-    const ConvMap<const float>& residual = args.residual;
-    in_place_ = args.y.c == 1 && !pool_ && (!residual.data || residual.c == 1);
+    in_place_ = args.y.c == 1 && !pool_ && (!args.residual.data || args.residual.c == 1);
     const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
-    if (in_place_ && (residual.data || args.places || !plain))
+    if (in_place_ && (args.residual.data || args.places || !plain))
       finish_ = finish_run_for(s_.activation);
     streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
                reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
