@@ -3,11 +3,11 @@
     python -m benchmarks.zoo [MODEL ...] [--batch 1] [--mode inference] [--compile] [--save]
 
 Each model runs as it is and as `optimize` makes it, by "auto" and by "measured", in NCHW and, where
-its inputs are images, in channels_last, all interleaved in one process on a warm heap. With one
-thread the CPU time of the process is taken, else the time of the host's clock; of a form the median
-of the rounds stands. Training is a forward and a backward. A ratio is PyTorch's fastest form over
-our fastest layout of a policy. No time is taken of a model whose outputs or gradients have more
-than `check_parity` allows.
+its inputs are images, in channels_last, all interleaved in one process on a warm heap. With --peers
+inference engines run the same model. With one thread the CPU time of the process is taken, else the
+time of the host's clock; of a form the median of the rounds stands. Training is a forward and a
+backward. A ratio is PyTorch's fastest form over our fastest layout of a policy. No time is taken of
+a model whose outputs or gradients have more than `check_parity` allows.
 """
 
 import copy
@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import mbm_kernels
 from benchmarks import zoo_models
 from benchmarks.zoo_models import Entry, Inputs
+from mbm_kernels import engines
 from mbm_kernels._core import timing
 from mbm_kernels.bench import isa, machine, results
 from mbm_kernels.bench.statistics import Summary
@@ -37,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("inference", "training")
 POLICIES = ("auto", "measured")
+COLUMNS = ("model", "B", "replaced", "PyTorch's fastest", "ms", *POLICIES, "fastest engine")
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 Call = Callable[[], object]
 
@@ -94,8 +97,10 @@ def forms(
             yield f"{policy} {layout}", call_of(ours, inputs, mode), report
 
 
-def measure(entry: Entry, batch: int, mode: str, compiled: bool, seconds: float) -> dict[str, Any]:
-    """Milliseconds of every form, what was replaced, and the errors beside PyTorch's."""
+def measure(
+    entry: Entry, batch: int, mode: str, compiled: bool, seconds: float, peers: bool = False
+) -> dict[str, Any]:
+    """Milliseconds of every form and engine, what was replaced, and the engines' errors."""
     started = time.perf_counter()
     calls: dict[str, Call] = {}
     row: dict[str, Any] = {"model": entry.name, "B": batch, "mode": mode}
@@ -105,6 +110,12 @@ def measure(entry: Entry, batch: int, mode: str, compiled: bool, seconds: float)
             row[f"replaced {name}"], row[f"kept {name}"] = len(report.replaced), len(report.kept)
             if name == "auto NCHW":
                 row["why"] = reasons(report)
+    if peers and mode == "inference":
+        model = engines.Model(prepared(entry, mode), entry.inputs(batch))
+        found = engines.sessions(model, model.truth(), compiled=False)
+        calls |= found.calls()
+        row["engines"] = {name: asdict(measured) for name, measured in found.measured.items()}
+        row["no_engines"] = found.missing
     row["parity"] = parity(entry, mode)
     if row["parity"] == "ok":
         one = torch.get_num_threads() == 1
@@ -114,6 +125,7 @@ def measure(entry: Entry, batch: int, mode: str, compiled: bool, seconds: float)
             min_rounds=MIN_ROUNDS,
             max_rounds=MAX_ROUNDS,
             sampler=timing.cpu_sample if one else timing.sample,
+            settle_seconds=timing.SETTLE_SECONDS if row.get("engines") else 0.0,
         )
         row["ms"] = {name: round(Summary.of(t).median_ms, 4) for name, t in times.items()}
     return row | {"seconds": round(time.perf_counter() - started)}
@@ -153,6 +165,16 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
     return {policy: least("torch", "compile") / least(policy) for policy in POLICIES}
 
 
+def engine(row: dict[str, Any]) -> tuple[str, float] | None:
+    """The fastest engine and its time over that of our faster layout by "auto"."""
+    timed = {name: row["ms"][name] for name in row.get("engines", {}) if name in row["ms"]}
+    if not timed:
+        return None
+    best = min(timed, key=timed.__getitem__)
+    ours = min(ms for name, ms in row["ms"].items() if name.partition(" ")[0] == "auto")
+    return best, timed[best] / ours
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     head = [row["model"], str(row["B"])]
     if "ms" not in row:
@@ -161,6 +183,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     best = min(stock, key=stock.__getitem__)
     replaced, kept = row["replaced auto NCHW"], row["kept auto NCHW"]
     found = [f"{value:.2f}" for value in ratios(row).values()]
+    beside = engine(row)
+    found.append("" if beside is None else f"{beside[0]} {beside[1]:.2f}")
     return [*head, f"{replaced} of {replaced + kept}", best, f"{stock[best]:.2f}", *found]
 
 
@@ -170,6 +194,7 @@ def main(
     mode: Annotated[list[str] | None, typer.Option(help="default: both")] = None,
     threads: Annotated[int, typer.Option(help="1: CPU time of the process")] = 1,
     seconds: Annotated[float, typer.Option(help="of a model, about")] = 6.0,
+    peers: Annotated[bool, typer.Option("--peers", help="inference engines, too")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile, too")] = False,
     save: Annotated[bool, typer.Option(help="write the rows into results/<device>/")] = False,
 ) -> None:
@@ -184,14 +209,14 @@ def main(
     console = Console(width=120)
     for which in mode or MODES:
         table = Table(title=f"{machine.device()}: {which}, {threads} thread(s), warm heap")
-        for name in ("model", "B", "replaced", "PyTorch's fastest", "ms", *POLICIES):
+        for name in COLUMNS:
             table.add_column(name, justify="right" if name in ("B", "ms", *POLICIES) else "left")
         for entry in (zoo_models.ENTRIES[n] for n in names or zoo_models.ENTRIES):
             if (package := entry.missing()) is not None:
                 console.print(f"{entry.name}: {package} is not installed", style="yellow")
                 continue
             for size in batch or (1, 8):
-                row = measure(entry, size, which, compiled, seconds)
+                row = measure(entry, size, which, compiled, seconds, peers)
                 if path is not None:
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")

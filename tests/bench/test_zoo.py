@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import zoo, zoo_models
+from tests.bench.engines import Fake, fakes  # noqa: F401
 
 SMALL = zoo_models.Entry(
     "small",
@@ -20,6 +21,16 @@ def test_a_row_has_every_form_and_the_ratios_of_both_policies(mode):
     assert row["parity"] == "ok"
     row["ms"] = {"torch NCHW": 6.0, "torch channels_last": 4.0, "auto NCHW": 2.0, "measured x": 8.0}
     assert zoo.ratios(row) == {"auto": 2.0, "measured": 0.5}
+
+
+def test_engines_run_the_model_as_it_was(fakes):  # noqa: F811
+    fakes(Fake("first"), Fake("slow", seconds=0.005), Fake("wrong", scale=2.0))
+    row = zoo.measure(SMALL, 1, "inference", compiled=False, seconds=0.01, peers=True)
+    assert set(row["ms"]) == {"torch NCHW", "auto NCHW", "measured NCHW", "first", "slow"}
+    assert "not the same model" in row["no_engines"]["wrong"]
+    name, ratio = zoo.engine(row)
+    assert ratio == row["ms"][name] / row["ms"]["auto NCHW"]
+    assert zoo.cells(row)[-1] == f"{name} {ratio:.2f}"
 
 
 def test_no_time_is_taken_of_a_wrong_model(monkeypatch):

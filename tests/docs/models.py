@@ -27,6 +27,8 @@ that stays warm. *ms*: the median of PyTorch's fastest form, NCHW or channels_la
 model faster, and **bold** is a loss beyond 2 %. Training is a forward and a backward. Before any
 time is taken, outputs and gradients are held to PyTorch's in float64 by `check_parity`.
 
+*fastest engine*: ONNX Runtime, OpenVINO or MNN, and its time over that of *auto*.
+
 *replaced*: how many of the modules that have a counterpart `auto` replaced, and why it kept others.
 `measured` times the whole model at last and puts everything back unless that is faster; a model of
 which nothing is replaced is PyTorch's own, and counts as that.
@@ -53,15 +55,16 @@ def ratio(value: float) -> str:
 
 def line(row: dict[str, Any]) -> list[str]:
     """The cells of a row."""
-    model, batch, replaced, form, ms, *found = zoo.cells(row)
-    if "ms" in row:
-        found = [ratio(value) for value in zoo.ratios(row).values()]
+    cells = zoo.cells(row)
+    if "ms" not in row:
+        return cells + [""] * (len(zoo.COLUMNS) - len(cells))
+    model, batch, replaced, form, ms, *_, engine = cells
+    found = [*(ratio(value) for value in zoo.ratios(row).values()), engine]
     why = "; ".join(f"{count} {reason}" for reason, count in row.get("why", {}).items())
     return [model, batch, f"{replaced} ({why})" if why else replaced, form, ms, *found]
 
 
 def tables() -> Iterator[str]:
-    columns = ("model", "B", "replaced", "PyTorch's fastest", "ms", *zoo.POLICIES)
     for head, rows in files():
         one = head["threads"] == 1
         clock = "CPU time of one thread" if one else f"{head['threads']} threads"
@@ -70,7 +73,7 @@ def tables() -> Iterator[str]:
         for mode in zoo.MODES:
             found = [line(row) for row in rows if row["mode"] == mode]
             if found:
-                yield f"### {mode.capitalize()}\n\n{pages.table(columns, found)}\n"
+                yield f"### {mode.capitalize()}\n\n{pages.table(zoo.COLUMNS, found)}\n"
 
 
 def page() -> str:
