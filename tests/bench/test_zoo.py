@@ -23,7 +23,7 @@ def test_a_row_has_every_form_and_the_ratios_of_both_policies(mode):
     assert zoo.ratios(row) == {"auto": 2.0, "measured": 0.5}
 
 
-def test_engines_run_the_model_as_it_was(fakes):  # noqa: F811
+def test_engines_run_the_model_as_it_was(fakes):
     fakes(Fake("first"), Fake("slow", seconds=0.005), Fake("wrong", scale=2.0))
     row = zoo.measure(SMALL, 1, "inference", compiled=False, seconds=0.01, peers=True)
     assert set(row["ms"]) == {"torch NCHW", "auto NCHW", "measured NCHW", "first", "slow"}
