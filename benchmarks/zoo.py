@@ -205,7 +205,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"got {unknown}; expected some of {sorted(zoo_models.ENTRIES)}")
     facts = {"heap": machine.heap(), "threads": threads, "compiled": compiled}
-    path = results.new_study(HERE / "results", "zoo", **facts) if save else None
+    path = results.new_study(HERE / "results", "zoo", go_on=True, **facts) if save else None
     console = Console(width=120)
     for which in mode or MODES:
         table = Table(title=f"{machine.device()}: {which}, {threads} thread(s), warm heap")

@@ -75,18 +75,21 @@ def _head(device: str, commit: str | None, local: bool) -> dict[str, Any]:
     }
 
 
-def new_study(base: Path, kind: str, **facts: Any) -> Path:
+def new_study(base: Path, kind: str, *, go_on: bool = False, **facts: Any) -> Path:
     """Begins `<date>-<sha7>-<kind>.jsonl` of this device with its head; the study appends its rows.
 
     Args:
         base: the folder of all devices' results.
+        go_on: leaves a file of the same name and head as it is, for further rows.
         facts: what the rows hold for, beside machine, commit and ISA.
     """
     device, commit = machine.device(), machine.commit(base.parent)
     head = _head(device, commit, False) | {"isa": isa.record(), **facts}
     path = base / device / f"{datetime.now(UTC):%Y-%m-%d}-{(commit or 'nocommit')[:7]}-{kind}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head) + "\n")
+    line = json.dumps(head) + "\n"
+    if not (go_on and path.exists() and path.read_text().startswith(line)):
+        path.write_text(line)
     return path
 
 

@@ -205,3 +205,14 @@ class TestTable:
     def test_missing_markers(self, text):
         with raises(ValueError, "markers"):
             table.replace_between_markers(text, "new")
+
+
+def test_a_study_goes_on_in_its_file_while_its_head_is_the_same(tmp_path):
+    path = results.new_study(tmp_path, "zoo", go_on=True, threads=1)
+    with path.open("a") as file:
+        file.write("{}\n")
+    assert results.new_study(tmp_path, "zoo", go_on=True, threads=1) == path
+    assert len(path.read_text().splitlines()) == 2
+    for changes in ({"threads": 2, "go_on": True}, {"threads": 2}):
+        results.new_study(tmp_path, "zoo", **changes)
+        assert len(path.read_text().splitlines()) == 1
