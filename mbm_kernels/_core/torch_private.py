@@ -20,6 +20,7 @@ from torch.autograd import forward_ad, profiler
 INHERITED = (
     "_backward_hooks",  # nn.Module
     "_backward_pre_hooks",
+    "_buffers",
     "_forward_hooks",
     "_forward_pre_hooks",
     "_modules",
