@@ -166,9 +166,7 @@ class DepthwiseRows {
   explicit DepthwiseRows(const ConvForward& args)
       : args_(args), s_(args.sizes), pool_(pool_kind(s_) == 2) {
     in_place_ = args.y.c == 1 && !pool_ && (!args.residual.data || args.residual.c == 1);
-    const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
-    if (in_place_ && (args.residual.data || args.places || !plain))
-      finish_ = finish_run_for(s_.activation);
+    if (in_place_) finish_ = finish_after_tile(args);
     streams_ = in_place_ && !finish_ && s_.K % kLanes == 0 && args.y.x % kLanes == 0 &&
                reinterpret_cast<uintptr_t>(args.y.data) % (4 * kLanes) == 0 &&
                s_.B * image_bytes(s_) >= kStreamBytes;

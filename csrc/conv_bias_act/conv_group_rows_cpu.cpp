@@ -101,8 +101,7 @@ class GroupRows {
         inputs_(s_.C / s_.groups),
         outputs_(s_.K / s_.groups),
         panels_(panels_of(outputs_)) {
-    const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
-    if (args.residual.data || args.places || !plain) finish_ = finish_run_for(s_.activation);
+    finish_ = finish_after_tile(args);
     const int64_t row = s_.stride_y * s_.X * s_.C + s_.conv_x * s_.K;
     height_ = std::clamp<int64_t>(kChunkBytes / (4 * row), 1, s_.conv_y);
   }

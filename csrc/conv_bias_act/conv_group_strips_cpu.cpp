@@ -260,8 +260,7 @@ class GroupStrips {
         strip_(s_, channels_, height_),
         width_(static_cast<int>(std::min<int64_t>(s_.conv_x, kLanes))),
         vectors_(channels_ ? s_.conv_x : (s_.conv_x + kLanes - 1) / kLanes) {
-    const bool plain = s_.activation == Activation::kNone || s_.activation == Activation::kRelu;
-    if (args.residual.data || args.places || !plain) finish_ = finish_run_for(s_.activation);
+    finish_ = finish_after_tile(args);
     relu_ = !finish_ && s_.activation == Activation::kRelu;
     depthwise_ = depthwise_fits(s_.C, s_.K, s_.groups);
     const int64_t second = s_.stride_y == 1 ? first_run(s_.R, 1) : 1;

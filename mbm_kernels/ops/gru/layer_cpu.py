@@ -14,6 +14,7 @@ from mbm_kernels._core import native
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.gru import packed, steps_cpu
 from mbm_kernels.ops.gru.problem import PER_DIRECTION, Problem, result_shapes
+from mbm_kernels.ops.gru_cell import backend_cpu as gru_cell
 from mbm_kernels.ops.gru_cell import precision
 from mbm_kernels.ops.gru_cell.problem import weight_shapes
 
@@ -45,7 +46,7 @@ class _Native:
         sizes = (batch, features, p.hidden)
         self.by_steps = steps_cpu.take(steps, *sizes, saved=False)
         self.by_steps_saved = steps_cpu.take(steps, *sizes, saved=True)
-        self.step = steps_cpu.block(*sizes, self.x.strides[1]) if self.by_steps else b""
+        self.step = gru_cell.block(*sizes, self.x.strides[1]) if self.by_steps else b""
 
 
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import native
-from mbm_kernels.ops.gru_cell import backend_cpu, precision
+from mbm_kernels.ops.gru_cell import precision
 
 # More than one step only where a step is bound by reading weights from beyond a core's own cache.
 MOST_STEPS, FEW_ROWS, MANY_WEIGHTS = 3, 4, 1 << 17
@@ -22,12 +22,6 @@ def take(steps: int, batch: int, features: int, hidden: int, saved: bool) -> boo
     """Whether a sequence runs this way; `saved`: with what a backward needs."""
     few = steps <= MOST_STEPS and batch <= FEW_ROWS and not saved
     return steps == 1 or (few and 3 * hidden * (features + hidden) >= MANY_WEIGHTS)
-
-
-def block(batch: int, features: int, hidden: int, row_stride: int) -> bytes:
-    """The argument block of one step, whose rows of x lie so far apart."""
-    values = {"B": batch, "C": features, "H": hidden, "x_b": row_stride}
-    return native.block(backend_cpu._fields(), values)
 
 
 def run(

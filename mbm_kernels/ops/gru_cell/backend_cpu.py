@@ -25,6 +25,12 @@ def _fields() -> tuple[str, ...]:
     return tuple(native.cpu().gru_cell_problem_fields())
 
 
+def block(batch: int, features: int, hidden: int, row_stride: int) -> bytes:
+    """The argument block of a step, whose rows of x lie so far apart."""
+    values = {"B": batch, "C": features, "H": hidden, "x_b": row_stride}
+    return native.block(_fields(), values)
+
+
 class _Native:
     """What the kernels are told about a problem, and the shapes of what they write."""
 
@@ -35,8 +41,7 @@ class _Native:
         self.x = precision.Rows(p.x_shape, p.x_strides, p.dtype)
         self.state_shape, self.reserve_shape = p.state_shape, p.saved_shape
         self.grad_shapes = (p.x_shape, p.state_shape, *weight_shapes(features, p.hidden))
-        values = {"B": batch, "C": features, "H": p.hidden, "x_b": self.x.strides[0]}
-        self.block = native.block(_fields(), values)
+        self.block = block(batch, features, p.hidden, self.x.strides[0])
 
 
 def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
