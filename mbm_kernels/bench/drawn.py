@@ -102,7 +102,7 @@ def _conv(rng: random.Random, training: bool) -> Drawn:
 def _conv_of(kind: str, rng: random.Random, training: bool) -> Drawn:
     b, side = size(rng, 1, 32), size(rng, 6, 160)
     other = side if rng.random() < 0.7 else size(rng, 6, 160)
-    c, k, groups, stride = size(rng, 8, 900), size(rng, 8, 900), 1, 1
+    c, k, groups, stride = size(rng, 8, 900), size(rng, 8, 900), 1, (1, 1)
     kernel = {"3x3": (3, 3), "1x1": (1, 1)}.get(kind, (3, 3))
     if kind == "depthwise":
         kernel = (rng.choice([3, 3, 5, 7]),) * 2
@@ -119,19 +119,21 @@ def _conv_of(kind: str, rng: random.Random, training: bool) -> Drawn:
         kernel = rng.choice([(5, 5), (7, 7), (1, 5), (9, 1), (1, 3), (11, 5)])
     elif kind == "long":  # of speech: a spectrogram or its features
         c, k, kernel = size(rng, 1, 128), size(rng, 8, 128), (size(rng, 1, 45), size(rng, 1, 15))
-    if rng.random() < {"stem": 0.6, "1x1": 0.15}.get(kind, 0.25):
-        stride = 2
+        if rng.random() < 0.5:  # a front end's first layers are long both ways
+            kernel = (size(rng, 9, 45), size(rng, 7, 15))
+    if rng.random() < {"stem": 0.6, "1x1": 0.15, "long": 0.5}.get(kind, 0.25):
+        stride = (2, 1) if kind == "long" and rng.random() < 0.5 else (2, 2)
     padding = tuple(n // 2 for n in kernel)
     out = [
-        (n + 2 * p - m) // stride + 1
-        for n, p, m in zip((side, other), padding, kernel, strict=True)
+        (n + 2 * p - m) // s + 1
+        for n, p, m, s in zip((side, other), padding, kernel, stride, strict=True)
     ]
     activation = rng.choice([None, None, "relu", "relu", "relu", "silu", "hardswish", "gelu"])
     pool: Any = None
     if kind in ("3x3", "stem", "large") and min(out) >= 4 and rng.random() < 0.3:
         pool = rng.choice([2, (3, 2, 1)])
     last, bias = rng.random() < 0.6, rng.random() < 0.7
-    residual = pool is None and stride == 1 and c == k and rng.random() < 0.3
+    residual = pool is None and stride == (1, 1) and c == k and rng.random() < 0.3
 
     def make(generator: torch.Generator) -> tuple[list[Any], dict[str, Any], list[Tensor]]:
         layout = torch.channels_last if last else torch.contiguous_format
@@ -155,7 +157,8 @@ def _conv_of(kind: str, rng: random.Random, training: bool) -> Drawn:
         return args, options, leaves
 
     layout = "channels_last" if last else "NCHW"
-    label = f"{kind} B{b} {c}->{k} {side}x{other} k{kernel[0]}x{kernel[1]} s{stride} g{groups}"
+    spans, steps = (f"{pair[0]}x{pair[1]}" for pair in (kernel, stride))
+    label = f"{kind} B{b} {c}->{k} {side}x{other} k{spans} s{steps} g{groups}"
     label += f" {activation or 'linear'} pool {pool} {layout}{' residual' * residual}"
     products = b * k * (c // groups) * math.prod(kernel) * math.prod(out)
     elements = b * (c * side * other + k * math.prod(out))

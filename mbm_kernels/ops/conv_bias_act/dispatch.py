@@ -8,6 +8,7 @@ FEW_CHANNELS = 4  # of an image or its gray version
 TILE = 4  # pixels a side of Winograd's output
 IN_TILE = 36  # products of a tile, of a channel in and one out
 MOST_TAPS = 25  # beyond 5 x 5 a convolution is called long
+MOST_ACROSS = 7  # columns of a long kernel beyond which oneDNN takes more for each product
 MOST_GATHERED = 8  # pixels of a row of NCHW whose taps are copied rather than transposed
 # csrc's name of a forward kernel where it is not the first word of the model's.
 FORWARD = dict.fromkeys(("few direct", "grouped", "grouped planes", "grouped rows"), "direct")
@@ -39,6 +40,7 @@ def cpu(p: Sizes) -> Work:
         per = p["R"] * p["S"] * (1 if kernel.startswith("depthwise") else group_in)
         amounts["products"] = share(pixels, threads) * per * across
         amounts["taps"] = share(pixels, threads) * per * p["groups"]
+        amounts["inside"] = amounts["products"] * _inside(p, "Y") * _inside(p, "X")
     return Work(kernel + _long(p), amounts)
 
 
@@ -66,10 +68,28 @@ def torch(p: Sizes) -> Work:
     amounts = _moved(p)
     amounts["products"] = pixels * per * across * p["R"] * p["S"]
     amounts["taps"] = pixels * per * p["R"] * p["S"]
+    rows = amounts["products"] * _inside(p, "Y")
+    amounts["inside_rows"] = rows
+    amounts["inside"] = rows * _inside(p, "X")
+    amounts["across_edges"] = rows - amounts["inside"]
+    if p["R"] * p["S"] > MOST_TAPS:
+        amounts["wide"] = rows if p["S"] > MOST_ACROSS else 0
     if p["stride"] != 1 and kernel != "few":
         kernel += " strided"
     kernel += _long(p)
     return Work(kernel if p["layout"] else f"{kernel} nchw", amounts)
+
+
+def _inside(p: Sizes, axis: str) -> float:
+    """The share of an axis's products whose tap is of the image, not of its padding."""
+    size, last = p[axis], p[f"conv_{axis.lower()}"] - 1
+    taps, start = ("R", "top") if axis == "Y" else ("S", "left")
+    step, spread = p[f"stride_{axis.lower()}"], p["dilation"] or 1
+    read = 0
+    for tap in range(-p[start], p[taps] * spread - p[start], spread):
+        first = max(0, -(tap // step))
+        read += max(0, min(last, (size - 1 - tap) // step) - first + 1)
+    return read / ((last + 1) * p[taps])
 
 
 def _long(p: Sizes) -> str:

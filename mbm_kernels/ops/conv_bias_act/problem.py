@@ -138,6 +138,10 @@ def build(
             "conv_y": conv[0],
             "conv_x": conv[1],
             "unpadded": int(not any(edges)),
+            "stride_y": steps[0],
+            "stride_x": steps[1],
+            "top": edges[0],
+            "left": edges[2],
             "residual": int(residual is not None),
         },
     )
