@@ -63,7 +63,11 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
             return super().forward(input, hx)  # type: ignore[no-any-return]
         if served is None:
             return self._first(input, hx)
-        return self._layers(input, hx)
+        if type(input) is PackedSequence or input.dim() != 3:
+            return self._layers(input, hx)
+        # The call before had this shape and dtype, so that they need not be checked again.
+        y, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
+        return y.transpose(0, 1) if self.batch_first else y, h_n
 
     @tracing.leaf
     def _first(
@@ -84,7 +88,8 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
         weight = self._parameters.get("weight_ih_l0")
         trains = torch.is_grad_enabled() and (weight is None or weight.requires_grad)
         given = (input,) if hx is None else (input, hx)
-        return given, (self.backend, self.batch_first, hx is None, trains)
+        dtype = None if weight is None else weight.dtype
+        return given, (self.backend, self.batch_first, hx is None, trains, dtype)
 
     def _layers(
         self, input: Tensor | PackedSequence, hx: Tensor | None
@@ -167,7 +172,8 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
 
     def _weights(self, index: int) -> tuple[Any, ...]:
         """w_ih, w_hh, b_ih and b_hh, or None for each bias, of one layer and direction."""
-        found = tuple(getattr(self, name) for name in self._all_weights[index])
+        own = self._parameters  # without what is parametrized; half of what getattr takes
+        found = tuple([own[n] if n in own else getattr(self, n) for n in self._all_weights[index]])
         return found if self.bias else (*found, None, None)
 
     def _is_stock(self, input: Tensor | PackedSequence, hx: Tensor | None) -> bool:
