@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MOST_PRODUCTS = 1e9  # multiply-adds of a pass: 25 ms on two cores
-LEAST_PRODUCTS = 1e5
+LEAST_PRODUCTS = 1e4  # below, a call's arithmetic is nothing beside the call
 MOST_ELEMENTS = 8e6  # of what a pass reads and writes: 32 MB
 
 Make = Callable[[torch.Generator], tuple[list[Any], dict[str, Any], list[Tensor]]]
@@ -267,7 +267,7 @@ def _target(generator: torch.Generator, n: int, v: int, ignored: bool) -> Tensor
 
 
 def _cross_entropy(rng: random.Random, training: bool) -> Drawn:
-    n, h, v = size(rng, 4, 1280), size(rng, 32, 800), size(rng, 50, 16000)
+    n, h, v = size(rng, 2, 1280), size(rng, 16, 800), size(rng, 10, 16000)
     ignored = rng.random() < 0.3
 
     def make(generator: torch.Generator) -> Any:
@@ -282,25 +282,34 @@ def _cross_entropy(rng: random.Random, training: bool) -> Drawn:
 
 
 def _distillation(rng: random.Random, training: bool) -> Drawn:
-    n, v = size(rng, 4, 1280), size(rng, 50, 16000)
-    hs, ht, ignored = size(rng, 32, 600), size(rng, 32, 1100), rng.random() < 0.3
+    n, v = size(rng, 2, 1280), size(rng, 10, 16000)
+    hs, ht, ignored = size(rng, 16, 600), size(rng, 32, 1100), rng.random() < 0.3
+    teacher = rng.choice(["hidden", "logits", "topk"])
+    k = min(v, size(rng, 4, 128))
+    divergence = rng.choice([*["forward_kl"] * 4, "reverse_kl", "jsd"])
 
     def make(generator: torch.Generator) -> Any:
         hidden, weight = _normal(generator, n, hs), _normal(generator, v, hs, scale=0.05)
         bias = _normal(generator, v)
-        options = {
-            "student_bias": bias,
-            "teacher_hidden": _normal(generator, n, ht),
-            "teacher_weight": _normal(generator, v, ht, scale=0.05),
-            "teacher_bias": _normal(generator, v),
-            "temperature": 2.0,
-        }
+        options = {"student_bias": bias, "temperature": 2.0, "divergence": divergence}
+        if teacher == "hidden":
+            options["teacher_hidden"] = _normal(generator, n, ht)
+            options["teacher_weight"] = _normal(generator, v, ht, scale=0.05)
+            options["teacher_bias"] = _normal(generator, v)
+        else:
+            logits = _normal(generator, n, v)
+            if teacher == "logits":
+                options["teacher_logits"] = logits
+            else:
+                best = logits.log_softmax(-1).topk(k)
+                options["teacher_topk"] = (best.indices, best.values)
         args = [hidden, weight, _target(generator, n, v, ignored)]
         return args, options, [hidden, weight, bias]
 
-    products = 1.0 * n * v * ((1 + 2 * training) * hs + ht)
-    label = f"N{n} Hs{hs} Ht{ht} V{v}{' ignored' * ignored}"
-    return Drawn("linear_distillation_loss", label, training, products, make)
+    widths = (1 + 2 * training) * hs + (ht if teacher == "hidden" else 0)
+    kind = {"hidden": f"Ht{ht}", "logits": "logits", "topk": f"top {k}"}[teacher]
+    label = f"N{n} Hs{hs} V{v} {kind} {divergence}{' ignored' * ignored}"
+    return Drawn("linear_distillation_loss", label, training, 1.0 * n * v * widths, make)
 
 
 def _contrastive(rng: random.Random, training: bool) -> Drawn:

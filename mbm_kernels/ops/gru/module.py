@@ -63,7 +63,7 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
             return super().forward(input, hx)  # type: ignore[no-any-return]
         if served is None:
             return self._first(input, hx)
-        if type(input) is PackedSequence or input.dim() != 3:
+        if isinstance(input, PackedSequence) or input.dim() != 3:
             return self._layers(input, hx)
         # The call before had this shape and dtype, so that they need not be checked again.
         y, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)

@@ -13,6 +13,8 @@ def _amounts(p: Sizes) -> dict[str, float]:
         "products": share(p["products"], threads),
         "teacher_products": share(logits * p["H_teacher"], threads),
         "logits": share(logits, threads),
+        "other_divergence": share(logits, threads) if p["divergence"] else 0,
+        "ids": share(rows * p["k"], threads),
         "logits_beyond_cache": logits if 8 * logits > p["cache"] else 0,
         "weights": share(weights, threads),
         "weights_beyond_cache": weights if 4 * weights > p["cache"] else 0,

@@ -103,6 +103,7 @@ def build(*args: Any) -> Problem:
             "V": classes,
             "k": 0 if ids is None else ids.size(-1),
             "products": rows * features * classes,
+            "divergence": DIVERGENCES.index(divergence),
         },
     )
 
