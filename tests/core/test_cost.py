@@ -170,6 +170,25 @@ def test_package_constants_are_whole(path):
                     assert all(np.isfinite(x) and x > 0 for x in units.values())
 
 
+@pytest.mark.parametrize("path", sorted(cost.FOLDER.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("teacher", ["hidden", "logits", "topk"])
+def test_constants_know_every_source_of_a_teacher(path, teacher):
+    hidden, weight, logits = torch.ones(4, 8), torch.ones(16, 8), torch.zeros(4, 16).log_softmax(-1)
+    given = {
+        "hidden": {"teacher_hidden": hidden, "teacher_weight": weight},
+        "logits": {"teacher_logits": logits},
+        "topk": {"teacher_topk": logits.topk(2)[::-1]},
+    }
+    target, op = torch.zeros(4, dtype=torch.int64), "linear_distillation_loss"
+    table = cost.of_content(json.loads(path.read_text()), "test")
+    for training in (0, 1):
+        sizes = drawn_times.sizes_of(
+            op,
+            lambda: mbm_kernels.linear_distillation_loss(hidden, weight, target, **given[teacher]),
+        )
+        assert table.predict(op, {**sizes, "training": training}, 1) is not None
+
+
 def test_explain_says_what_runs_and_why(constants):
     constants(content(100_000, 104_000))
     with torch.no_grad():
