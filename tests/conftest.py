@@ -5,6 +5,8 @@ import os
 # Before torch is imported: a thread that spins at a barrier takes the core of another worker, for
 # three times as long in all on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor would start a process beside each that compiles, which imports torch for Triton's sake.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -64,6 +66,20 @@ def isa(request):
     before = native.cpu().isa()
     native.cpu().set_isa(request.param)
     yield request.param
+    native.cpu().set_isa(before)
+
+
+@pytest.fixture
+def each_isa():
+    """Iterates over these code paths, where one expectation holds for all."""
+    before = native.cpu().isa()
+
+    def paths():
+        for name in native.isas():
+            native.cpu().set_isa(name)
+            yield name
+
+    yield paths
     native.cpu().set_isa(before)
 
 

@@ -68,7 +68,7 @@ class _Block:
     first_greater: Ints  # [N], the first-named is right of or below the second
     third_greater: Ints  # [N], the third is below or right of both
 
-    def first(self, count: int) -> _Block:
+    def first(self, count: int | None) -> _Block:
         return _Block(**{name: values[:count] for name, values in vars(self).items()})
 
 
@@ -174,9 +174,9 @@ def _place(
 
 
 def _draw(
-    rng: np.random.Generator, block: _Block, image_size: int, count: int
+    rng: np.random.Generator, block: _Block, image_size: int, count: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """The block's first `count` images, uint8 `[count, 3, Y, X]`: each pixel is the background
+    """The block's first `count` images, uint8 `[N, 3, Y, X]`, all if None: each pixel is the background
     covered by the shapes in turn. They are the same whatever the count: numbers are drawn for all,
     and the pixels' noise, which is row by row, last."""
     whole, side = len(block.count), image_size
@@ -195,7 +195,8 @@ def _draw(
     # 12 degrees at most: a square stays a square and a cross a cross.
     turn = np.float32(0.21) * (2 * uniform(3) - 1)
     order = rng.random((whole, 3))[:count].argsort(axis=1)  # which of two that overlap is on top
-    block, n = block.first(count), count
+    block = block.first(count)
+    n = len(block.count)
     fill = palette[block.colour] + jitter  # [N, 3 shapes, 3]
     for layer in range(3):
         k = order[:, layer]
