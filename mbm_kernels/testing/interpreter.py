@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 def leave_out_repeated_work() -> None:
     """Does nothing where Triton is another than those that this knows, or was patched before."""
     patches = (_patch_language_once, _check_no_overflow, _keep_numpy_dtypes, _keep_shapes)
-    for patch in (*patches, _keep_equal_shapes):
+    for patch in (*patches, _keep_equal_shapes, _keep_equal_types):
         try:
             patch()
         except AttributeError:
@@ -130,3 +130,23 @@ def _keep_equal_shapes() -> None:
         return original(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast
+
+
+def _keep_equal_types() -> None:
+    """Operands of one type and shape, of which no operation is computed in another type, stay as
+    they are."""
+    semantic, tensor = interpreter.TritonSemantic, language.tensor
+    original = semantic.binary_op_type_checking_impl
+    if hasattr(original, "__wrapped__"):
+        return
+    kept = {language.float32.name, language.int32.name, language.int64.name}
+
+    @functools.wraps(original)
+    def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(lhs, tensor) and isinstance(rhs, tensor):
+            one, other = lhs.type, rhs.type
+            if lhs.dtype.name in kept and (one is other or one == other):
+                return lhs, rhs
+        return original(self, lhs, rhs, *args, **options)
+
+    semantic.binary_op_type_checking_impl = checked

@@ -160,6 +160,7 @@ def groups(folder):
 
 
 def command(*arguments):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's handler came with the fork
     sys.argv = ["mbm-kernels", *arguments]
     try:
         cli.main()

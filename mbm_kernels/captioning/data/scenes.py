@@ -176,9 +176,12 @@ def _place(
 def _draw(
     rng: np.random.Generator, block: _Block, image_size: int, count: int | None = None
 ) -> npt.NDArray[np.uint8]:
-    """The block's first `count` images, uint8 `[N, 3, Y, X]`, all if None: each pixel is the background
-    covered by the shapes in turn. They are the same whatever the count: numbers are drawn for all,
-    and the pixels' noise, which is row by row, last."""
+    """uint8 `[N, 3, Y, X]`, of a count the first so many; each pixel is the background covered by
+    the shapes in turn.
+
+    Images are the same whatever the count: numbers are drawn for all of the block, and the pixels'
+    noise, which comes row by row, last.
+    """
     whole, side = len(block.count), image_size
 
     def uniform(*shape: int) -> Floats:
