@@ -133,20 +133,28 @@ def _keep_equal_shapes() -> None:
 
 
 def _keep_equal_types() -> None:
-    """Operands of one type and shape, of which no operation is computed in another type, stay as
-    they are."""
+    """Operands of one type, in which the operation is computed, stay as they are, and a number
+    takes a block's type. NumPy repeats what is one number for a block."""
     semantic, tensor = interpreter.TritonSemantic, language.tensor
     original = semantic.binary_op_type_checking_impl
     if hasattr(original, "__wrapped__"):
         return
-    kept = {language.float32.name, language.int32.name, language.int64.name}
+    integers = {language.int32.name, language.int64.name}
+    names = {language.float32.name, *integers}
 
     @functools.wraps(original)
     def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **options: Any) -> Any:
-        if isinstance(lhs, tensor) and isinstance(rhs, tensor):
-            one, other = lhs.type, rhs.type
-            if lhs.dtype.name in kept and (one is other or one == other):
-                return lhs, rhs
+        if isinstance(lhs, tensor) and (name := lhs.dtype.name) in names:
+            if isinstance(rhs, tensor):
+                one, other = lhs.type, rhs.type
+                if one is other or one == other:
+                    return lhs, rhs
+                if one.is_block() and not other.is_block() and rhs.dtype.name == name:
+                    return lhs, rhs
+            elif (type(rhs) is int and abs(rhs) < 2**31) or (
+                type(rhs) is float and name not in integers
+            ):
+                return lhs, self.scalar_constant(rhs, dtype=lhs.dtype)
         return original(self, lhs, rhs, *args, **options)
 
     semantic.binary_op_type_checking_impl = checked
