@@ -1,5 +1,7 @@
 """The command line: `mbm-kernels` and `python -m mbm_kernels`."""
 
+import functools
+import importlib
 import json
 import sys
 import traceback
@@ -46,37 +48,33 @@ def info(
         report.print_report(found)
 
 
-def _mount() -> None:
-    """The parts with dependencies of their own are imported only when their command is named."""
+# The parts with dependencies of their own, in the order of --help: a group of commands, or one.
+PARTS = {
+    "caption": "mbm_kernels.captioning.cli:app",
+    "retrieve": "mbm_kernels.retrieval.cli:app",
+    "bench": "mbm_kernels.bench.cli:bench",
+    "optimize": "mbm_kernels.optimize.cli:optimize",
+    "explain": "mbm_kernels.optimize.cli:explain",
+    "calibrate": "mbm_kernels.bench.calibrate_cli:calibrate",
+    "gate": "mbm_kernels.gate.cli:app",
+}
+
+
+@functools.cache  # a part that is mounted twice is built twice at every call of the app
+def _mount(name: str) -> None:
+    module, _, attribute = PARTS[name].partition(":")
+    part = getattr(importlib.import_module(module), attribute)
+    if isinstance(part, typer.Typer):
+        app.add_typer(part, name=name)
+    else:
+        app.command()(part)
+
+
+def _mount_asked() -> None:
+    """Parts are imported only when their command is named."""
     asked = next((word for word in sys.argv[1:] if word != "--debug"), "--help")
-    if asked in ("caption", "--help"):
-        from mbm_kernels.captioning import cli as caption
-
-        app.add_typer(caption.app, name="caption")
-    if asked in ("retrieve", "--help"):
-        from mbm_kernels.retrieval import cli as retrieve
-
-        app.add_typer(retrieve.app, name="retrieve")
-    if asked in ("bench", "--help"):
-        from mbm_kernels.bench.cli import bench
-
-        app.command()(bench)
-    if asked in ("optimize", "--help"):
-        from mbm_kernels.optimize.cli import optimize
-
-        app.command()(optimize)
-    if asked in ("explain", "--help"):
-        from mbm_kernels.optimize.cli import explain
-
-        app.command()(explain)
-    if asked in ("calibrate", "--help"):
-        from mbm_kernels.bench.calibrate_cli import calibrate
-
-        app.command()(calibrate)
-    if asked in ("gate", "--help"):
-        from mbm_kernels.gate import cli as gate
-
-        app.add_typer(gate.app, name="gate")
+    for name in PARTS if asked == "--help" else {asked} & PARTS.keys():
+        _mount(name)
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -88,7 +86,7 @@ def _in_one_line(error: BaseException) -> str:
 def main() -> None:
     """Runs the command line; bad input ends in one line on stderr, a bug in its traceback."""
     try:
-        _mount()
+        _mount_asked()
         code = app(standalone_mode=False)
     except ClickException as error:
         error.show()

@@ -5,6 +5,8 @@ import os
 # Before torch is imported: a thread that spins at a barrier takes the core of another worker, for
 # three times as long in all on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Inductor would start a process beside each that compiles, which imports torch for Triton's sake.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -50,11 +52,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+# Of models that are too small for two threads: their steps meet too often.
+ONE_THREAD = ("tests/captioning/", "tests/models/", "tests/retrieval/")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread_beside_the_interpreter(request):
-    """It has one thread; others would spin between its steps, for half as much time again."""
-    interpreted = "triton" in request.node.nodeid and not torch.cuda.is_available()
-    with timing.threads(1 if interpreted else torch.get_num_threads()):
+def _one_thread(request):
+    """Beside Triton's interpreter too, which has one: others would spin between its steps, for half
+    as much time again."""
+    name = request.node.nodeid
+    interpreted = "triton" in name and not torch.cuda.is_available()
+    alone = interpreted or name.startswith(ONE_THREAD)
+    with timing.threads(1 if alone else torch.get_num_threads()):
         yield
 
 
@@ -64,6 +73,20 @@ def isa(request):
     before = native.cpu().isa()
     native.cpu().set_isa(request.param)
     yield request.param
+    native.cpu().set_isa(before)
+
+
+@pytest.fixture
+def each_isa():
+    """Iterates over these code paths, where one expectation holds for all."""
+    before = native.cpu().isa()
+
+    def paths():
+        for name in native.isas():
+            native.cpu().set_isa(name)
+            yield name
+
+    yield paths
     native.cpu().set_isa(before)
 
 

@@ -75,9 +75,11 @@ def settle(call: Call, seconds: float) -> None:
 
 
 def calibrate(
-    call: Call, least_ns: int = LEAST_SAMPLE_NS, sampler: Sampler = sample
+    call: Call, least_ns: int | None = None, sampler: Sampler = sample
 ) -> tuple[int, float]:
-    """Warms up; then the number of calls that makes a sample last `least_ns`, and ns per call."""
+    """Warms up; then the number of calls that makes a sample last `least_ns`, LEAST_SAMPLE_NS if
+    None, and ns per call."""
+    least_ns = LEAST_SAMPLE_NS if least_ns is None else least_ns
     spent, calls = 0.0, 0
     while calls == 0 or (calls < WARM_UP_CALLS and spent < WARM_UP_NS):
         spent += sampler(call, 1)

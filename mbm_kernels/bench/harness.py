@@ -5,6 +5,7 @@ calls it, `row_of` makes a row of what one or more processes found.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -177,7 +178,8 @@ def sample(
 
     details: also takes what one process tells for all, memory and errors.
     """
-    torch._dynamo.reset()  # compiled code of another thread count or case
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes 3 s to import
+        torch._dynamo.reset()  # compiled code of another thread count or case
     inputs = benchmark.inputs(case)
     diff = benchmark.differentiable(inputs)
     forms = {n: f for n, f in benchmark.stock(case).items() if which in f.passes}

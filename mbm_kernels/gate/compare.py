@@ -68,7 +68,9 @@ def measure(
     ]
     found: dict[str, dict[str, Entry]] = {op: {} for op in ops}
     workers = min(len(jobs), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    forks = get_context("forkserver")  # of a process that imports torch once for all of them
+    forks.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=forks) as pool:
         for job, part in zip(jobs, pool.map(_measure_job, jobs), strict=True):
             found[job[0]] |= part
     return {op: dict(sorted(entries.items())) for op, entries in found.items()}

@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 def leave_out_repeated_work() -> None:
     """Does nothing where Triton is another than those that this knows, or was patched before."""
     patches = (_patch_language_once, _check_no_overflow, _keep_numpy_dtypes, _keep_shapes)
-    for patch in (*patches, _keep_equal_shapes):
+    for patch in (*patches, _keep_equal_shapes, _keep_equal_types):
         try:
             patch()
         except AttributeError:
@@ -130,3 +130,31 @@ def _keep_equal_shapes() -> None:
         return original(self, lhs, rhs)
 
     semantic.broadcast_impl_value = broadcast
+
+
+def _keep_equal_types() -> None:
+    """Operands of one type, in which the operation is computed, stay as they are, and a number
+    takes a block's type. NumPy repeats what is one number for a block."""
+    semantic, tensor = interpreter.TritonSemantic, language.tensor
+    original = semantic.binary_op_type_checking_impl
+    if hasattr(original, "__wrapped__"):
+        return
+    integers = {language.int32.name, language.int64.name}
+    names = {language.float32.name, *integers}
+
+    @functools.wraps(original)
+    def checked(self: Any, lhs: Any, rhs: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(lhs, tensor) and (name := lhs.dtype.name) in names:
+            if isinstance(rhs, tensor):
+                one, other = lhs.type, rhs.type
+                if one is other or one == other:
+                    return lhs, rhs
+                if one.is_block() and not other.is_block() and rhs.dtype.name == name:
+                    return lhs, rhs
+            elif (type(rhs) is int and abs(rhs) < 2**31) or (
+                type(rhs) is float and name not in integers
+            ):
+                return lhs, self.scalar_constant(rhs, dtype=lhs.dtype)
+        return original(self, lhs, rhs, *args, **options)
+
+    semantic.binary_op_type_checking_impl = checked

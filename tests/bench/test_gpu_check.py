@@ -1,8 +1,6 @@
 """make gpu-check without a GPU: its processes, and rows measured on another device."""
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 import time
@@ -22,6 +20,7 @@ from mbm_kernels.bench.gpu.processes import Clock, Failure, run_all
 from mbm_kernels.bench.gpu.worker import Task, tiny
 from mbm_kernels.bench.limits import Limits
 from mbm_kernels.testing.suite import flat_tensors, placed, with_leaves
+from tests import children
 from tests.gpu import test_on_hardware as hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,6 +250,7 @@ def test_a_stage_does_its_own_work_alone(stage, did, monkeypatch, tmp_path):
 def test_what_is_warm_is_found_by_another_process(tmp_path):
     """A compiled stock form of a benchmark, called as `warm` does and then as a row is measured."""
     code = """
+        import os
         from pathlib import Path
 
         import torch
@@ -261,24 +261,21 @@ def test_what_is_warm_is_found_by_another_process(tmp_path):
         (case,) = (c for c in benchmark.cases if c.quick)
         settings = measure.GpuSettings(("float32",), backend="torch")
         device = torch.device("cpu")
-        found = dict(measure.warm(benchmark, case, "forward", settings, device))
-        assert found["compile"] is None, found
-        print("hits", counters["inductor"]["fxgraph_cache_hit"],
-              counters["aot_autograd"]["autograd_cache_hit"])
+        torch.set_num_threads(1)
+        for _ in range(2):
+            if os.fork():
+                os.wait()
+                continue
+            found = dict(measure.warm(benchmark, case, "forward", settings, device))
+            assert found["compile"] is None, found
+            print("hits", counters["inductor"]["fxgraph_cache_hit"],
+                  counters["aot_autograd"]["autograd_cache_hit"], flush=True)
+            os._exit(0)
     """
-    said = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            cwd=ROOT,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        said.append(done.stdout.split("hits ")[1].split())
-    assert said[0] == ["0", "0"]
-    assert "1" in said[1], "a graph compiled by the first process"
+    done = children.python("-c", code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    first, second = (x.split() for x in done.stdout.split("hits ")[1:])
+    assert first == ["0", "0"], done.stderr
+    assert "1" in second, "a graph compiled by the first process"
 
 
 def by_host(call, loops):

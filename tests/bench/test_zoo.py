@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import zoo, zoo_models
+from mbm_kernels._core import timing
 from mbm_kernels.optimize import measure
 from tests.bench.engines import Fake, fakes  # noqa: F401
 
@@ -17,6 +18,7 @@ SMALL = zoo_models.Entry(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
+    monkeypatch.setattr(timing, "LEAST_SAMPLE_NS", 1)
     monkeypatch.setattr(measure, "SECONDS", 0.0)
     monkeypatch.setattr(measure, "WHOLE_SECONDS", 0.0)
 
@@ -49,6 +51,6 @@ def test_no_time_is_taken_of_a_wrong_model(monkeypatch):
 
 @pytest.mark.parametrize("entry", zoo_models.OWN, ids=lambda entry: entry.name)
 def test_models_written_here_take_their_inputs(entry):
-    with torch.no_grad():
+    with torch.no_grad(), timing.threads(1):  # two would meet at each of 2048 steps
         found = zoo.first(entry.make().eval()(*entry.inputs(3)))
     assert 3 in found.shape

@@ -2,9 +2,11 @@
 
     python -m tests.captioning.forked crash FOLDER [KILLS] [SEED]
     python -m tests.captioning.forked group FOLDER
+    python -m tests.captioning.forked elastic ARGUMENTS...
 
 `crash` kills a training at random moments (20 if not said) and resumes it, again and again;
-`group` trains in groups of two processes. What they write is compared by the tests.
+`group` trains in groups of two processes. What they write is compared by the tests. `elastic` is
+torchrun's agent over two workers that run `mbm-kernels` with the arguments, and are restarted once.
 """
 
 import os
@@ -20,8 +22,11 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which each child would import at its first step
 import torch.distributed.fsdp
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mbm_kernels import cli
 from mbm_kernels.captioning import checkpoint, processes
+from mbm_kernels.captioning import cli as _  # noqa: F401  which each worker would import
 from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.distill import CrossEntropyObjective, DistillationObjective
 from mbm_kernels.captioning.execution import Execution
@@ -154,10 +159,31 @@ def groups(folder):
     assert group(run, GROUP, "fsdp2", resume=True) == [0, 0]
 
 
+def command(*arguments):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's handler came with the fork
+    sys.argv = ["mbm-kernels", *arguments]
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def elastic(*arguments):
+    """As `torchrun --standalone --nproc-per-node=2 --max-restarts=1`, but for how workers begin."""
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+        start_method="fork", run_id="test",
+    )  # fmt: skip
+    elastic_launch(config, command)(*arguments)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)  # before anything is computed: a pool of threads does not fork
     what, where, *numbers = sys.argv[1:]
-    if what == "crash":
+    if what == "elastic":
+        elastic(where, *numbers)
+    elif what == "crash":
         crash(Path(where), *(int(x) for x in numbers))
     else:
         groups(Path(where))

@@ -1,9 +1,7 @@
 """`mbm-kernels caption`: the commands, and the one line that each kind of bad input ends in."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -15,6 +13,7 @@ from mbm_kernels.captioning import checkpoint, data
 from mbm_kernels.captioning.cli import app
 from mbm_kernels.cli import main
 from mbm_kernels.models.captioner_config import SIZES
+from tests import children
 
 FAST = ["--layers", "stock", "--batch-size", "4", "--limit", "8", "--steps", "2"]
 
@@ -147,24 +146,13 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_ends_in_one_line_and_a_checkpoint(tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "mbm_kernels", "caption", "train", "--run", str(run)]
-    process = subprocess.Popen(
-        [*command, *FAST[:-1], "100000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    try:
-        for line in process.stdout:
-            if "loss" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert errors.strip().count("\n") == 0
+    command = ("-m", "mbm_kernels", "caption", "train", "--run", run, *FAST[:-1], "100000")
+    child = children.Child(*command, environment={"COLUMNS": "200"})
+    child.wait_for("loss")
+    child.signal(signal.SIGINT)
+    done = child.end(60)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().count("\n") == 0
     found = checkpoint.load(run, layers="stock", which="latest")
     assert 0 < found.config["step"] < 100000

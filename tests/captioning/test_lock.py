@@ -4,8 +4,6 @@ import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,6 +12,7 @@ from mbm_kernels.captioning import demo
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.fit import fit
 from mbm_kernels.captioning.lock import LOCK, locked
+from tests import children
 
 from .training_helpers import (  # noqa: F401  the fixtures are used by name
     SETTINGS,
@@ -31,24 +30,18 @@ from pathlib import Path
 from mbm_kernels.captioning.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
-    sys.stdin.read()
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.01)
 """
 
 
 @pytest.fixture
 def other(tmp_path):
     """Another process that holds the folder `run`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    child = children.Child("-c", HOLD, tmp_path / "run", tmp_path / "enough")
+    child.wait_for("held\n")
+    yield child
+    child.end(0)
 
 
 def test_a_second_training_is_refused_and_a_third_after_it_runs(
@@ -58,7 +51,8 @@ def test_a_second_training_is_refused_and_a_third_after_it_runs(
     with pytest.raises(RuntimeError, match=f"run {run}: got a folder that process {other.pid} "):
         run_once(run, train_set, tokenizer)
     assert [path.name for path in run.iterdir()] == [LOCK], "the holder's file is untouched"
-    other.communicate()
+    (tmp_path / "enough").touch()
+    other.end()
     assert not run.exists(), "its holder made the folder and left nothing in it"
     run_once(run, train_set, tokenizer)
     assert not (run / LOCK).exists()
@@ -67,8 +61,8 @@ def test_a_second_training_is_refused_and_a_third_after_it_runs(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_lock_of_a_dead_process_is_taken_over(how, other, tmp_path):
     run = tmp_path / "run"
-    other.send_signal(how)
-    other.wait()
+    other.signal(how)
+    other.end()
     assert (run / LOCK).read_text() == f"process {other.pid}\n"
     with locked(run):
         assert (run / LOCK).read_text() == f"process {os.getpid()}\n"

@@ -2,8 +2,6 @@
 
 import io
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from mbm_kernels.captioning import pictures
 from mbm_kernels.captioning.pictures import read_picture
+from tests import children
 
 SIDE = 32
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -199,10 +198,7 @@ for number, size in enumerate(((60000, 1), (1, 60000), (1 << 25, 2), (8192, 8192
 
 def test_any_ratio_is_read_in_bounded_memory(tmp_path):
     """1 << 25 by 2 is as far as the bound on pixels lets a PNG go: padded it had 4.5 PB."""
-    done = subprocess.run(
-        [sys.executable, "-c", THIN], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+    done = children.python("-c", THIN, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert len(lines) == 4
     for line in lines:

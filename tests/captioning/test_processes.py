@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,16 +12,16 @@ from mbm_kernels.captioning import checkpoint, options, processes
 from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.fit import fit
+from tests import children
 
 from .forked import GROUP
 from .training_helpers import assert_same, colours, make, weights_of
 
+FORKED = ("-m", "tests.captioning.forked")
+
 
 def forked(*arguments):
-    command = [sys.executable, "-m", "tests.captioning.forked", *(str(x) for x in arguments)]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = children.python(*FORKED, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,36 +81,28 @@ def test_resume_begins_anew_only_where_torchrun_restarts(tmp_path, monkeypatch):
     assert given.fitting()["resume"]
 
 
-def children(pid):
+def workers(pid):
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(x) for x in found]
 
 
 @pytest.mark.slow
 def test_torchrun_goes_on_after_a_worker_was_killed(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    train = ["-m", "mbm_kernels", "caption", "train", "--layers=stock", "--size=student"]
-    train += ["--limit=64", "--batch-size=8", "--image-size=16", "--evaluate-every=2"]
-    train += ["--steps=40", "--resume", "--out"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-
     def start(run):
-        command = [*launch, "--max-restarts=1", *train, str(run)]
-        return subprocess.Popen(
-            command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        train = ("caption", "train", "--layers=stock", "--size=student", "--limit=16", "--resume")
+        train += ("--batch-size=8", "--image-size=16", "--evaluate-every=2", "--steps=24", "--out")
+        return children.Child(*FORKED, "elastic", *train, run)
 
-    whole = start(tmp_path / "whole")
-    _, errors = whole.communicate(timeout=300)
-    assert whole.returncode == 0, errors.decode()
+    whole = start(tmp_path / "whole").end()
+    assert whole.returncode == 0, whole.stderr
     run = tmp_path / "killed"
-    process = start(run)
+    killed = start(run)
     while not checkpoint.exists(run):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.05)
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-    assert output.count(b"step 40, loss") == 1
+        assert killed.is_alive(), killed.end().stderr
+        time.sleep(0.01)
+    os.kill(workers(killed.pid)[-1], signal.SIGKILL)
+    done = killed.end()
+    assert done.returncode == 0, done.stderr
+    assert "SIGKILL" in done.stderr or "-9" in done.stderr
+    assert done.stdout.count("step 24, loss") == whole.stdout.count("step 24, loss") == 1
     assert_same(weights_of(run), weights_of(tmp_path / "whole"))

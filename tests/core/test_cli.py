@@ -1,23 +1,17 @@
 """`mbm-kernels info` and how the command line ends."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 
 import mbm_kernels
 from mbm_kernels.cli import main
+from tests import children
 
 
 def run(*args, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "mbm_kernels", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    return children.python("-m", "mbm_kernels", *args, **environment)
 
 
 def test_info_json():
@@ -43,12 +37,7 @@ def test_disabled_from_the_import_on():
         "print(set(seen))"
     )
     for value, backend in (("1", "torch"), ("0", "cpu")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "MBM_DISABLE": value},
-        )
+        done = children.python("-c", code, MBM_DISABLE=value)
         assert done.stdout.strip() == str({backend}), done.stderr
 
 

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
+
+from tests import children
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be held to a core")
@@ -48,9 +47,7 @@ def test_a_team_that_waits_for_a_lost_core_is_halved_for_a_while():
         found["after another"] = [cpu.granted_team(8), cpu.granted_team(8)]
         print(json.dumps(found))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
-    )
+    done = children.python("-c", code)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "first": 8,

@@ -1,13 +1,12 @@
 """Follows CONTRIBUTING.md: the example op is written, compiled and tested in a copy of the tree."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -49,16 +48,9 @@ def test_the_example_works(tmp_path):
     written = follow(tmp_path)
     assert len(written) == 11
     assert len(EDIT.findall(TEXT)) == 1, "its own files and one line"
-    environment = {**os.environ, "MBM_CUDA": "0", "PYTHONPATH": str(tmp_path)}
 
     def run(*command: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = children.python(*command, cwd=tmp_path, MBM_CUDA="0", PYTHONPATH=str(tmp_path))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 

@@ -1,8 +1,5 @@
 """Backend selection, registration and the paths around a kernel, on additive_attention."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
@@ -14,6 +11,7 @@ import mbm_kernels
 from mbm_kernels import nn
 from mbm_kernels._core import cost, dispatch
 from mbm_kernels._core.op import OPS
+from tests import children
 from tests.conftest import raises
 
 OP = "additive_attention"
@@ -251,5 +249,5 @@ def test_forced_isa_is_obeyed():
         "import os; os.environ['MBM_ISA'] = 'baseline';"
         "from mbm_kernels._core import native; print(native.isa())"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "baseline"
+    out = children.python("-c", code)
+    assert out.stdout.strip() == "baseline", out.stderr

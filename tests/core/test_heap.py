@@ -4,30 +4,26 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
 import mbm_kernels
 from mbm_kernels._core import heap
+from tests import children
 
 PAGES = heap.PROBE_BYTES // 4096
 
 
 def run(code, **environment):
     """What a new process prints as JSON, and its standard error."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import json\n" + textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    done = children.python("-c", code, **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 
 
 def test_freed_memory_stays_mapped():
     found, _ = run("""
+        import json
         import mbm_kernels
         from mbm_kernels._core.heap import faults_per_call, report
         told = report()
@@ -43,6 +39,7 @@ def test_freed_memory_stays_mapped():
 def test_beyond_the_limit_and_after_the_end_it_goes_back():
     """Of malloc itself: small pieces of tensors and lists would lie at the heap's end."""
     found, _ = run("""
+        import json
         import ctypes
         import mbm_kernels
 
@@ -82,6 +79,7 @@ def test_beyond_the_limit_and_after_the_end_it_goes_back():
 def test_environment_variable():
     found, said = run(
         """
+        import json
         import mbm_kernels
         from mbm_kernels._core.heap import report
         print(json.dumps(report()))
@@ -124,8 +122,10 @@ def test_a_preloaded_allocator_is_recognised(tmp_path):
         void *malloc(size_t n) { return __libc_malloc(n); }
     """)
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
-    found, _ = run(
-        "from mbm_kernels._core import heap; print(json.dumps(heap.why_not()))",
-        LD_PRELOAD=str(library),
+    done = subprocess.run(
+        [sys.executable, "-c", "from mbm_kernels._core import heap; print(heap.why_not())"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_PRELOAD": str(library)},
     )
-    assert found == "malloc comes from libother.so, not from glibc"
+    assert done.stdout == "malloc comes from libother.so, not from glibc\n", done.stderr

@@ -1,8 +1,5 @@
 """Our operations and modules under torch's profiler, FLOP counter, fx, jit.trace and export."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.profiler import profile
@@ -11,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mbm_kernels
 from mbm_kernels import nn
+from tests import children
 
 
 def flops(call) -> int:
@@ -101,7 +99,7 @@ class TestFlops:
             "    mbm_kernels.concat_linear([x], x, backend='cpu')\n"
             "print(counter.get_total_flops())"
         )
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        out = children.python("-c", code)
         assert out.stdout.strip() == "24", out.stderr
 
 

@@ -1,12 +1,11 @@
 """The private names of torch stand in one module, and operations are right without them."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 from mbm_kernels._core import torch_private
 from mbm_kernels._core.op import OPS
+from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mbm_kernels"
@@ -17,14 +16,17 @@ OTHERS = {"_replace", "_data"}  # of a named tuple, of os.environ
 
 
 def sources():
-    paths = (
+    return [
         p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in TOOLS
-    )
-    return {path: ast.parse(path.read_text()) for path in paths}
+    ]
 
 
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
+
+
+def is_name(node, *names):
+    return isinstance(node, ast.Name) and node.id in names
 
 
 def defined(trees):
@@ -37,7 +39,7 @@ def defined(trees):
                 yield node.id
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 yield node.attr
-            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__":
+            elif isinstance(node, ast.Assign) and is_name(node.targets[0], "__slots__"):
                 yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
 
 
@@ -46,7 +48,7 @@ def used(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             yield node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+        elif isinstance(node, ast.Call) and is_name(node.func, "getattr", "hasattr"):
             name = node.args[1]
             if isinstance(name, ast.Constant) and is_private(name.value):
                 yield name.value
@@ -59,7 +61,7 @@ def used(tree):
 
 
 def test_private_names_are_in_one_module():
-    trees = sources()
+    trees = {path: ast.parse(path.read_text()) for path in sources()}
     own = set(defined(trees)) - set(torch_private.INHERITED)
     found = {
         f"{path.relative_to(ROOT)}: {name}"
@@ -97,6 +99,6 @@ calls.main()
 def test_operations_run_with_every_stand_in():
     """As if torch had none of the names: what the wheel's test calls."""
     code = STANDING_IN.format(path=str(MODULE), calls=str(ROOT / "tests" / "wheel"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = children.python("-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{len(OPS)} operations" in done.stdout

@@ -200,7 +200,7 @@ class TestSnapshot:
         def call(key):
             return additive_attention(query, key, value, v, backend=backend)
 
-        for index in range(pictures):
+        for index in range(0, pictures, 9):  # the first and the last of 64 among them
             before = key.clone()
             keys, expected = additive_attention_keys(key, backend=backend), call(before)
             same(call(keys), expected)

@@ -100,12 +100,19 @@ def test_every_way(case, layout, dtype, monkeypatch, launched):
     way = case.why.split(",")[0].split()[0]
     force(monkeypatch, way)
     inputs = in_layout(placed(suite.inputs(case, dtype), DEVICE), layout)
+    run, strides = suite.run, set()
+
+    def noting(given, backend):
+        outputs = run(given, backend)
+        strides.add(outputs[0].stride())
+        return outputs
+
+    monkeypatch.setattr(suite, "run", noting)
     suite.check_forward(inputs, "triton")
     suite.check_backward(inputs, "triton")
     assert any(name.startswith(WAYS[way]) for name in launched)
     assert f"{WAYS[way]}_grad_weight" in launched
-    y = mbm_kernels.conv_bias_act(**inputs, backend="triton")
-    assert y.stride() == stock(**inputs).stride()
+    assert strides == {stock(**inputs).stride()}
 
 
 @pytest.mark.parametrize("way", WAYS)

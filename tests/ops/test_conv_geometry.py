@@ -1,8 +1,6 @@
 """conv_bias_act's strides, paddings, dilations and pools, however large, and dispatch by them."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from mbm_kernels._core import cost, dispatch, native
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.testing import cases
 from mbm_kernels.testing.strategies import conv_bias_act as strategy
+from tests import children
 from tests.conftest import raises
 
 BACKENDS = [b for b in ("cpu", "torch", "auto") if b != "cpu" or native.cpu_reason() is None]
@@ -102,7 +101,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 def test_memory_does_not_grow_with_a_stride_or_padding():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    run = children.python("-c", MEMORY)
     assert int(run.stdout) < 64  # MiB
 
 

@@ -74,7 +74,7 @@ def test_bitwise_the_same_for_any_threads(isa, name, need_weights):
             assert torch.equal(expected, actual)
 
 
-def test_drawn_shapes(isa):
+def test_drawn_shapes(each_isa):
     generator = torch.Generator().manual_seed(1)
 
     def integer(least, most):
@@ -99,17 +99,17 @@ def test_drawn_shapes(isa):
         double = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
         hides = {k: v for k, v in double.items() if k in ("mask", "key_lengths")}
         absolute = {k: double[k].abs() for k in ("query", "key", "value")} | hides
-        results = (
-            evaluate(given, **options),
+        expected = (
             evaluate(double, backend="reference", **options),
             evaluate(given, backend="reference", **options),
             evaluate(absolute, backend="reference", **options),
         )
         outputs = 1 if need_weights is None else 2
-        for place, (a, truth, stock, floor) in enumerate(zip(*results, strict=True)):
-            assert_matches(
-                a, truth, stock, floor, gradient=place >= outputs, what=f"{index} {place}"
-            )
+        for isa in each_isa():
+            results = zip(evaluate(given, **options), *expected, strict=True)
+            for place, (a, truth, stock, floor) in enumerate(results):
+                what = f"{index} {place} {isa}"
+                assert_matches(a, truth, stock, floor, gradient=place >= outputs, what=what)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -21,7 +21,8 @@ class TestEmulated(Emulated, test_gru.TestGru):
     )
     def test_clusters(self, backend, device, hidden, rounded):
         dtype = torch.bfloat16 if rounded else torch.float32
-        inputs = self.inputs(Case("", sizes(2, 9, 3, hidden)), dtype)
+        rows = 9 if hidden < 512 else 3  # past a tile of them, and within one
+        inputs = self.inputs(Case("", sizes(2, rows, 3, hidden)), dtype)
         problem.PROBLEMS.clear()  # they remember a cluster
         with on(device):
             self.check_forward(inputs, backend)

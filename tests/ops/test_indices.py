@@ -4,6 +4,7 @@ Eager calls on plain tensors raise. Elsewhere values cannot be looked at, and wh
 read nowhere and written nowhere: a loss's row becomes NaN, a length counts as the nearest one.
 """
 
+import functools
 import importlib
 import itertools
 import subprocess
@@ -120,6 +121,12 @@ SLOW = (*((backend, "compiled") for backend in ("cpu", "torch", "reference")),
 NEVER = [("triton", mode) for mode in ("subclass", "functorch", "compiled")]
 
 
+@functools.lru_cache(maxsize=1)
+def forget_graphs(*kind):
+    """Unless the calls before were of this kind too: their graph takes other values as well."""
+    torch._dynamo.reset()
+
+
 def evaluate(op, inputs, diff, backend, mode, grad=1.0):
     """Outputs, and by name the gradients for one of `grad` of each."""
     inputs, leaves = with_leaves(inputs, diff)
@@ -142,7 +149,8 @@ def evaluate(op, inputs, diff, backend, mode, grad=1.0):
         found = pull(tuple(torch.ones_like(o) * grad for o in outputs))
         return outputs, dict(zip(leaves, found, strict=True))
     if mode == "compiled":
-        torch._dynamo.reset()
+        plain = (x for x in given if isinstance(x, (bool, int, float, str)))
+        forget_graphs(op, backend, *inputs, *plain)
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     with FlopCounterMode(display=False) if mode == "flops" else nullcontext():
         outputs = call(*values)

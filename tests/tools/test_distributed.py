@@ -9,6 +9,7 @@ import torch
 from torch import distributed, nn
 
 import mbm_kernels
+from tests import children
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
@@ -82,4 +83,4 @@ def test_swapped_modules_train():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_train, (2, port), nprocs=2)
+    torch.multiprocessing.start_processes(_train, (2, port), 2, start_method=children.METHOD)

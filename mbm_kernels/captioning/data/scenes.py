@@ -44,7 +44,7 @@ HELD_OUT = tuple((k % len(SHAPE_NAMES), k) for k in range(len(COLOUR_NAMES)))
 SPLITS = {"train": 12_000, "val": 1_000, "held_out": 1_000}
 COUNT_PROBABILITY = (0.36, 0.37, 0.27)
 REACH = 1.2  # of the radius, from the centre to the farthest tip
-BLOCK = 250  # images per random stream: `limit` draws only the blocks that it needs
+BLOCK = 250  # images per random stream: `limit` begins only the blocks that it needs
 
 _PAIRS = [(s, c) for s in range(len(SHAPE_NAMES)) for c in range(len(COLOUR_NAMES))]
 _SEEN = np.array([pair for pair in _PAIRS if pair not in HELD_OUT])  # [32, 2]
@@ -68,6 +68,9 @@ class _Block:
     first_greater: Ints  # [N], the first-named is right of or below the second
     third_greater: Ints  # [N], the third is below or right of both
 
+    def first(self, count: int | None) -> _Block:
+        return _Block(**{name: values[:count] for name, values in vars(self).items()})
+
 
 def splits(
     *, seed: int = 0, image_size: int = 64, limit: int | None = None
@@ -80,11 +83,12 @@ def splits(
         for block_index in range(-(-total // BLOCK)):
             rng = np.random.default_rng([seed, index, block_index])
             block = _sample(rng, BLOCK, held_out=split == "held_out")
-            images.append(_draw(rng, block, image_size))
-            captions += [_caption(block, row) for row in range(BLOCK)]
+            count = min(BLOCK, total - len(captions))
+            images.append(_draw(rng, block, image_size, count))
+            captions += [_caption(block, row) for row in range(count)]
         out[split] = CaptionSet(
-            images=torch.from_numpy(np.concatenate(images)[:total]),
-            captions=captions[:total],
+            images=torch.from_numpy(np.concatenate(images)),
+            captions=captions,
             ids=[f"{split}/{k:06d}" for k in range(total)],
         )
     return out
@@ -169,21 +173,34 @@ def _place(
     return placed
 
 
-def _draw(rng: np.random.Generator, block: _Block, image_size: int) -> npt.NDArray[np.uint8]:
-    """uint8 `[N, 3, Y, X]`; each pixel is the background covered by the shapes in turn."""
-    n, side = len(block.count), image_size
+def _draw(
+    rng: np.random.Generator, block: _Block, image_size: int, count: int | None = None
+) -> npt.NDArray[np.uint8]:
+    """uint8 `[N, 3, Y, X]`, of a count the first so many; each pixel is the background covered by
+    the shapes in turn.
+
+    Images are the same whatever the count: numbers are drawn for all of the block, and the pixels'
+    noise, which comes row by row, last.
+    """
+    whole, side = len(block.count), image_size
+
+    def uniform(*shape: int) -> Floats:
+        return rng.random((whole, *shape), dtype=np.float32)[:count]
+
     scale = np.float32(side / 64)
     ticks = (np.arange(side, dtype=np.float32) + 0.5) / scale
     x, y = np.tile(ticks, side), np.repeat(ticks, side)  # [P], P = Y X
-    tint = 226 + 22 * rng.random((n, 3, 1), dtype=np.float32) + 0 * x
-    slope = 14 * (rng.random((n, 2, 1), dtype=np.float32) - 0.5)
+    tint = 226 + 22 * uniform(3, 1) + 0 * x
+    slope = 14 * (uniform(2, 1) - 0.5)
     canvas = tint + (slope[:, :1] * (x / 32 - 1) + slope[:, 1:] * (y / 32 - 1))
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
-    jitter = 30 * (rng.random((n, 3, 3), dtype=np.float32) - 0.5)
-    fill = palette[block.colour] + jitter  # [N, 3 shapes, 3]
+    jitter = 30 * (uniform(3, 3) - 0.5)
     # 12 degrees at most: a square stays a square and a cross a cross.
-    turn = np.float32(0.21) * (2 * rng.random((n, 3), dtype=np.float32) - 1)
-    order = rng.random((n, 3)).argsort(axis=1)  # which of two that overlap is on top
+    turn = np.float32(0.21) * (2 * uniform(3) - 1)
+    order = rng.random((whole, 3))[:count].argsort(axis=1)  # which of two that overlap is on top
+    block = block.first(count)
+    n = len(block.count)
+    fill = palette[block.colour] + jitter  # [N, 3 shapes, 3]
     for layer in range(3):
         k = order[:, layer]
         for shape, distance in enumerate(SHAPES.values()):
