@@ -50,7 +50,7 @@ def info(
 
 # The parts with dependencies of their own, in the order of --help: a group of commands, or one.
 PARTS = {
-    "caption": "mbm_kernels.captioning.cli:app",
+    "caption": "mbm_kernels.demo.cli:app",
     "retrieve": "mbm_kernels.retrieval.cli:app",
     "bench": "mbm_kernels.bench.cli:bench",
     "optimize": "mbm_kernels.optimize.cli:optimize",

@@ -26,7 +26,6 @@ from mbm_kernels.captioning.options import (
     Limit,
     Root,
     Seed,
-    Steps,
     TrainingOptions,
     as_table,
     check_splits,
@@ -34,7 +33,7 @@ from mbm_kernels.captioning.options import (
     report,
     training,
 )
-from mbm_kernels.captioning.presets import Preset, preset, preset_for
+from mbm_kernels.captioning.presets import Preset, preset_for
 from mbm_kernels.captioning.train import train_student, train_teacher
 
 app = typer.Typer(
@@ -231,37 +230,6 @@ def evaluate_command(
         typer.echo(json.dumps(scores, indent=2))
         return
     typer.echo(as_table(scores))
-
-
-@app.command()
-def demo(
-    name: Data = "scenes",
-    out: Annotated[Path | None, typer.Option(help="Folder; default out/demo/<data>.")] = None,
-    attention: Attention = None,
-    steps: Steps = None,
-    seed: Seed = 0,
-    limit: Limit = None,
-    data_root: Root = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also time torch.compile of stock.")
-    ] = True,
-) -> None:
-    """Train a teacher and two students, caption, time against stock layers, write a report."""
-    from mbm_kernels.captioning import demo as whole
-
-    preset(name)
-    if data_root is None:
-        data.fetch(name, progress=typer.echo)
-    whole.run(
-        name,
-        out=out,
-        root=data_root,
-        attention=attention or "additive",
-        seed=seed,
-        limit=limit,
-        steps=steps,
-        compiled=compiled,
-    )
 
 
 app.command()(generate)

@@ -150,14 +150,7 @@ def train_matching(
     Returns:
         The model after its last step, in eval mode, and its losses by step.
     """
-    config = replace(
-        config or MultimodalConfig(streams=STREAMS, vocab_size=tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        image_size=train_set.images.shape[-1],
-    )
-    with seeded(seed, -1):
-        model = MultimodalBigModel(config, layers=layers)
+    model = fresh_matching(train_set, tokenizer, config, layers, seed)
     history = fit(
         MatchingObjective(model, swap_of(train_set, tokenizer)),
         train_set,
@@ -171,6 +164,24 @@ def train_matching(
         execution=execution,
     )
     return model.eval(), history
+
+
+def fresh_matching(
+    train_set: CaptionSet,
+    tokenizer: WordTokenizer,
+    config: MultimodalConfig | None,
+    layers: str,
+    seed: int,
+) -> MultimodalBigModel:
+    """The model before its first step; vocabulary, padding and the image's side are the data's."""
+    config = replace(
+        config or MultimodalConfig(streams=STREAMS, vocab_size=tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        image_size=train_set.images.shape[-1],
+    )
+    with seeded(seed, -1):
+        return MultimodalBigModel(config, layers=layers)
 
 
 def swap_of(train_set: CaptionSet, tokenizer: WordTokenizer) -> WordSwap:

@@ -13,12 +13,13 @@ class Preset:
     """What one data set needs.
 
     settings: of the towers' training. matching: of the similarity head's. config: the towers'
-    sizes, of which the image's side is both models'.
+    sizes, of which the image's side is both models'. demo_steps: of both trainings in the demo.
     """
 
     settings: TrainSettings
     matching: TrainSettings
     config: TwoTowerConfig
+    demo_steps: int
 
 
 PRESETS = {
@@ -26,6 +27,7 @@ PRESETS = {
         TrainSettings(steps=1000, batch_size=64, learning_rate=3e-3),
         TrainSettings(steps=1200, batch_size=64, learning_rate=2e-3),
         TwoTowerConfig(image_size=56),
+        demo_steps=250,
     ),
     "emoji": Preset(
         TrainSettings(
@@ -33,6 +35,7 @@ PRESETS = {
         ),
         TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3, augment=True),
         TwoTowerConfig(image_size=64),
+        demo_steps=1000,
     ),
 }
 
@@ -42,6 +45,7 @@ OWN = Preset(
     TrainSettings(steps=2000, batch_size=64, learning_rate=3e-3, word_dropout=0.1),
     TrainSettings(steps=2000, batch_size=64, learning_rate=2e-3),
     TwoTowerConfig(image_size=64),
+    demo_steps=1000,
 )
 
 

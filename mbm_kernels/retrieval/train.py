@@ -36,10 +36,7 @@ def train_two_tower(
     Returns:
         The model after its last step, in eval mode, and its losses by step.
     """
-    config = config or TwoTowerConfig()
-    config = replace(config, image_size=train_set.images.shape[-1], pad_id=tokenizer.pad_id)
-    with seeded(seed, -1):
-        model = TwoTower(tokenizer.vocab_size, config=config, layers=layers)
+    model = fresh_two_tower(train_set, tokenizer, config, layers, seed)
     history = fit(
         ContrastiveObjective(model),
         train_set,
@@ -53,3 +50,17 @@ def train_two_tower(
         execution=execution,
     )
     return model.eval(), history
+
+
+def fresh_two_tower(
+    train_set: CaptionSet,
+    tokenizer: WordTokenizer,
+    config: TwoTowerConfig | None,
+    layers: str,
+    seed: int,
+) -> TwoTower:
+    """The model before its first step; the image's side and the padding are the data's."""
+    config = config or TwoTowerConfig()
+    config = replace(config, image_size=train_set.images.shape[-1], pad_id=tokenizer.pad_id)
+    with seeded(seed, -1):
+        return TwoTower(tokenizer.vocab_size, config=config, layers=layers)

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from mbm_kernels.captioning import demo
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.fit import fit
 from mbm_kernels.captioning.lock import LOCK, locked
+from mbm_kernels.demo import run as run_demo
 from tests import children
 
 from .training_helpers import (  # noqa: F401  the fixtures are used by name
@@ -180,4 +180,4 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 def test_two_demos_into_one_folder(tmp_path):
     """The first thing that a demo does there is to remove the models of the one before."""
     with locked(tmp_path), pytest.raises(RuntimeError, match=r"demo .*: got a folder that process"):
-        demo.run("scenes", out=tmp_path, limit=4, steps=1)
+        run_demo.run("scenes", out=tmp_path, limit=4, steps=1)

@@ -8,10 +8,20 @@ from torch import Tensor
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.captioning.fit import History
-from mbm_kernels.captioning.speed import Speed
+from mbm_kernels.demo.speed import Speed
+from mbm_kernels.retrieval.evaluate import Table
+from mbm_kernels.retrieval.matching import Aucs
 
 Scores = dict[str, dict[str, float]]  # split -> metric -> value
 MODELS = {"teacher": "teacher", "student": "student", "student_no_distill": "student alone"}
+
+
+@dataclass(frozen=True)
+class Query:
+    """A caption, and the nearest images by index, each with a caption of its own."""
+
+    text: str
+    found: list[tuple[int, str]]
 
 
 @dataclass
@@ -29,6 +39,9 @@ class Demo:
     weights: dict[str, list[Tensor]] = field(default_factory=dict)  # of the student, by split
     histories: dict[str, History] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
+    recalls: Table = field(default_factory=dict)
+    queries: dict[str, list[Query]] = field(default_factory=dict)  # by split
+    aucs: dict[str, Aucs] = field(default_factory=dict)  # by split
     speed: list[Speed] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -1,11 +1,11 @@
-"""`make demo`: teacher, student with and without it, captions, speed, and a report of all that."""
+"""`make demo`: captioners, search, matching of pairs, their speed, and a report of all that."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import machine
 from mbm_kernels.captioning import data, metrics
 from mbm_kernels.captioning.checkpoint import remove
-from mbm_kernels.captioning.compile_ahead import compiled_ahead
 from mbm_kernels.captioning.data import WordTokenizer
 from mbm_kernels.captioning.evaluate import evaluate
 from mbm_kernels.captioning.lock import locked
 from mbm_kernels.captioning.presets import Preset, preset
-from mbm_kernels.captioning.report import write_report
-from mbm_kernels.captioning.results import MODELS, Demo
-from mbm_kernels.captioning.speed import measure
 from mbm_kernels.captioning.train import Trained, fresh_model, train_student, train_teacher
+from mbm_kernels.demo import finding
+from mbm_kernels.demo.compile_ahead import compiled_ahead
+from mbm_kernels.demo.report import write_report
+from mbm_kernels.demo.results import MODELS, Demo
+from mbm_kernels.demo.speed import measure
+from mbm_kernels.demo.subjects import CaptionerSubject, Subject
+from mbm_kernels.retrieval import presets as retrieval
 
-SPEED_SECONDS = 6.0
+SPEED_SECONDS = 4.0
 
 
 def run(
@@ -69,23 +72,20 @@ def run(
                 name, seed=seed, root=root, image_size=chosen.image_size, limit=limit
             )
             demo.tokenizer = WordTokenizer.train(demo.sets["train"].captions)
-        with _compiled_ahead(demo, chosen) if compiled else nullcontext() as ahead:
-            teacher = _train(demo, chosen, out, steps, console)
+        captioner = _captioner(demo, chosen)
+        others = finding.Subjects.of(demo, retrieval.preset(name))
+        timed: list[Subject] = [captioner, others.towers, others.matching]
+        with compiled_ahead(timed) if compiled else nullcontext() as ahead:
+            timed = [captioner.of(_train(demo, chosen, out, steps, console))]
+            with _clock(demo, "search and matching", console):
+                timed += finding.train(demo, retrieval.preset(name), others, out, steps)
             if ahead is not None:
                 _wait_for(ahead, demo, console)
         with _clock(demo, "baselines", console):
             _baselines(demo)
         with _clock(demo, "speed", console):
-            demo.speed = measure(
-                teacher,
-                demo.sets[demo.splits[0]],
-                demo.tokenizer,
-                name="teacher",
-                batch_size=chosen.teacher.batch_size,
-                max_length=chosen.max_length,
-                seconds=SPEED_SECONDS,
-                compiled=compiled,
-            )
+            for subject in timed:
+                demo.speed += measure(subject, seconds=SPEED_SECONDS, compiled=compiled)
         demo.seconds["total"] = time.monotonic() - started
         results = as_results(demo)
         write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
@@ -103,16 +103,13 @@ def _clock(demo: Demo, name: str, console: Console) -> Iterator[None]:
     console.print(f"  {name}: {demo.seconds[name]:.0f} s", style="dim")
 
 
-def _compiled_ahead(demo: Demo, chosen: Preset) -> AbstractContextManager[BaseProcess]:
-    train = demo.sets["train"]
+def _captioner(demo: Demo, chosen: Preset) -> Subject:
+    """The teacher before its first step."""
+    train, shown = demo.sets["train"], demo.sets[demo.splits[0]]
     model = fresh_model(train, demo.tokenizer, "teacher", demo.attention, "stock", demo.seed)
-    return compiled_ahead(
-        model.settings,
-        demo.sets[demo.splits[0]],
-        demo.tokenizer,
-        batch_size=chosen.teacher.batch_size,
-        max_length=chosen.max_length,
-    )
+    rows = range(min(chosen.teacher.batch_size, len(shown)))
+    batch = data.collate(shown, rows, demo.tokenizer)[:2]
+    return CaptionerSubject("teacher", model.settings, *batch, max_length=chosen.max_length)
 
 
 def _wait_for(process: BaseProcess, demo: Demo, console: Console) -> None:
@@ -198,6 +195,8 @@ def as_results(demo: Demo) -> dict[str, Any]:
         "seconds": demo.seconds["total"],
         **demo.scores,
         "baselines": demo.baselines,
+        "retrieval": demo.recalls,
+        "matching": demo.aucs,
         "speed": [row.as_dict() for row in demo.speed],
         "seconds_by_part": {k: v for k, v in demo.seconds.items() if k != "total"},
         "pictures": {name: len(captions) for name, captions in demo.sets.items()},
@@ -210,7 +209,7 @@ def as_results(demo: Demo) -> dict[str, Any]:
 
 
 def print_summary(demo: Demo, console: Console) -> None:
-    """The report's two tables in the terminal."""
+    """The report's tables in the terminal."""
     table = Table("captions by", title=f"{demo.data}: exact match %, BLEU-4, CIDEr-D")
     for split in demo.splits:
         table.add_column(split, justify="right")
@@ -221,6 +220,22 @@ def print_summary(demo: Demo, console: Console) -> None:
         ]
         table.add_row(MODELS.get(name, name.replace("_", " ")), *cells)
     console.print(table)
+    search = Table("R@1 %, text to image and back", title="search")
+    for split in demo.recalls:
+        search.add_column(split, justify="right")
+    for method in next(iter(demo.recalls.values())):
+        found = [list(methods[method].values()) for methods in demo.recalls.values()]
+        cells = ["   ".join(f"{100 * way['R@1']:.1f}" for way in ways) for ways in found]
+        search.add_row(method.replace("_", " "), *cells)
+    console.print(search)
+    pairs = Table("AUC %, hard and other texts", title="do image and text belong together")
+    for split in demo.aucs:
+        pairs.add_column(split, justify="right")
+    for streams in demo.aucs[demo.splits[0]]:
+        aucs = [list(table[streams].values()) for table in demo.aucs.values()]
+        cells = ["   ".join(f"{100 * value:.1f}" for value in row) for row in aucs]
+        pairs.add_row(streams.replace("+", ", "), *cells)
+    console.print(pairs)
     speed = Table("what", "stock form", "stock ms", "mbm ms", "ratio (95 %)", title="speed")
     for row in demo.speed:
         ratio = f"{row.ratio:.2f} ({row.ratio_lo:.2f} to {row.ratio_hi:.2f})"

@@ -13,7 +13,7 @@ from torch import Tensor
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.attention import attention_overlay
 from mbm_kernels.captioning.pages import data_uri, render
-from mbm_kernels.captioning.results import Demo
+from mbm_kernels.demo.results import MODELS, Demo
 
 SHOWN = 12  # images of a split
 SHOWN_MAPS = 4  # images of a split with their attention
@@ -23,6 +23,9 @@ NAMES = {
     "student_no_distill": "student, alone",
     "most_frequent": "most frequent caption",
     "nearest": "caption of the nearest training picture",
+    "two_tower": "two towers",
+    "colour_words_cca": "colours and words by CCA",
+    "chance": "chance",
 }
 SPLITS = {
     "val": "val: combinations seen in training",
@@ -44,6 +47,7 @@ def write_report(demo: Demo, results: dict[str, Any], path: Path) -> None:
         names=NAMES,
         split_names=SPLITS,
         scores={**demo.scores, **demo.baselines},
+        found={split: found_images(demo, split) for split in demo.splits},
         galleries={split: gallery(demo, split) for split in demo.splits},
         curves=loss_curves(demo),
     )
@@ -76,6 +80,24 @@ def gallery(demo: Demo, split: str) -> list[dict[str, Any]]:
     return cards
 
 
+def found_images(demo: Demo, split: str) -> list[dict[str, Any]]:
+    """The queries of a split with the images found, and whether each has the query's words."""
+    return [
+        {
+            "text": query.text,
+            "images": [
+                {
+                    "picture": data_uri(enlarged(demo.sets[split].images[index])),
+                    "caption": caption,
+                    "right": caption == query.text,
+                }
+                for index, caption in query.found
+            ],
+        }
+        for query in demo.queries[split]
+    ]
+
+
 def enlarged(picture: Tensor, side: int = 128) -> Image.Image:
     """uint8 [3, Y, X] as an image of that side."""
     shown = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
@@ -90,7 +112,8 @@ def loss_curves(demo: Demo) -> str:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
-    for role, history in demo.histories.items():
+    for role in MODELS:
+        history = demo.histories[role]
         rows = history.train
         (line,) = axes.plot(
             [row["step"] for row in rows], [row["hard"] for row in rows], label=NAMES[role]
