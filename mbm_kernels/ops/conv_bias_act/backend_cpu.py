@@ -145,7 +145,9 @@ class _Native:
         sizes = (*kernel, *p.stride, *p.dilation, p.groups)
         takes = geometry.takes_winograd(sizes, channels, out_channels)
         self.winograd_backward = winograd and takes
-        self.winograd = self.winograd_backward and p.pool in (NO_POOL, (2, 2, 2, 2, 0, 0))
+        repaid = geometry.repays_winograd(batch, p.conv, channels, out_channels)
+        pools = (NO_POOL, (2, 2, 2, 2, 0, 0))
+        self.winograd = self.winograd_backward and repaid and p.pool in pools
         self.fresh = self.winograd and _fresh(batch, p.conv, out_channels)
         self.fresh_backward = self.winograd_backward and _fresh(batch, (height, width), channels)
         self.packer = _packer(p.groups, False, self.winograd, (1, 1, 1, 1))

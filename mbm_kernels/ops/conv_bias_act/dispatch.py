@@ -5,7 +5,6 @@ from mbm_kernels.ops.conv_bias_act import geometry
 
 TRANSCENDENTAL = 4  # the activations of geometry.ACTIVATIONS from here on take exp or erf
 FEW_CHANNELS = 4  # of an image or its gray version
-TILE = 4  # pixels a side of Winograd's output
 IN_TILE = 36  # products of a tile, of a channel in and one out
 MOST_TAPS = 25  # beyond 5 x 5 a convolution is called long
 MOST_ACROSS = 7  # columns of a long kernel beyond which oneDNN takes more for each product
@@ -25,7 +24,11 @@ def cpu(p: Sizes) -> Work:
     amounts = _moved(p)
     group_in, group_out = p["C"] // p["groups"], p["K"] // p["groups"]
     if kernel == "winograd":
-        tiles = p["B"] * -(-p["conv_y"] // TILE) * -(-p["conv_x"] // TILE)
+        tiles = (
+            p["B"]
+            * -(-p["conv_y"] // geometry.WINOGRAD_TILE)
+            * -(-p["conv_x"] // geometry.WINOGRAD_TILE)
+        )
         amounts["products"] = share(tiles, threads) * IN_TILE * group_in * padded(p["K"], lanes)
         amounts["tiles_in"] = share(tiles, threads) * group_in
         amounts["tiles_out"] = share(tiles, threads) * p["K"]
@@ -99,7 +102,8 @@ def _long(p: Sizes) -> str:
 
 def _forward(p: Sizes) -> str:
     sizes = (p["R"], p["S"], *[p["stride"]] * 2, *[p["dilation"]] * 2, p["groups"])
-    if p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"]):
+    takes = p["pool"] < OTHER_POOL and geometry.takes_winograd(sizes, p["C"], p["K"])
+    if takes and geometry.repays_winograd(p["B"], (p["conv_y"], p["conv_x"]), p["C"], p["K"]):
         return "winograd"
     few = p["C"] <= FEW_CHANNELS and p["groups"] == 1
     if few and not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL:
