@@ -78,7 +78,7 @@ class Child:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def end(self, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def end(self, seconds: float = 1800) -> subprocess.CompletedProcess[str]:
         """Waits for the child's end, and ends it after so many seconds."""
         self._process.join(seconds)
         if self._process.is_alive():
