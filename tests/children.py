@@ -1,8 +1,8 @@
 """Python in a process of its own, forked from a server that has imported torch already.
 
 An import of torch takes 3 to 4 s of CPU, longer than most of what such a process is there for. What
-must see the start itself (environment variables that the loader, glibc or OpenMP read; what an
-import brings in) is a `subprocess` instead.
+must see the start itself (environment variables that the loader, glibc, OpenMP or triton read; what
+an import brings in) is a `subprocess` instead.
 """
 
 import multiprocessing

@@ -79,7 +79,8 @@ def splits(
     out = {}
     for index, (split, full) in enumerate(SPLITS.items()):
         total = full if limit is None else min(full, limit)
-        images, captions = [], []
+        images: list[npt.NDArray[np.uint8]] = []
+        captions: list[str] = []
         for block_index in range(-(-total // BLOCK)):
             rng = np.random.default_rng([seed, index, block_index])
             block = _sample(rng, BLOCK, held_out=split == "held_out")
