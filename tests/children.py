@@ -1,8 +1,8 @@
 """Python in a process of its own, forked from a server that has imported torch already.
 
 An import of torch takes 3 to 4 s of CPU, longer than most of what such a process is there for. What
-must see the start itself (environment variables that the loader, glibc or OpenMP read; what an
-import brings in) is a `subprocess` instead.
+must see the start itself (environment variables that the loader, glibc, OpenMP or triton read; what
+an import brings in) is a `subprocess` instead.
 """
 
 import multiprocessing
@@ -78,7 +78,7 @@ class Child:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def end(self, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+    def end(self, seconds: float = 1800) -> subprocess.CompletedProcess[str]:
         """Waits for the child's end, and ends it after so many seconds."""
         self._process.join(seconds)
         if self._process.is_alive():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import mbm_kernels
-from mbm_kernels.cli import main
+from mbm_kernels.cli import app, main
 from tests import children
 
 
@@ -65,3 +65,10 @@ def test_bad_input_ends_without_a_traceback(monkeypatch, capsys):
     code, said = end(monkeypatch, capsys, "no-such-command")
     assert code == 2
     assert "No such command" in said.err
+
+
+def test_a_part_is_mounted_once(monkeypatch, capsys):
+    for _ in range(2):
+        assert end(monkeypatch, capsys, "gate", "--help")[0] == 0
+    names = [group.name for group in app.registered_groups]
+    assert names.count("gate") == 1

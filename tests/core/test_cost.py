@@ -215,7 +215,7 @@ def test_calibrate_writes_what_auto_then_goes_by(tmp_path, monkeypatch):
     app = __import__("typer").Typer()
     app.command()(command)
     out, keep = tmp_path / "constants.json", tmp_path / "rows.jsonl"
-    arguments = ["--op", "linear_topk", "--seconds", "2", "--out", str(out), "--keep", str(keep)]
+    arguments = ["--op", "linear_topk", "--seconds", "5", "--out", str(out), "--keep", str(keep)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())

@@ -225,7 +225,7 @@ def test_compile_of_a_subclass_and_not_of_stock(backend):
 
 def test_compile_of_packed_sequences(backend):
     torch._dynamo.reset()
-    _, ours = pair(backend, bidirectional=True)
+    _, ours = pair(backend, num_layers=2, bidirectional=True)
     compiled = torch.compile(ours, backend="aot_eager")  # breaks the graph for the batch's size
     for lengths in ([2, 4, 1], [3, 3, 3]):
         packed = pack_sequence([torch.randn(n, C) for n in lengths], enforce_sorted=False)

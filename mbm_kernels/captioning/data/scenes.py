@@ -79,7 +79,7 @@ def splits(
     out = {}
     for index, (split, full) in enumerate(SPLITS.items()):
         total = full if limit is None else min(full, limit)
-        images: list[np.ndarray] = []
+        images: list[npt.NDArray[np.uint8]] = []
         captions: list[str] = []
         for block_index in range(-(-total // BLOCK)):
             rng = np.random.default_rng([seed, index, block_index])
