@@ -39,6 +39,27 @@ def of(op: str) -> list[tuple[str, Inputs]]:
     return list(STRATA[op](Numbers())) if op in STRATA else []
 
 
+@strata
+def contrastive_loss(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
+    """Both losses, with a scale of either sign, and rows that take several chunks."""
+    for kind in ("infonce", "siglip"):
+        for scale in (1.3, -0.7):
+            yield (
+                f"{kind}, scale {scale}",
+                {
+                    "image": numbers(37, 21),
+                    "text": numbers(37, 21),
+                    "scale": torch.tensor(scale),
+                    "bias": torch.tensor(-1.7) if kind == "siglip" else None,
+                    "kind": kind,
+                },
+            )
+    # The largest logits come last.
+    growing = numbers(1300, 2) * torch.linspace(0.1, 3, 1300)[:, None]
+    image_text = {"image": growing, "text": numbers(1300, 2), "scale": torch.tensor(1.0)}
+    yield "infonce, several chunks", {**image_text, "bias": None, "kind": "infonce"}
+
+
 def _gru_weights(numbers: Numbers, features: int, hidden: int, bias: bool, end: str = "") -> Inputs:
     return {
         f"w_ih{end}": numbers(3 * hidden, features, scale=0.1),
@@ -159,14 +180,16 @@ def _register_tiles(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         nonlocal turn
         turn += 1
         weight = numbers(out[0], shape[0] // options.get("groups", 1), *kernel, scale=0.1)
+        if activation == "":
+            activation = ACTIVATIONS[(turn + turn // len(ACTIVATIONS)) % len(ACTIVATIONS)]
         if residual is None:
-            residual = turn % 4 > 1
+            residual = (turn + turn // 4) % 2 > 0
         return f"{what}, turn {turn}", {
             "x": _image(numbers, 1, *shape, last),
             "weight": weight,
-            "bias": numbers(out[0]) if turn % 5 else None,
+            "bias": numbers(out[0]) if (turn + turn // 5) % 5 else None,
             "residual": _image(numbers, 1, *out, last) if residual else None,
-            "activation": ACTIVATIONS[turn % len(ACTIVATIONS)] if activation == "" else activation,
+            "activation": activation,
             **options,
         }
 

@@ -37,7 +37,8 @@ from mbm_kernels.testing.suite import OpSuite
 ADDRESSES_FROM = 2**32  # no size and no stride is as large
 COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
 DENSE, NUMBER = "dense", "one number"  # that of sum().backward(): every stride is 0
-GRADIENTS = (DENSE, *LAYOUTS, NUMBER)
+SPOILT = "a NaN in one"
+GRADIENTS = (DENSE, *LAYOUTS, NUMBER, SPOILT)
 WRONG = (-1, 2**20, 2**40, -(2**63), 2**63 - 1)
 SETTERS = ("set_isa", "isa", "best_isa", "runs_isa")
 
@@ -164,6 +165,9 @@ def _gradient(output: Tensor, layout: str, generator: torch.Generator) -> Tensor
     grad = torch.randn(output.shape, generator=generator)
     if layout == NUMBER:
         return torch.ones(()).expand(output.shape)
+    if layout == SPOILT:
+        grad.view(-1)[:1] = torch.nan
+        return grad
     return grad if layout == DENSE else relayout(grad, layout)
 
 
@@ -205,6 +209,7 @@ def record_common(recorder: Recorder) -> None:
         native.cpu().note_team(team, taken, waited)
     native.cpu().granted_team(1)  # of more, that depends on what else runs
     recorder.label = "peak and scratch memory"
+    native.cpu().peak_operations()
     native.cpu().peak_run(3, 2)
     native.cpu().release_scratch(2)
 

@@ -149,18 +149,19 @@ def check(op: str, isa: str, builds: Iterable[Build], examples: int, folder: Pat
     """Reports of all builds over the recorded calls of one operation in one ISA."""
     records, found = folder / f"{op}.{isa}", []
     record(records, op, isa, examples)
-    calls = "0"
+    said: dict[str, None] = {}  # the same of most replays
     for each in builds:
         if each.isa not in (None, isa):
             continue
         for options in runs(each):
             done = each.replay(records, *options)
-            calls = done.stdout.strip() or calls
+            said |= {done.stdout.strip(): None}
             if done.returncode != 0:
                 what = " ".join((each.name, *options))
                 found.append(f"{op}, {isa}, {what}: {report(done)}")
     records.unlink()
-    print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{calls}", flush=True)
+    ran = "; ".join(filter(None, said))
+    print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{ran}", flush=True)
     return found
 
 

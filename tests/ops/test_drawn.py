@@ -1,7 +1,7 @@
 """Every operation's kernels over drawn shapes, layouts, lengths and masks, by the error rule.
 
-Over a hundred of them for each operation on the widest ISA, half larger than one tile in every
-blocked dimension, and fewer on the others; the same ones in every run.
+40 of them or more for each operation on the widest ISA, half larger than one tile in every blocked
+dimension, and fewer on the others; at least two of each stratum; the same ones in every run.
 """
 
 import importlib
