@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
+
 Inputs = dict[str, Any]
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish")
-ACTIVATIONS += ("sigmoid", "tanh")
 STRATA: dict[str, Callable[["Numbers"], Iterator[tuple[str, Inputs]]]] = {}
 
 
@@ -162,34 +162,27 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
 
 
 def _register_tiles(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
-    """Every size of a kernel's register tiles, in the widest ISA too. Activations, and whether
-    there is a bias and a residual, take turns, each over ends of maps inside a vector."""
+    """Every size of the kernels' register tiles, in the widest ISA too, with ends inside a vector.
+    Activations, and whether there is a bias and a residual, take turns."""
     turn = 0
 
     def case(
         what: str,
         shape: tuple[int, int, int],
         out: tuple[int, int, int],
-        kernel: tuple[int, int] = (1, 1),
-        last: bool = True,
-        *,
-        activation: str | None = "",
-        residual: bool | None = None,
-        **options: Any,
+        kernel: tuple[int, int],
+        last: bool,
+        options: Inputs,
     ) -> tuple[str, Inputs]:
         nonlocal turn
         turn += 1
-        weight = numbers(out[0], shape[0] // options.get("groups", 1), *kernel, scale=0.1)
-        if activation == "":
-            activation = ACTIVATIONS[(turn + turn // len(ACTIVATIONS)) % len(ACTIVATIONS)]
-        if residual is None:
-            residual = (turn + turn // 4) % 2 > 0
+        added = options.pop("added", (turn + turn // 4) % 2 > 0)
         return f"{what}, turn {turn}", {
             "x": _image(numbers, 1, *shape, last),
-            "weight": weight,
+            "weight": numbers(out[0], shape[0] // options.get("groups", 1), *kernel, scale=0.1),
             "bias": numbers(out[0]) if (turn + turn // 5) % 5 else None,
-            "residual": _image(numbers, 1, *out, last) if residual else None,
-            "activation": activation,
+            "residual": _image(numbers, 1, *out, last) if added else None,
+            "activation": ACTIVATIONS[(turn + turn // len(ACTIVATIONS)) % len(ACTIVATIONS)],
             **options,
         }
 
@@ -197,45 +190,40 @@ def _register_tiles(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         for height in range(1, 9):
             width = 1 + (height * 11 + side) % 21
             for stride in (1, 2):
-                padded = {"groups": 19, "padding": side // 2, "stride": stride}
+                padded: Inputs = {"groups": 19, "padding": side // 2, "stride": stride}
                 shape = (19, (height - 1) * stride + 1, (width - 1) * stride + 1)
                 for last in (False, True):
-                    what = f"depthwise strips of {height} rows"
-                    yield case(what, shape, (19, height, width), (side, side), last, **padded)
+                    what, out = f"depthwise strips of {height} rows", (19, height, width)
+                    yield case(what, shape, out, (side, side), last, dict(padded))
     for width in range(1, 17):
-        options = {"groups": 19 + width % 2 * 13, "padding": (0, 1)}
-        channels = options["groups"]
-        what = f"depthwise rows of {width}"
-        yield case(what, (channels, 3, width), (channels, 3, width), (1, 3), **options)
+        channels = 19 + width % 2 * 13
+        size = (channels, 3, width)
+        padded = {"groups": channels, "padding": (0, 1)}
+        yield case(f"depthwise rows of {width}", size, size, (1, 3), True, padded)
     for width in range(1, 29):
         stride, dilation = 1 + width % 2, 1 + width % 3 // 2
-        options = {"groups": 2, "stride": stride, "dilation": dilation, "padding": dilation}
+        padded = {"groups": 2, "stride": stride, "dilation": dilation, "padding": dilation}
         shape = (6, stride + 1, (width - 1) * stride + 1)
-        what = f"grouped rows of {width}"
-        yield case(what, shape, (80, 2, width), (3, 3), **options)
+        yield case(f"grouped rows of {width}", shape, (80, 2, width), (3, 3), True, padded)
     for outputs in range(1, 11):
-        width, sizes = outputs * 7 % 23 + 1, {"groups": 3, "padding": 1}
-        out = (3 * outputs, outputs, width)
-        what = f"grouped strips of {outputs} outputs"
-        yield case(what, (9, outputs, width), out, (3, 3), False, **sizes)
+        width, padded = outputs * 7 % 23 + 1, {"groups": 3, "padding": 1}
+        shape, out = (9, outputs, width), (3 * outputs, outputs, width)
+        yield case(f"grouped strips of {outputs} outputs", shape, out, (3, 3), False, padded)
     for pixels in range(1, 15):
         step = -(-(1 << 13) // pixels)  # x is large enough for what comes next to be fetched
+        shape, out, one = (8, 1, step * pixels), (40, 1, pixels), (1, 1)
         for added in (False, True):
-            shape, out = (8, 1, step * pixels), (40, 1, pixels)
-            what = f"{pixels} pixels, fetched"
-            yield case(what, shape, out, residual=added, stride=(1, step))
-        yield case(f"{pixels} pixels", (5, 1, pixels), (40, 1, pixels))
-        yield case(f"planes of {pixels} pixels", (5, 1, pixels), (40, 1, pixels), last=False)
-        padded = {"padding": 1}
-        what = f"Winograd, {pixels} tiles"
-        yield case(what, (16, 4, 4 * pixels), (40, 4, 4 * pixels), (3, 3), **padded)
+            strided = {"added": added, "stride": (1, step)}
+            yield case(f"{pixels} pixels, fetched", shape, out, one, True, strided)
+        for last in (False, True):
+            yield case(f"{pixels} pixels", (5, 1, pixels), out, one, last, {})
+        shape, out = (16, 4, 4 * pixels), (40, 4, 4 * pixels)
+        yield case(f"Winograd, {pixels} tiles", shape, out, (3, 3), True, {"padding": 1})
     for pairs in (1, 2, 3, 6):
         for channels in (2, 3):
             for outputs in (5, 12, 24):
                 for pool in (None, 2):
-                    width, relu = 2 * pairs, ("relu", None)[pairs % 2]
-                    options = {"padding": 1, "max_pool": pool, "activation": relu}
-                    out = (outputs, 4, width)
-                    what = f"few channels, {pairs} pairs"
-                    yield case(what, (channels, 4, width), out, (3, 3), pairs < 3,
-                               residual=False, **options)  # fmt: skip
+                    relu = ("relu", None)[pairs % 2]
+                    few = {"padding": 1, "max_pool": pool, "activation": relu, "added": False}
+                    shape, out = (channels, 4, 2 * pairs), (outputs, 4, 2 * pairs)
+                    yield case(f"few channels, {pairs} pairs", shape, out, (3, 3), pairs < 3, few)
