@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -80,6 +81,27 @@ def drawn(draw: Callable[[Any], Any], op: str, large: bool, stratum: str | None 
     if stratum is None:
         stratum = draw(st.sampled_from(strata(op)))
     return Drawn(op, Draws(draw, large, stratum))
+
+
+def each_stratum(op: str, large: bool, count: int, check: Callable[[Drawn], None]) -> None:
+    """Calls `check` on `count` drawn cases or more, as many of each stratum, the same in every run.
+
+    The first of a stratum is its simplest one, which says little: there is at least another.
+    """
+    strata_of = strata(op)
+    wanted = max(2, -(-count // len(strata_of)))
+    for number, stratum in enumerate(strata_of):
+        run = given(drawn(op, large, stratum))(check)
+        if stratum is not None:
+            run = seed(number)(run)  # else all would draw from the same numbers
+        settings(
+            max_examples=wanted,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],  # what is drawn is small enough to read
+            suppress_health_check=list(HealthCheck),
+        )(run)()
 
 
 def is_clear(op: str, inputs: Inputs) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("mbm_kernels", "csrc", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+OBJECTS = f"build/{sysconfig.get_config_var('SOABI')}-_C_cpu"  # of a build in place
 
 
 @dataclass(frozen=True)

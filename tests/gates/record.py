@@ -3,11 +3,11 @@
     python -m tests.gates.record RECORDS --isa avx2 --examples 12 --threads 3
 
 Every operation with a CPU backend is called, forward and backward, on the cases of its own tests,
-sizes of 0 among them, on those of mbm_kernels.testing.strata, which reach each plan of its kernels,
-and over arguments drawn from the strategies of mbm_kernels.testing.cases. Incoming gradients take
-every layout in turn. A new operation is recorded without a change here. Every fourth drawn call is
-made again with indices, lengths among them, that are wrong: a dispatch mode keeps them from being
-looked at.
+sizes of 0 among them, on those of mbm_kernels.testing.strata, which reach each plan of its kernels
+and are called without gradients too, and over arguments drawn from the strategies of
+mbm_kernels.testing.cases. Incoming gradients take every layout in turn. A new operation is recorded
+without a change here. Every fourth drawn call is made again with indices, lengths among them, that
+are wrong: a dispatch mode keeps them from being looked at.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,7 +37,8 @@ from mbm_kernels.testing.suite import OpSuite
 ADDRESSES_FROM = 2**32  # no size and no stride is as large
 COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
 DENSE, NUMBER = "dense", "one number"  # that of sum().backward(): every stride is 0
-GRADIENTS = (DENSE, *LAYOUTS, NUMBER)
+SPOILT = "a NaN in one"
+GRADIENTS = (DENSE, *LAYOUTS, NUMBER, SPOILT)
 WRONG = (-1, 2**20, 2**40, -(2**63), 2**63 - 1)
 SETTERS = ("set_isa", "isa", "best_isa", "runs_isa")
 
@@ -165,6 +165,9 @@ def _gradient(output: Tensor, layout: str, generator: torch.Generator) -> Tensor
     grad = torch.randn(output.shape, generator=generator)
     if layout == NUMBER:
         return torch.ones(()).expand(output.shape)
+    if layout == SPOILT:
+        grad.view(-1)[:1] = torch.nan
+        return grad
     return grad if layout == DENSE else relayout(grad, layout)
 
 
@@ -201,7 +204,12 @@ def record_common(recorder: Recorder) -> None:
             x, y = torch.linspace(-20, 20, size), torch.empty(size)
             native.cpu().vector_math(function, x.data_ptr(), y.data_ptr(), size)
             recorder.forget()
+    recorder.label = "teams of threads"
+    for team, taken, waited in ((2, 100, 0), (2, 4_000_000, 3_000_000), (4, 4_000_000, 100)):
+        native.cpu().note_team(team, taken, waited)
+    native.cpu().granted_team(1)  # of more, that depends on what else runs
     recorder.label = "peak and scratch memory"
+    native.cpu().peak_operations()
     native.cpu().peak_run(3, 2)
     native.cpu().release_scratch(2)
 
@@ -209,15 +217,6 @@ def record_common(recorder: Recorder) -> None:
 def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> None:
     count = 0
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases.drawn(op, large))
     def each(drawn: cases.Drawn) -> None:
         nonlocal count
         recorder.label = f"{op}: {drawn}"
@@ -234,7 +233,7 @@ def record_drawn(recorder: Recorder, op: str, large: bool, examples: int) -> Non
         recorder.forget()
         count += 1
 
-    each()
+    cases.each_stratum(op, large, examples, each)
 
 
 def suites(op: str) -> list[OpSuite]:
@@ -261,10 +260,15 @@ def record_fixed(recorder: Recorder, op: str) -> None:
             made.append((case.why, suite.inputs(case, torch.float32), type(suite).function))
         if isinstance(suite, Hiding):
             made += hidden(suite)
-    made += [(what, inputs, None) for what, inputs in strata.of(op)]
+    of_strata = strata.of(op)
+    made += [(what, inputs, None) for what, inputs in of_strata]
     for i, (what, inputs, function) in enumerate(made):
         recorder.label = f"{op}: {what}"
         run(recorder, op, inputs, layout=GRADIENTS[i % len(GRADIENTS)], function=function)
+        recorder.forget()
+    for what, inputs in of_strata:  # nothing is saved, and other kernels may run
+        recorder.label = f"{op}, inference: {what}"
+        run(recorder, op, inputs, wanted=lambda i: False)
         recorder.forget()
 
 

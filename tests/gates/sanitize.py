@@ -6,7 +6,8 @@ Native calls of every operation are recorded over drawn arguments (record.py), i
 THREADS, and made again (replay.py), always with guard pages around each buffer:
 
     as built             both ends of each buffer against a page that may not be touched
-    address, undefined   every ISA; scratch memory between guard pages too
+    address, undefined   every ISA; scratch memory between guard pages too. Where the CPU lacks
+                         AVX-512, its kernels in AVX2's instructions (avx512_lowered)
     thread               AVX2, with the std::thread build of csrc/common/parallel.h
     coverage             AVX2: which lines run, of all calls together (coverage.py); then the first
                          calls of each function with each allocation of scratch memory failing
@@ -80,6 +81,7 @@ class Build:
 
     name: str
     path: Path
+    isa: str | None = None  # the only one that it holds
     library: str | None = None
 
     def replay(self, records: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -112,14 +114,19 @@ def extension(folder: Path) -> Path:
     return folder / "mbm_kernels" / f"_C_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def sanitized(root: Path, sanitizer: str) -> Build:
-    """Compiles the kernels of the tree at `root`; what is up to date stays."""
-    folder = f"build/sanitize/{sanitizer}"
-    only = THREAD_ISA if sanitizer in ONE_ISA else ""
+def sanitized(root: Path, sanitizer: str, isa: str = THREAD_ISA) -> Build:
+    """Compiles the kernels of the tree at `root` for one ISA; what is up to date stays."""
+    folder = f"build/sanitize/{sanitizer}" + ("" if sanitizer in ONE_ISA else f"-{isa}")
     places = ("--build-lib", folder, "--build-temp", f"{folder}/temp")
-    build(root, *places, MBM_SANITIZE=sanitizer, MBM_BUILD_ISA=only)
+    build(root, *places, MBM_SANITIZE=sanitizer, MBM_BUILD_ISA=isa)
     library = {"thread": "libtsan.so", "address": "libasan.so"}.get(sanitizer)
-    return Build(sanitizer, extension(root / folder), library)
+    return Build(sanitizer, extension(root / folder), isa, library)
+
+
+def isas() -> list[str]:
+    """Those that run here, AVX-512's kernels among them in one form or the other."""
+    runs_here = native.isas()
+    return [isa for isa in runs_here if isa != "avx512_lowered" or "avx512" not in runs_here]
 
 
 def record(path: Path, op: str, isa: str, examples: int) -> None:
@@ -142,18 +149,19 @@ def check(op: str, isa: str, builds: Iterable[Build], examples: int, folder: Pat
     """Reports of all builds over the recorded calls of one operation in one ISA."""
     records, found = folder / f"{op}.{isa}", []
     record(records, op, isa, examples)
-    calls = "0"
+    said: dict[str, None] = {}  # the same of most replays
     for each in builds:
-        if each.name in ONE_ISA and isa != THREAD_ISA:
+        if each.isa not in (None, isa):
             continue
         for options in runs(each):
             done = each.replay(records, *options)
-            calls = done.stdout.strip() or calls
+            said |= {done.stdout.strip(): None}
             if done.returncode != 0:
                 what = " ".join((each.name, *options))
                 found.append(f"{op}, {isa}, {what}: {report(done)}")
     records.unlink()
-    print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{calls}", flush=True)
+    ran = "; ".join(filter(None, said))
+    print(f"{'REPORTED' if found else 'clean':9}{op:28}{isa:16}{ran}", flush=True)
     return found
 
 
@@ -161,7 +169,7 @@ def check_planted(folder: Path, examples: int) -> list[str]:
     """Names of planted bugs that no sanitizer reported."""
     missed = []
     copy = folder / "tree"
-    copy_tree(copy, "build/sanitize")
+    copy_tree(copy, f"build/sanitize/address-{THREAD_ISA}", "build/sanitize/thread")
     for sanitizer, mutants in PLANTED.items():
         for mutant in mutants:
             op = mutant.path.split("/")[1]
@@ -183,7 +191,8 @@ def main() -> None:
     given = parser.parse_args()
     started = time.monotonic()
     builds = [Build("as built", extension(ROOT))]
-    builds += [sanitized(ROOT, sanitizer) for sanitizer in ("address", *ONE_ISA)]
+    builds += [sanitized(ROOT, "address", isa) for isa in isas()]
+    builds += [sanitized(ROOT, sanitizer) for sanitizer in ONE_ISA]
     counted = ROOT / "build" / "sanitize" / "coverage"
     coverage.clear(counted)
     print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
@@ -192,8 +201,7 @@ def main() -> None:
         work = [
             pool.submit(check, op, isa, builds, given.examples, folder)
             for op in given.ops
-            for isa in native.isas()
-            if isa != "avx512_lowered"  # of the production builds only
+            for isa in isas()
         ]
         reports = [found for each in work for found in each.result()]
         if set(given.ops) >= {COMMON, *kernels()}:

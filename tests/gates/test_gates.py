@@ -257,7 +257,7 @@ class TestPlanting:
     def test_each_has_tests_of_its_operation(self):
         for mutant in mutants.MUTANTS:
             for name in mutants.more_tests(mutant).split():
-                assert (ROOT / name).is_file()
+                assert (ROOT / name).exists()
 
     def test_a_report_names_the_call(self):
         done = subprocess.CompletedProcess(
@@ -290,10 +290,36 @@ class TestCoverage:
         share, missed = coverage.report(counts, tmp_path)
         assert share == pytest.approx(1 / 3)
         assert missed == ["csrc/a.h:2: two", "csrc/a.h:3: three"]
-        named = {"csrc/a.h": {"two": "asserts"}}
-        assert coverage.reasons(counts, named, tmp_path) == {"csrc/a.h": {1: 5, 3: 0}}
-        with pytest.raises(ValueError, match="got 'one', which runs or is gone"):
-            coverage.reasons(counts, {"csrc/a.h": {"one": "?"}}, tmp_path)
+        kernels = {"csrc/a.h": {"tile<1>": 0, "tile<2>": 0, "tile<3>": 2}}
+        named = {"csrc/a.h": {"two": "asserts", "tile<2>": "of no size"}}
+        left = coverage.reasons(counts, kernels, named, tmp_path)
+        assert left == ({"csrc/a.h": {1: 5, 3: 0}}, {"csrc/a.h": {"tile<1>": 0, "tile<3>": 2}})
+        assert coverage.report_instances(left[1]) == (0.5, ["csrc/a.h: tile<1>"])
+        for stale in ("one", "tile<3>", "gone"):
+            with pytest.raises(ValueError, match=f"got {stale!r}, which runs or is gone"):
+                coverage.reasons(counts, kernels, {"csrc/a.h": {stale: "?"}}, tmp_path)
+
+    def test_instances_are_told_apart_by_their_numbers(self):
+        functions = [
+            {"demangled_name": f"void mbm::avx2::{name}", "execution_count": count}
+            for name, count in (
+                ("(anonymous namespace)::tile<1, false>(long, Tile const&)", 0),
+                ("(anonymous namespace)::tile<1, false>(long, Tile const&)", 4),
+                ("tile<2, true>(Tile const&)", 0),
+                ("gemm<StoreAsIs>(int)", 0),
+                ("tile<2, true>(Tile const&)::{lambda(int)#1}::operator()(int) const", 0),
+            )
+        ]
+        instances = {}
+        coverage.merge_instances(instances, [{"file": "csrc/a.h", "functions": functions}])
+        assert instances == {"csrc/a.h": {"tile<1, false>": 4, "tile<2, true>": 0}}
+
+    def test_objects_of_sources_that_are_gone_are_not_counted(self, tmp_path):
+        (tmp_path / "build.ninja").write_text("build temp/here_cpu.cpp.avx2.o: cc here_cpu.cpp\n")
+        for name in ("here_cpu.cpp.avx2.gcno", "here_cpu.cpp.avx2.gcda", "gone_cpu.cpp.avx2.gcno"):
+            (tmp_path / name).touch()
+        coverage.clear(tmp_path)
+        assert [path.name for path in tmp_path.glob("*.gc*")] == ["here_cpu.cpp.avx2.gcno"]
 
     def test_incoming_gradients_take_every_layout(self):
         y, generator = torch.empty(3, 4), torch.Generator().manual_seed(0)

@@ -162,6 +162,7 @@ class TestRight:
         def same():
             stock = copy.deepcopy(other)
             stock.load_state_dict(model.state_dict())
+            stock[1].eps = model[1].eps
             with torch.no_grad():
                 model(x)
                 torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-5)
@@ -173,6 +174,8 @@ class TestRight:
             model[1].running_var.mul_(3)
         same()
         model[0].weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        same()
+        model[1].eps = 0.5
         same()
         optimizer = torch.optim.Adam(model.parameters(), 0.1, fused=fused)
         model.train()(x).sum().backward()
