@@ -16,7 +16,8 @@ using ConvMicroFn = void (*)(const Segment* segments, int64_t count, const float
                              const float* b, float* c);
 
 // step: floats between the rows of A where STEP is 0. c: row i at c + i * kPanel; with `add` the
-// sums go on from what is there. NV vectors of each row are computed. beside() runs for each k.
+// sums are added to what is there, at the end: a sum of slices rounds less than one long sum. NV
+// vectors of each row are computed. beside() runs for each k.
 template <int MR, int NV, int STEP, class Beside>
 inline __attribute__((always_inline)) void conv_sums(const Segment* segments, int64_t count,
                                                      const float* a_base, int64_t step,
@@ -27,7 +28,7 @@ inline __attribute__((always_inline)) void conv_sums(const Segment* segments, in
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] = add ? load(c + i * kPanel + j * kLanes) : zero();
+    for (int j = 0; j < NV; ++j) acc[i][j] = zero();
   for (int64_t s = 0; s < count; ++s) {
     const float* a = a_base + segments[s].offset;
     const float* end = b + segments[s].depth * kPanel;
@@ -50,7 +51,10 @@ inline __attribute__((always_inline)) void conv_sums(const Segment* segments, in
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) store(c + i * kPanel + j * kLanes, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* at = c + i * kPanel + j * kLanes;
+      store(at, add ? load(at) + acc[i][j] : acc[i][j]);
+    }
 }
 
 template <int MR, int NV, int STEP>
