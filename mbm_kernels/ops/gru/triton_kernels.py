@@ -7,6 +7,7 @@ of a group share the units of some rows and meet at a barrier in each step.
 import triton
 import triton.language as tl
 
+from mbm_kernels._core import triton_math
 from mbm_kernels._core.triton_math import dot, load_tile, rounded, store_tile
 from mbm_kernels.ops.gru_cell.triton_kernels import (
     add_biases,
@@ -95,7 +96,7 @@ def retreat(
     return by_r, by_z, from_n, tl.where(active, g * z, carried)
 
 
-@triton.jit
+@triton_math.launched
 def rows_forward(
     inputs,  # [T, B, 3H]: W_ih x + b_ih
     w_hh,  # [3H, H]
@@ -129,7 +130,7 @@ def rows_forward(
     store_tile(h_n, h, b, u, B, H, H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def rows_backward(
     grad_y,  # strides of [T, B, H], or None
     y, h0, reserve, w_hh, lengths,
@@ -188,7 +189,7 @@ def load_weights(w, k, u, H, stride_k, stride_u):
     return tl.load(at, (k < H)[:, :, None] & (u < H)[None, None, :], 0.0)
 
 
-@triton.jit
+@triton_math.launched
 def grid_forward(
     inputs, w_hh, b_hh, lengths, y, h_n, reserve,
     states,  # float32 [2, B, H]: h0 in the first; steps read one and write the other
@@ -259,7 +260,7 @@ def grid_forward(
             store_tile(h_n, load_shared(last, b, u, B, H, H), b, u, B, H, H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def grid_backward(
     grad_y, y, h0, reserve, w_hh, lengths,
     carried,  # float32 [B, H]: gradient of h_n in, of h0 out; a program's own units only

@@ -85,7 +85,7 @@ def store_gradients(out, by_r, by_z, by_n, from_n, i, u, rows, H):
     store_tile(out + 3 * H, from_n, i, u, rows, H, 4 * H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def cell(
     x,  # [B, C]
     h,  # [B, H]
@@ -123,7 +123,7 @@ def cell(
         store_reserve(reserve, r, z, n, state_n, b, u, B, H)
 
 
-@triton.jit
+@triton_math.launched
 def gates(
     inputs,  # [B, 3H]: W_ih x
     states,  # [B, 3H]: W_hh h
@@ -149,7 +149,7 @@ def gates(
         store_reserve(reserve, r, z, n, state_n, b, u, B, H)
 
 
-@triton.jit
+@triton_math.launched
 def gate_gradients(
     grad_h_new,  # [B, H]
     h, reserve,
