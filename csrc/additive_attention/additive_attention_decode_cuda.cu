@@ -18,8 +18,8 @@ cudaError_t launch(const AdditiveAttentionCudaDecode& args, const gpu::Device& d
     const int64_t width = ceil_div(in.S, 4 * cluster) * 4;
     return ForwardMemory<DecodeTile<QUERIES>>::floats(width * cluster, cluster) * 4;
   };
-  const int cluster = additive::plan_slices(
-      device, in.B, in.S, additive::kWarps * additive::kDecodeKeys, shared_bytes);
+  const int cluster = additive::plan_slices(device, in.B, in.S,
+                                            additive::kWarps * additive::kDecodeKeys, shared_bytes);
   if (cluster == 0) return cudaErrorInvalidValue;
   const gpu::Launch how{in.B * cluster, cluster, additive::kThreads,
                         static_cast<size_t>(shared_bytes(cluster))};

@@ -124,7 +124,8 @@ MBM_DEVICE float sum_each(float (&values)[N], int* place) {
 // of others added by the lane that stored them.
 template <bool CENTRED, class T, int TILE_T, int QUERIES>
 MBM_DEVICE void score_chunk(const AdditiveAttentionCudaDecode& args, const Slice<T, TILE_T>& slice,
-                            const ForwardMemory<DecodeTile<QUERIES>>& memory, int first, int width) {
+                            const ForwardMemory<DecodeTile<QUERIES>>& memory, int first,
+                            int width) {
   const int D = static_cast<int>(slice.in.D), pitch = powers_pitch(D);
   const int filled = slice.filled(0, slice.width);
 #pragma unroll 1
@@ -135,7 +136,7 @@ MBM_DEVICE void score_chunk(const AdditiveAttentionCudaDecode& args, const Slice
                       slice.key_rows(s0, kDecodeKeys), D, first, width, sums);
     constexpr int kSums = QUERIES * kDecodeKeys;
     int place = 0;
-    const float sum = sum_each(reinterpret_cast<float(&)[kSums]>(sums), &place);
+    const float sum = sum_each(reinterpret_cast<float (&)[kSums]>(sums), &place);
     const int t = place / kDecodeKeys, s = slice.first + s0 + place % kDecodeKeys;
     // Of the lanes with the same sum the first stores it.
     if (gpu::lane() % (32 / kSums) == 0 && slice.attends(t, s)) {

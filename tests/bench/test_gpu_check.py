@@ -232,7 +232,7 @@ SANITIZER = """
     if task[0] == "gru" and tool == "racecheck":
         count = 2
     if (task[0], tool) != ("gru", "synccheck"):
-        path.write_text(f"========= COMPUTE-SANITIZER\\n========= {kind} SUMMARY: {count} errors\\n")
+        path.write_text(f"===== COMPUTE-SANITIZER\\n===== {kind} SUMMARY: {count} errors\\n")
     print(json.dumps({"row": {"op": task[0]}}), flush=True)
     print(json.dumps({"done": task}), flush=True)
 """

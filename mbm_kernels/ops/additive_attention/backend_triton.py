@@ -11,7 +11,6 @@ from mbm_kernels._core.triton_launch import ceil_div, power_of_two
 from mbm_kernels.ops.additive_attention import problem
 from mbm_kernels.ops.additive_attention.problem import NAME, Problem
 
-
 PADDING = 16  # of queries, ROW_PADDING of the kernels
 
 

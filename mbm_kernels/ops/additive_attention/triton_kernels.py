@@ -38,8 +38,8 @@ def powers(
 ):
     """BLOCK_R keys or, past the last block of keys, queries: what tanh(q + k) is made of.
 
-    D' is D made even, by a feature of 0 with v = 0, and T' is T padded, by what nobody uses, so that
-    loops over features need no mask. S or T is 0 where only queries or only keys are asked for.
+    D' is D made even, by a feature of 0 with v = 0, and T' is T padded, by what nobody uses: loops
+    over features need no mask. S or T is 0 where only queries or only keys are asked for.
     """
     b = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -54,8 +54,8 @@ def powers(
                 key_s, key_d, BLOCK_R, BLOCK_D,
             )
     if query_powers is not None:
+        padded = tl.cdiv(T, ROW_PADDING) * ROW_PADDING
         if block >= key_blocks:
-            padded = tl.cdiv(T, ROW_PADDING) * ROW_PADDING
             q_at = query + b * query_b
             query_rows(
                 q_at, v, query_powers + b * 3 * even * padded, query_sizes + b * T,
@@ -428,8 +428,8 @@ def grad_scores(
         tl.store(out + at, g, (t < T)[:, None] & (s < S)[None, :])
 
 
-# Not told that rows begin at a multiple of 16, Triton gives a thread one feature and not four, and a warp of
-# 32 features has whole columns: sums over S need no shuffle.
+# Not told that rows begin at a multiple of 16, Triton gives a thread one feature and not four or
+# eight, and a warp of 32 features has whole columns: sums over S need no shuffle.
 @triton.jit(
     do_not_specialize=triton_math.VARYING,
     do_not_specialize_on_alignment=("D", "key_b", "key_s"),
