@@ -129,11 +129,11 @@ def specialise(launch: Launch, config: Config, target: Target) -> Specialisation
         **launch.kernel.target_constants(target.nvidia),
         **dict(config.constants),
     }
-    params = {param.name: param for param in launch.kernel.function.params}
+    varying = launch.kernel.decorated("do_not_specialize")
+    unaligned = (*varying, *launch.kernel.decorated("do_not_specialize_on_alignment"))
     for i, name in enumerate(launch.kernel.function.arg_names):
         value = launch.args[i] if i < len(launch.args) else named[name]
-        varies = params[name].do_not_specialize
-        one = type(value) is int and value == 1 and not varies
+        one = type(value) is int and value == 1 and name not in varying
         if i >= len(launch.args) or value is None or one:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -143,7 +143,7 @@ def specialise(launch: Launch, config: Config, target: Target) -> Specialisation
             signature[name] = "u1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not (varies or params[name].do_not_specialize_on_alignment):
+            if value % 16 == 0 and name not in unaligned:
                 divisible.add(name)
         elif isinstance(value, float):
             signature[name] = "fp32"

@@ -3,8 +3,8 @@
     python -m mbm_kernels.bench.gpu.worker [smoke | once | warm | measure]
 
 smoke checks one tiny call, once calls it for a sanitizer, warm calls every form once, so that what
-they compile lies in the disk caches of Inductor and Triton, measure gives rows. It ends early, after
-a task, where its device is lost to it: whoever started it goes on in another.
+they compile lies in the disk caches of Inductor and Triton, measure gives rows. It ends early,
+after a task, where its device is lost to it: whoever started it goes on in another.
 """
 
 import json
