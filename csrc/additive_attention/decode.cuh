@@ -56,29 +56,33 @@ MBM_DEVICE void stage_queries(const Rows<T>& queries, const T* v, int D, int fir
   }
 }
 
-// sums[t][k] += the terms of this lane's features. Rows past the last key are that key again.
+// v expm1(2k) of 4 features; one at a time, or their registers would not fit beside the sums.
+template <class T>
+MBM_DEVICE void centred_terms(const T* key, int D, int d0, const float4& v, float4* terms) {
+  float found[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float k = d0 + i < D ? gpu::to_float(key[d0 + i]) : 0.0f;
+    found[i] = (&v.x)[i] * gpu::expm1(2.0f * k);
+  }
+  *terms = float4{found[0], found[1], found[2], found[3]};
+}
+
+// sums[t, k] += the terms of this lane's features. Rows past the last key are that key again.
 template <bool CENTRED, int QUERIES, class T>
 MBM_DEVICE void add_keys(const float* stage, const float* powers, int pitch, const Rows<T>& keys,
-                         int D, int first, int width, float (&sums)[QUERIES][kDecodeKeys]) {
+                         int D, int first, int width, float (&sums)[QUERIES * kDecodeKeys]) {
 #pragma unroll 1
   for (int j = 4 * gpu::lane(); j < width; j += 128) {
     const float4 v = four(stage + 2 * QUERIES * kDecodeChunk + j);
     float4 y[kDecodeKeys], w[kDecodeKeys];
 #pragma unroll
-    for (int k = 0; k < kDecodeKeys; ++k)
-      y[k] = four(powers + static_cast<int64_t>(min(k, keys.count - 1)) * pitch + first + j);
-#pragma unroll
     for (int k = 0; k < kDecodeKeys; ++k) {
-      const T* key = keys.at(min(k, keys.count - 1)) + first + j;
+      const int row = min(k, keys.count - 1);
+      y[k] = four(powers + static_cast<int64_t>(row) * pitch + first + j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (CENTRED) {
-          const float given = first + j + i < D ? gpu::to_float(key[i]) : 0.0f;
-          (&w[k].x)[i] = (&v.x)[i] * gpu::expm1(2.0f * given);
-        } else {
-          (&w[k].x)[i] = (&v.x)[i] * (&y[k].x)[i];
-        }
-      }
+      for (int i = 0; i < 4; ++i) (&w[k].x)[i] = (&v.x)[i] * (&y[k].x)[i];
+      if constexpr (CENTRED) centred_terms(keys.at(row), D, first + j, v, w + k);
     }
 #pragma unroll
     for (int t = 0; t < QUERIES; ++t) {
@@ -91,33 +95,33 @@ MBM_DEVICE void add_keys(const float* stage, const float* powers, int pitch, con
           // Two features share one reciprocal, as in add_stage.
           const float d0 = (&x.x)[i] + (&y[k].x)[i], d1 = (&x.x)[i + 1] + (&y[k].x)[i + 1];
           const float n0 = (&w[k].x)[i] - (&p.x)[i], n1 = (&w[k].x)[i + 1] - (&p.x)[i + 1];
-          sums[t][k] = fmaf(fmaf(n0, d1, n1 * d0), gpu::reciprocal(d0 * d1), sums[t][k]);
+          float& sum = sums[t * kDecodeKeys + k];
+          sum = fmaf(fmaf(n0, d1, n1 * d0), gpu::reciprocal(d0 * d1), sum);
         }
     }
   }
 }
 
-// Sums over the lanes of a warp of N values: each lane returns one, that of `place`.
-template <int N>
-MBM_DEVICE float sum_each(float (&values)[N], int* place) {
-  static_assert(N <= 32 && (N & (N - 1)) == 0);
-  *place = 0;
-  int mask = 16;
+// Sums over the lanes of a warp of N values, by the bits of the lane from MASK down: each lane
+// returns one of them, the one at `place`, which begins at 0.
+template <int N, int MASK = 16>
+MBM_DEVICE float sum_each(const float (&values)[N], int* place) {
+  if constexpr (N == 1) {
+    float sum = values[0];
 #pragma unroll
-  for (int half = N / 2; half > 0; half /= 2, mask /= 2) {
-    const bool upper = (gpu::lane() & mask) != 0;
-    *place += upper ? half : 0;
+    for (int mask = MASK; mask > 0; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
+    return sum;
+  } else {
+    constexpr int kHalf = N / 2;
+    const bool upper = (gpu::lane() & MASK) != 0;
+    *place += upper ? kHalf : 0;
+    float kept[kHalf];
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float kept = upper ? values[i + half] : values[i];
-      const float sent = upper ? values[i] : values[i + half];
-      values[i] = kept + gpu::shuffle_xor(sent, mask);
-    }
+    for (int i = 0; i < kHalf; ++i)
+      kept[i] = (upper ? values[i + kHalf] : values[i]) +
+                gpu::shuffle_xor(upper ? values[i] : values[i + kHalf], MASK);
+    return sum_each<kHalf, MASK / 2>(kept, place);
   }
-  float sum = values[0];
-#pragma unroll
-  for (; mask > 0; mask /= 2) sum += gpu::shuffle_xor(sum, mask);
-  return sum;
 }
 
 // Scores of all keys of the slice over one chunk of features; the first chunk's are stored, those
@@ -130,13 +134,13 @@ MBM_DEVICE void score_chunk(const AdditiveAttentionCudaDecode& args, const Slice
   const int filled = slice.filled(0, slice.width);
 #pragma unroll 1
   for (int s0 = kDecodeKeys * gpu::warp(); s0 < filled; s0 += kDecodeKeys * kWarps) {
-    float sums[QUERIES][kDecodeKeys] = {};
-    const int64_t row = slice.b * slice.in.S + slice.first + s0;
-    add_keys<CENTRED>(memory.stages, args.powers + row * pitch, pitch,
-                      slice.key_rows(s0, kDecodeKeys), D, first, width, sums);
     constexpr int kSums = QUERIES * kDecodeKeys;
+    float sums[kSums] = {};
+    const int64_t row = slice.b * slice.in.S + slice.first + s0;
+    add_keys<CENTRED, QUERIES>(memory.stages, args.powers + row * pitch, pitch,
+                               slice.key_rows(s0, kDecodeKeys), D, first, width, sums);
     int place = 0;
-    const float sum = sum_each(reinterpret_cast<float (&)[kSums]>(sums), &place);
+    const float sum = sum_each(sums, &place);
     const int t = place / kDecodeKeys, s = slice.first + s0 + place % kDecodeKeys;
     // Of the lanes with the same sum the first stores it.
     if (gpu::lane() % (32 / kSums) == 0 && slice.attends(t, s)) {

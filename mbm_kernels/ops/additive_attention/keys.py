@@ -97,9 +97,11 @@ def additive_attention_keys(key: Tensor, *, backend: str = "auto") -> AdditiveAt
     sizes = {"B": batch, "T": 1, "S": positions, "D": features, "E": features}
     sizes |= {"elements": batch * positions * features, "training": 0}
     chosen = dispatch.select(problem.NAME, backend, key.device, key.dtype, sizes)
-    backend = dispatch.load_backend(problem.NAME, chosen)
-    prepare = getattr(backend, "prepare_key", None) if is_plain((key,)) else None
-    kept = key.dtype if prepare is None else getattr(backend, "SNAPSHOT_DTYPE", key.dtype)
+    prepare, kept = None, key.dtype
+    if is_plain((key,)):
+        module = dispatch.load_backend(problem.NAME, chosen)
+        prepare = getattr(module, "prepare_key", None)
+        kept = getattr(module, "SNAPSHOT_DTYPE", kept)
     snapshot = key.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
     prepared = None if prepare is None else prepare(snapshot)
     return AdditiveAttentionKeys(chosen, key.dtype, snapshot, prepared)
