@@ -56,46 +56,42 @@ MBM_DEVICE void stage_queries(const Rows<T>& queries, const T* v, int D, int fir
   }
 }
 
-// v expm1(2k) of 4 features; one at a time, or their registers would not fit beside the sums.
-template <class T>
-MBM_DEVICE void centred_terms(const T* key, int D, int d0, const float4& v, float4* terms) {
-  float found[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float k = d0 + i < D ? gpu::to_float(key[d0 + i]) : 0.0f;
-    found[i] = (&v.x)[i] * gpu::expm1(2.0f * k);
-  }
-  *terms = float4{found[0], found[1], found[2], found[3]};
-}
-
-// sums[t, k] += the terms of this lane's features. Rows past the last key are that key again.
-template <bool CENTRED, int QUERIES, class T>
+// sums[t, k] += the terms of this lane's features of KEYS keys, the last again where there are
+// fewer.
+template <bool CENTRED, int KEYS, int QUERIES, class T>
 MBM_DEVICE void add_keys(const float* stage, const float* powers, int pitch, const Rows<T>& keys,
-                         int D, int first, int width, float (&sums)[QUERIES * kDecodeKeys]) {
+                         int D, int first, int width, float (&sums)[QUERIES * KEYS]) {
 #pragma unroll 1
   for (int j = 4 * gpu::lane(); j < width; j += 128) {
     const float4 v = four(stage + 2 * QUERIES * kDecodeChunk + j);
-    float4 y[kDecodeKeys], w[kDecodeKeys];
+    float4 y[KEYS], w[KEYS];
 #pragma unroll
-    for (int k = 0; k < kDecodeKeys; ++k) {
+    for (int k = 0; k < KEYS; ++k) {
       const int row = min(k, keys.count - 1);
       y[k] = four(powers + static_cast<int64_t>(row) * pitch + first + j);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) (&w[k].x)[i] = (&v.x)[i] * (&y[k].x)[i];
-      if constexpr (CENTRED) centred_terms(keys.at(row), D, first + j, v, w + k);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (CENTRED) {
+          const int d = first + j + i;
+          const float given = d < D ? gpu::to_float(keys.at(row)[d]) : 0.0f;
+          (&w[k].x)[i] = (&v.x)[i] * gpu::expm1(2.0f * given);
+        } else {
+          (&w[k].x)[i] = (&v.x)[i] * (&y[k].x)[i];
+        }
+      }
     }
 #pragma unroll
     for (int t = 0; t < QUERIES; ++t) {
       const float4 x = four(stage + t * kDecodeChunk + j);
       const float4 p = four(stage + (QUERIES + t) * kDecodeChunk + j);
 #pragma unroll
-      for (int k = 0; k < kDecodeKeys; ++k)
+      for (int k = 0; k < KEYS; ++k)
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           // Two features share one reciprocal, as in add_stage.
           const float d0 = (&x.x)[i] + (&y[k].x)[i], d1 = (&x.x)[i + 1] + (&y[k].x)[i + 1];
           const float n0 = (&w[k].x)[i] - (&p.x)[i], n1 = (&w[k].x)[i + 1] - (&p.x)[i + 1];
-          float& sum = sums[t * kDecodeKeys + k];
+          float& sum = sums[t * KEYS + k];
           sum = fmaf(fmaf(n0, d1, n1 * d0), gpu::reciprocal(d0 * d1), sum);
         }
     }
@@ -131,17 +127,19 @@ MBM_DEVICE void score_chunk(const AdditiveAttentionCudaDecode& args, const Slice
                             const ForwardMemory<DecodeTile<QUERIES>>& memory, int first,
                             int width) {
   const int D = static_cast<int>(slice.in.D), pitch = powers_pitch(D);
+  // The registers of one expm1 for each feature of 4 keys would not fit beside the sums.
+  constexpr int kKeys = CENTRED ? 1 : kDecodeKeys;
   const int filled = slice.filled(0, slice.width);
 #pragma unroll 1
-  for (int s0 = kDecodeKeys * gpu::warp(); s0 < filled; s0 += kDecodeKeys * kWarps) {
-    constexpr int kSums = QUERIES * kDecodeKeys;
+  for (int s0 = kKeys * gpu::warp(); s0 < filled; s0 += kKeys * kWarps) {
+    constexpr int kSums = QUERIES * kKeys;
     float sums[kSums] = {};
     const int64_t row = slice.b * slice.in.S + slice.first + s0;
-    add_keys<CENTRED, QUERIES>(memory.stages, args.powers + row * pitch, pitch,
-                               slice.key_rows(s0, kDecodeKeys), D, first, width, sums);
+    add_keys<CENTRED, kKeys, QUERIES>(memory.stages, args.powers + row * pitch, pitch,
+                                      slice.key_rows(s0, kKeys), D, first, width, sums);
     int place = 0;
     const float sum = sum_each(sums, &place);
-    const int t = place / kDecodeKeys, s = slice.first + s0 + place % kDecodeKeys;
+    const int t = place / kKeys, s = slice.first + s0 + place % kKeys;
     // Of the lanes with the same sum the first stores it.
     if (gpu::lane() % (32 / kSums) == 0 && slice.attends(t, s)) {
       float* to = memory.scores + s * TILE_T + t;

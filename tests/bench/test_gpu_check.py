@@ -283,14 +283,16 @@ def test_without_a_sanitizer_it_is_left_out_with_a_reason(with_cuda, tmp_path, m
     ]
 
 
-def test_a_sanitizer_is_given_one_tiny_call(with_cuda):
+def test_a_sanitizer_is_given_one_tiny_call():
     """What the worker then does, by the emulated kernels."""
     pytest.importorskip("mbm_kernels._C_cuda_emulated")
     with cuda_launch.emulated():
-        for task in goals.cuda_tasks(BENCHMARKS):
-            benchmark = benchmark_of(task.op)
-            (case,) = (c for c in benchmark.gpu_cases if c.label == task.case)
-            assert list(worker.WORK["once"](benchmark, case, task))
+        tasks = goals.cuda_tasks(BENCHMARKS)
+        assert tasks
+        for given in tasks:
+            benchmark = benchmark_of(given.op)
+            (case,) = (c for c in benchmark.gpu_cases if c.label == given.case)
+            assert list(worker.WORK["once"](benchmark, case, given))
 
 
 @pytest.mark.parametrize(
