@@ -22,7 +22,6 @@ Exit status: mbm_kernels/bench/exits.py; 1 where anything failed or was not reac
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -33,12 +32,13 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import dispatch, files
+from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import cli, exits, machine, results
 from mbm_kernels.bench.benchmark import Benchmark
 from mbm_kernels.bench.gpu import goals, sanitizer
 from mbm_kernels.bench.gpu.goals import GPU_BACKENDS
+from mbm_kernels.bench.gpu.log import Log
 from mbm_kernels.bench.gpu.processes import (
     CHILD,
     Clock,
@@ -65,29 +65,6 @@ MORE_TESTS = {
     "linear_topk": (["tests/ops/test_linear_topk_beams.py"],),
     "conv_bias_act": ([CONV, "-k", "test_every_way"], [CONV, "-k", "not test_every_way"]),
 }
-
-
-class Log:
-    """Prints, and writes the same to $OUT as it comes: a machine may be taken at any moment."""
-
-    def __init__(self, stage: str):
-        out = os.environ.get("OUT")
-        self.folder = Path(out) if out else None
-        self.path = self.folder and self.folder / f"gpu-check-{stage}.log"
-
-    def __call__(self, text: object) -> None:
-        print(text, flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(f"{text}\n")
-
-    def keep(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        self.attach(name, json.dumps(rows, indent=1) + "\n")
-
-    def attach(self, name: str, text: str) -> None:
-        if self.folder is not None:
-            files.write_atomic(self.folder / name, text.encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

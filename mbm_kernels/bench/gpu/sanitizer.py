@@ -8,15 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from mbm_kernels.bench.benchmark import Benchmark
 from mbm_kernels.bench.gpu import goals
+from mbm_kernels.bench.gpu.log import Log
 from mbm_kernels.bench.gpu.processes import CHILD, Clock, Failure, measure
 from mbm_kernels.bench.gpu.worker import Task
-
-if TYPE_CHECKING:
-    from mbm_kernels.bench.gpu.check import Log
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 SECONDS = 60.0
@@ -46,7 +44,7 @@ def run(
     benchmarks: Sequence[Benchmark],
     root: Path,
     clock: Clock,
-    log: "Log",
+    log: Log,
     workers: int,
     command: Sequence[str] = (*CHILD, "once"),
 ) -> list[str]:

@@ -93,8 +93,11 @@ def prepare_key(key: Tensor) -> PreparedKey:
     """key [B, S, D], which `fwd_prepared` is given beside it: it reads both."""
     nothing = key.new_empty(key.size(0), 0, key.size(2))
     p = problem.build(nothing, key, key, key.new_empty(key.size(2)), None, None)
-    made = _Call(p, (nothing, key, key, key.new_empty(key.size(2)), None, None)).powers(False, True)
-    return PreparedKey(*made[2:])
+    call = _Call(p, (nothing, key, key, key.new_empty(key.size(2)), None, None))
+    *_, powers, sizes = call.powers(of_queries=False)
+    assert powers is not None
+    assert sizes is not None
+    return PreparedKey(powers, sizes)
 
 
 def fwd_prepared(
@@ -102,7 +105,7 @@ def fwd_prepared(
 ) -> tuple[Tensor, Tensor]:
     """`prepared` is what `prepare_key` made of the key, so that one query uses it too."""
     call = _Call(p, tensors)
-    powers = call.powers(True, False) if 0 not in (p.B, p.T) else (None,) * 4
+    powers = call.powers(of_keys=False) if 0 not in (p.B, p.T) else (None,) * 4
     return _attend(call, (*powers[:2], *prepared), False)
 
 
