@@ -31,6 +31,24 @@ struct AdditiveAttentionCudaForward {
   void* weights;  // [B, T, S]
 };
 
+// What calls with one key share.
+struct AdditiveAttentionCudaKeys {
+  int64_t B, S, D;
+  gpu::Dtype dtype;  // of key
+  const void* key;   // [B, S, D]: strides in elements, the last is 1
+  int64_t key_b, key_s;
+  float* powers;      // [B, S, additive_attention_cuda_pitch(D)]: e^2k, 1 past D
+  float* magnitudes;  // [B, S]: the largest |k|, infinite with a NaN
+};
+
+struct AdditiveAttentionCudaDecode {
+  AdditiveAttentionCudaInputs in;  // T up to kAdditiveAttentionCudaDecodeT
+  const float* powers;             // of in.key
+  const float* magnitudes;
+  void* context;  // [B, T, E]
+  void* weights;  // [B, T, S]
+};
+
 struct AdditiveAttentionCudaBackward {
   AdditiveAttentionCudaInputs in;
   const void* weights;       // [B, T, S] of the forward
@@ -47,6 +65,11 @@ struct AdditiveAttentionCudaBackward {
 
 // Positions whose scores fit into a block's shared memory whatever T is.
 constexpr int64_t kAdditiveAttentionCudaMostS = 4096;
+// Queries of a step of decoding.
+constexpr int64_t kAdditiveAttentionCudaDecodeT = 8;
+
+// D rounded up to whole vectors.
+int64_t additive_attention_cuda_pitch(int64_t D);
 
 // T rounded up to whole chunks of queries, and the queries of a chunk.
 int64_t additive_attention_cuda_rows(int64_t T);
@@ -55,6 +78,11 @@ int64_t additive_attention_cuda_chunk(int64_t T);
 // Return cudaErrorInvalidValue for sizes that no kernel takes.
 cudaError_t additive_attention_cuda_fwd(const AdditiveAttentionCudaForward& args, int device,
                                         cudaStream_t stream);
+cudaError_t additive_attention_cuda_keys(const AdditiveAttentionCudaKeys& args, int device,
+                                         cudaStream_t stream);
+// The forward of a few queries, given what the kernel above made of the key.
+cudaError_t additive_attention_cuda_decode(const AdditiveAttentionCudaDecode& args, int device,
+                                           cudaStream_t stream);
 // Not of value, whose gradient is a product of weights and grad_context alone.
 cudaError_t additive_attention_cuda_bwd(const AdditiveAttentionCudaBackward& args, int device,
                                         cudaStream_t stream);

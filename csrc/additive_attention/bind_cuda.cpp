@@ -76,6 +76,44 @@ void forward(const py::bytes& problem, const Inputs& inputs, const Addresses<2>&
       "additive_attention");
 }
 
+void keys(const std::tuple<int64_t, int64_t, int64_t>& sizes, int64_t dtype, const Rows& key,
+          const Addresses<2>& made, const Place& place) {
+  mbm::check_field("dtype", dtype, 0, 2);
+  mbm::AdditiveAttentionCudaKeys args{};
+  std::tie(args.B, args.S, args.D) = sizes;
+  args.dtype = static_cast<mbm::gpu::Dtype>(dtype);
+  Address address = 0;
+  std::tie(address, args.key_b, args.key_s) = key;
+  args.key = pointer(address, dtype, args.B * args.S * args.D, "key");
+  const int64_t count = args.B * args.S;
+  const int64_t pitch = mbm::additive_attention_cuda_pitch(args.D);
+  args.powers = checked_ptr<float>(made[0], count * pitch, "powers");
+  args.magnitudes = checked_ptr<float>(made[1], count, "magnitudes");
+  const auto [device, stream] = place;
+  py::gil_scoped_release release;
+  mbm::gpu::check(
+      mbm::additive_attention_cuda_keys(args, device, reinterpret_cast<cudaStream_t>(stream)),
+      "additive_attention_keys");
+}
+
+// made: powers and magnitudes of the key. outputs: context, weights.
+void decode(const py::bytes& problem, const Inputs& inputs, const Addresses<2>& made,
+            const Addresses<2>& outputs, const Place& place) {
+  const auto p = mbm::read_block<Problem>(std::string_view(problem));
+  mbm::AdditiveAttentionCudaDecode args{};
+  args.in = inputs_of(p, inputs);
+  const int64_t pitch = mbm::additive_attention_cuda_pitch(p.D);
+  args.powers = checked_ptr<const float>(made[0], p.B * p.S * pitch, "powers");
+  args.magnitudes = checked_ptr<const float>(made[1], p.B * p.S, "magnitudes");
+  args.context = writable(outputs[0], p.dtype, p.B * p.T * p.E, "context");
+  args.weights = writable(outputs[1], p.dtype, p.B * p.T * p.S, "weights");
+  const auto [device, stream] = place;
+  py::gil_scoped_release release;
+  mbm::gpu::check(
+      mbm::additive_attention_cuda_decode(args, device, reinterpret_cast<cudaStream_t>(stream)),
+      "additive_attention");
+}
+
 // scratch: grad_scores, grad_key_totals. grads: of query, key and, for each batch element, v.
 void backward(const py::bytes& problem, const Inputs& inputs, Address weights,
               const Rows& grad_context, const Rows& grad_weights, const Addresses<2>& scratch,
@@ -114,6 +152,10 @@ void bind_additive_attention(py::module_& m) {
   m.attr("additive_attention_cuda_most_s") = mbm::kAdditiveAttentionCudaMostS;
   m.def("additive_attention_cuda_rows", &mbm::additive_attention_cuda_rows);
   m.def("additive_attention_cuda_chunk", &mbm::additive_attention_cuda_chunk);
+  m.attr("additive_attention_cuda_decode_t") = mbm::kAdditiveAttentionCudaDecodeT;
+  m.def("additive_attention_cuda_pitch", &mbm::additive_attention_cuda_pitch);
+  m.def("additive_attention_cuda_keys", &keys);
+  m.def("additive_attention_cuda_decode", &decode);
   m.def("additive_attention_cuda_fwd", &forward);
   m.def("additive_attention_cuda_bwd", &backward);
 }

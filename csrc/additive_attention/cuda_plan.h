@@ -59,4 +59,19 @@ TilePlan plan_tiles(const gpu::Device& device, int64_t B, int64_t T, int64_t S,
   return best;
 }
 
+// Blocks of a cluster for each of B batch elements, a block's passes being over `pass` positions;
+// 0 where nothing fits into shared memory.
+template <class Bytes>
+int plan_slices(const gpu::Device& device, int64_t B, int64_t S, int64_t pass, const Bytes& bytes) {
+  int best = 0;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+    if (bytes(cluster) > device.shared) continue;
+    const int64_t cost =
+        ceil_div(B * cluster, device.multiprocessors) * ceil_div(ceil_div(S, cluster), pass);
+    if (cost < least) least = cost, best = cluster;
+  }
+  return best;
+}
+
 }  // namespace mbm::additive

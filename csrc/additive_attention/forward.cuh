@@ -75,9 +75,9 @@ MBM_DEVICE void score_slice(const Slice<T, TILE_T>& slice,
 }
 
 // Scores of the slice become weights, which every block of the cluster gets.
-template <class T, int TILE_T>
-MBM_DEVICE void normalise(const Slice<T, TILE_T>& slice,
-                          const ForwardMemory<ScoreTile<TILE_T>>& memory, T* weights) {
+template <class T, int TILE_T, class Tile>
+MBM_DEVICE void normalise(const Slice<T, TILE_T>& slice, const ForwardMemory<Tile>& memory,
+                          T* weights) {
   const int ranks = gpu::cluster_size(), rank = gpu::cluster_rank();
   const int end = slice.first + slice.width;
   for (int t = gpu::warp(); t < TILE_T; t += kWarps) {
@@ -153,11 +153,11 @@ MBM_DEVICE void add_positions(const Slice<T, TILE_T>& slice, const float* weight
 }
 
 // A block has a part of E. Groups of threads share the positions of a column of it.
-template <class T, int TILE_T>
-MBM_DEVICE void attend(const Slice<T, TILE_T>& slice,
-                       const ForwardMemory<ScoreTile<TILE_T>>& memory, T* context) {
+template <class T, int TILE_T, class Tile>
+MBM_DEVICE void attend(const Slice<T, TILE_T>& slice, const ForwardMemory<Tile>& memory,
+                       T* context) {
   constexpr int kColumns = 256, kGroups = kThreads / kColumns;
-  static_assert(kGroups == 2 && TILE_T * kColumns <= ScoreTile<TILE_T>::kRatioFloats);
+  static_assert(kGroups == 2 && TILE_T * kColumns <= Tile::kRatioFloats);
   const auto& in = slice.in;
   const int E = static_cast<int>(in.E), ranks = gpu::cluster_size();
   const int part = (E + ranks - 1) / ranks;

@@ -219,6 +219,11 @@ class Kernel:
     def configs(self) -> tuple[Config, ...]:
         return read_configs(self.op)[self.name]
 
+    def decorated(self, option: str) -> tuple[str, ...]:
+        """Arguments that the decorator names in `option`, which the interpreter keeps elsewhere."""
+        given = self.function.kwargs if interpreting() else vars(self.function)
+        return tuple(given[option] or ())
+
     def config(self, dtype: torch.dtype, sizes: dict[str, int]) -> Config:
         for config in self.configs:
             if config.holds(dtype, sizes):

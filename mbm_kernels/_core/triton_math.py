@@ -4,6 +4,8 @@ Everything here computes in float32. The hardware's exponential takes x log2(e) 
 error of |x| eps; where that matters `exp_exact` splits the exponent off first.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -12,6 +14,10 @@ LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits: n LN2_HIGH is exact for |n| < 2^
 LN2_LOW = tl.constexpr(-2.1219444e-4)
 
 LOWEST = tl.constexpr(-3e38)  # where a running maximum begins
+
+# Sizes that change from call to call in training, which no kernel is compiled anew for.
+VARYING = ("B", "T")
+launched = functools.partial(triton.jit, do_not_specialize=VARYING)
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -62,6 +68,21 @@ def tanh_slope(x):
     e = exp_exact(-2.0 * tl.minimum(tl.abs(x), 43.0))
     # Past 43 it is below float32's smallest normal number.
     return tl.where(tl.abs(x) > 43.0, 0.0, 4.0 * (e / ((1.0 + e) * (1.0 + e))))
+
+
+@triton.jit
+def reciprocal(x, NVIDIA: tl.constexpr):
+    """1 / x to 1 ulp on NVIDIA, for x of normal size whose reciprocal is too; exact elsewhere.
+
+    A plain division costs ten instructions more there: it scales what is not of normal size.
+    """
+    if NVIDIA:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = 1.0 / x
+    return y
 
 
 @triton.jit

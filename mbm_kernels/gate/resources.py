@@ -102,7 +102,7 @@ class Specialisation:
     """A launch as triton's compiler takes it, with what a call would get specialised.
 
     Pointers count as aligned to 16 bytes, as torch allocates them; integers are specialised by
-    value (1, or divisible by 16).
+    value (1, or divisible by 16) where the kernel does not forbid it.
     """
 
     signature: dict[str, str]  # by argument: a type, or "constexpr"
@@ -129,9 +129,12 @@ def specialise(launch: Launch, config: Config, target: Target) -> Specialisation
         **launch.kernel.target_constants(target.nvidia),
         **dict(config.constants),
     }
+    varying = launch.kernel.decorated("do_not_specialize")
+    unaligned = (*varying, *launch.kernel.decorated("do_not_specialize_on_alignment"))
     for i, name in enumerate(launch.kernel.function.arg_names):
         value = launch.args[i] if i < len(launch.args) else named[name]
-        if i >= len(launch.args) or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and name not in varying
+        if i >= len(launch.args) or value is None or one:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = f"*{_SHORT[value.dtype]}"
@@ -140,7 +143,7 @@ def specialise(launch: Launch, config: Config, target: Target) -> Specialisation
             signature[name] = "u1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in unaligned:
                 divisible.add(name)
         elif isinstance(value, float):
             signature[name] = "fp32"

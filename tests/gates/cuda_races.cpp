@@ -42,17 +42,26 @@ const AdditiveCase kAdditive[] = {
     {1, 41, 150, 33, 4, 1.0f},   {1, 24, 9, 33, 4, 30.0f},
 };
 
-Results run_additive(const AdditiveCase& c, bool backward) {
-  Random random;
-  auto query = random.normal(c.B * c.T * c.D, c.scale),
-       key = random.normal(c.B * c.S * c.D, c.scale);
-  auto value = random.normal(c.B * c.S * c.E, 1.0f), v = random.normal(c.D, 1.0f);
+mbm::AdditiveAttentionCudaInputs additive_inputs(const AdditiveCase& c,
+                                                 const std::vector<float>& query,
+                                                 const std::vector<float>& key,
+                                                 const std::vector<float>& value,
+                                                 const std::vector<float>& v) {
   mbm::AdditiveAttentionCudaInputs in{};
   in.B = c.B, in.T = c.T, in.S = c.S, in.D = c.D, in.E = c.E;
   in.query = query.data(), in.query_b = c.T * c.D, in.query_t = c.D;
   in.key = key.data(), in.key_b = c.S * c.D, in.key_s = c.D;
   in.value = value.data(), in.value_b = c.S * c.E, in.value_s = c.E;
   in.v = v.data();
+  return in;
+}
+
+Results run_additive(const AdditiveCase& c, bool backward) {
+  Random random;
+  auto query = random.normal(c.B * c.T * c.D, c.scale),
+       key = random.normal(c.B * c.S * c.D, c.scale);
+  auto value = random.normal(c.B * c.S * c.E, 1.0f), v = random.normal(c.D, 1.0f);
+  const auto in = additive_inputs(c, query, key, value, v);
   std::vector<float> context(c.B * c.T * c.E), weights(c.B * c.T * c.S, 1.0f / c.S);
   if (!backward) {
     mbm::additive_attention_cuda_fwd({in, context.data(), weights.data()}, 0, nullptr);
@@ -76,6 +85,39 @@ Results run_additive(const AdditiveCase& c, bool backward) {
 std::vector<Results> additive(bool backward) {
   std::vector<Results> found;
   for (const AdditiveCase& c : kAdditive) found.push_back(run_additive(c, backward));
+  return found;
+}
+
+// Each number of queries, a cluster of one and of more, several chunks of features, each form.
+const AdditiveCase kDecode[] = {
+    {1, 1, 140, 24, 300, 1.0f},
+    {1, 2, 9, 520, 600, 1.0f},
+    {1, 3, 70, 8, 5, 0.05f},
+    {1, 8, 9, 9, 4, 30.0f},
+};
+
+std::vector<Results> decode() {
+  std::vector<Results> found;
+  for (const AdditiveCase& c : kDecode) {
+    Random random;
+    const auto query = random.normal(c.B * c.T * c.D, c.scale),
+               key = random.normal(c.B * c.S * c.D, c.scale);
+    const auto value = random.normal(c.B * c.S * c.E, 1.0f), v = random.normal(c.D, 1.0f);
+    std::vector<float> context(c.B * c.T * c.E), weights(c.B * c.T * c.S);
+    std::vector<float> powers(c.B * c.S * mbm::additive_attention_cuda_pitch(c.D));
+    std::vector<float> magnitudes(c.B * c.S);
+    mbm::AdditiveAttentionCudaKeys keys{};
+    keys.B = c.B, keys.S = c.S, keys.D = c.D;
+    keys.key = key.data(), keys.key_b = c.S * c.D, keys.key_s = c.D;
+    keys.powers = powers.data(), keys.magnitudes = magnitudes.data();
+    mbm::additive_attention_cuda_keys(keys, 0, nullptr);
+    mbm::AdditiveAttentionCudaDecode args{};
+    args.in = additive_inputs(c, query, key, value, v);
+    args.powers = powers.data(), args.magnitudes = magnitudes.data();
+    args.context = context.data(), args.weights = weights.data();
+    mbm::additive_attention_cuda_decode(args, 0, nullptr);
+    found.push_back({context, weights});
+  }
   return found;
 }
 
@@ -150,6 +192,7 @@ uint64_t hash(const std::vector<Results>& all) {
 const std::map<std::string, std::function<std::vector<Results>()>> kKernels = {
     {"additive_attention_fwd", [] { return additive(false); }},
     {"additive_attention_bwd", [] { return additive(true); }},
+    {"additive_attention_decode", [] { return decode(); }},
     {"gru_cell_fwd", [] { return cell(); }},
     {"gru_fwd", [] { return gru(false); }},
     {"gru_bwd", [] { return gru(true); }},

@@ -148,6 +148,19 @@ def test_every_compilation_has_an_entry_of_its_own(case, every_config):
         assert {same_compilation(e.launch, e.config, target) for e in found} == wanted
 
 
+def test_what_varies_in_training_is_not_specialised():
+    (case,) = (c for c in cases.CASES if c.name == "T1 S49")
+    launches = {launch.kernel.name: launch for launch in case.record(torch.bfloat16)}
+    target = resources.TARGETS["sm_90"]
+    of = {
+        name: resources.specialise(launch, launch.config, target).traits()
+        for name, launch in launches.items()
+    }
+    assert of["attend"]["T"] == "i32", "neither 1 nor a multiple of 16 is told to the compiler"
+    assert of["attend"]["D"] == "i32/16"
+    assert of["grad_terms"]["B"] == of["grad_terms"]["D"] == "i32"
+
+
 def test_what_differs_between_launches_is_in_the_key():
     (case,) = (c for c in cases.CASES if c.name == "V10000")
     launches = case.record(torch.bfloat16)

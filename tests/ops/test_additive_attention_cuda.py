@@ -9,6 +9,7 @@ from mbm_kernels.testing import Case
 from mbm_kernels.testing.emulation import H200, SM_80, SMALL, Emulated, on
 from tests.conftest import raises
 from tests.ops import test_additive_attention as suite
+from tests.ops import test_additive_attention_keys as keys_suite
 from tests.ops.test_additive_attention import sizes
 
 
@@ -55,3 +56,49 @@ def test_the_public_backend_refuses_without_a_device():
     inputs = [torch.randn(1, 2, 3), torch.randn(1, 4, 3), torch.randn(1, 4, 5), torch.randn(3)]
     with raises(mbm_kernels.BackendUnavailableError, "'cuda' cannot run: no CUDA device"):
         mbm_kernels.additive_attention(*inputs, backend="cuda")
+
+
+class TestKeys(Emulated):
+    """Steps of decoding read what was made of the key."""
+
+    suite = keys_suite.SUITE
+
+    @pytest.fixture
+    def decoded(self, monkeypatch):
+        """Queries of each launch that read prepared keys."""
+        extension = pytest.importorskip("mbm_kernels._C_cuda_emulated")
+        launch, queries = extension.additive_attention_cuda_decode, []
+
+        def counted(problem, inputs, *rest):
+            queries.append(len(queries))
+            return launch(problem, inputs, *rest)
+
+        monkeypatch.setattr(extension, "additive_attention_cuda_decode", counted)
+        return queries
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_error_rule(self, dtype):
+        for case in (*self.suite.cases, *self.suite.edge_cases):
+            self.suite.check_forward(self.suite.inputs(case, dtype), "cuda")
+
+    # Clusters of 8, of 1 and of 2; more features than lie in shared memory at a time.
+    @pytest.mark.parametrize("device", [H200, SM_80, SMALL], ids=["H200", "sm_80", "small"])
+    @pytest.mark.parametrize("queries", [1, 2, 4, 7, backend_cuda.MOST_DECODED])
+    def test_every_tile(self, queries, device, decoded):
+        for shape, scale in (((2, queries, 70, 35, 19), 1.0), ((1, queries, 9, 518, 5), 0.1)):
+            case = Case("", sizes(*shape), {"mask": "keys", "lengths": True}, scale=scale)
+            with on(device):
+                self.suite.check_forward(self.suite.inputs(case, torch.float32), "cuda")
+        assert len(decoded) == 2
+
+    def test_others_read_the_key(self, decoded):
+        case = Case("", sizes(1, backend_cuda.MOST_DECODED + 1, 9, 5, 3))
+        self.suite.check_forward(self.suite.inputs(case, torch.float32), "cuda")
+        assert not decoded
+
+    def test_positions_past_the_length_have_no_influence(self):
+        inputs = keys_suite.drawn(batch=2, positions=21)
+        expected = keys_suite.with_keys(**inputs, backend="cuda")
+        beyond = torch.arange(21) >= inputs["key_lengths"][:, None]
+        inputs["key"][beyond] = torch.nan
+        keys_suite.same(keys_suite.with_keys(**inputs, backend="cuda"), expected)

@@ -200,18 +200,20 @@ class TestSnapshot:
         def call(key):
             return additive_attention(query, key, value, v, backend=backend)
 
+        # For one query whose key is not prepared, Triton computes tanh of each pair.
+        agree = torch.testing.assert_close if backend == "triton" else same
         for index in range(0, pictures, 9):  # the first and the last of 64 among them
             before = key.clone()
             keys, expected = additive_attention_keys(key, backend=backend), call(before)
-            same(call(keys), expected)
+            agree(call(keys), expected)
             write(key, index, torch.randn(positions, features), path)
-            same(call(keys), expected)
+            agree(call(keys), expected)
             assert torch.equal(keys.key(), before)
             replaced = call(key.clone())
             assert not torch.equal(replaced[1][index], expected[1][index])
             for _ in range(2):
                 same(call(key), replaced)
-            same(call(additive_attention_keys(key, backend=backend)), replaced)
+            agree(call(additive_attention_keys(key, backend=backend)), replaced)
 
     @needs_cpu
     def test_nothing_is_prepared_but_by_request(self, tmp_path):

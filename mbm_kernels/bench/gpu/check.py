@@ -4,14 +4,16 @@
         [--ops gru,captioner] [--minutes 9] [--out FOLDER]
 
 smoke    one tiny call of every operation's GPU kernels, each in a process of its own, right or not
-tests    the CUDA tests of every operation
+tests    compute-sanitizer on the smallest call of each CUDA C++ kernel, where it is installed, and
+         the CUDA tests of every operation
 goals    benchmark rows of the cases that goals are set for, in bfloat16, most valuable first
 bench    every GPU case, float32 too
 all      smoke, tests and goals, which share the time
 
 An option that is not given is read from the environment: STAGE, OPS, MINUTES, OUT. What the time
 did not reach is listed. With OUT everything is written there as it comes: what is printed
-(gpu-check-<stage>.log), each smoke test (smoke.json), each row (<date>-<commit>.json).
+(gpu-check-<stage>.log), each smoke test (smoke.json), what the sanitizer reports (sanitizer.txt),
+each row (<date>-<commit>.json).
 
 Tests and smoke run in several processes at once, as what takes their time is compiling on the host.
 Before anything is timed, several processes call every form of the rows to come, which fills the
@@ -20,7 +22,6 @@ Exit status: mbm_kernels/bench/exits.py; 1 where anything failed or was not reac
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -31,12 +32,13 @@ from typing import Any
 
 import torch
 
-from mbm_kernels._core import dispatch, files
+from mbm_kernels._core import dispatch
 from mbm_kernels._core.op import OPS
 from mbm_kernels.bench import cli, exits, machine, results
 from mbm_kernels.bench.benchmark import Benchmark
-from mbm_kernels.bench.gpu import goals
+from mbm_kernels.bench.gpu import goals, sanitizer
 from mbm_kernels.bench.gpu.goals import GPU_BACKENDS
+from mbm_kernels.bench.gpu.log import Log
 from mbm_kernels.bench.gpu.processes import (
     CHILD,
     Clock,
@@ -63,26 +65,6 @@ MORE_TESTS = {
     "linear_topk": (["tests/ops/test_linear_topk_beams.py"],),
     "conv_bias_act": ([CONV, "-k", "test_every_way"], [CONV, "-k", "not test_every_way"]),
 }
-
-
-class Log:
-    """Prints, and writes the same to $OUT as it comes: a machine may be taken at any moment."""
-
-    def __init__(self, stage: str):
-        out = os.environ.get("OUT")
-        self.folder = Path(out) if out else None
-        self.path = self.folder and self.folder / f"gpu-check-{stage}.log"
-
-    def __call__(self, text: object) -> None:
-        print(text, flush=True)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(f"{text}\n")
-
-    def keep(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        if self.folder is not None:
-            files.write_atomic(self.folder / name, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,8 +103,10 @@ def run(stage: str, asked: Sequence[str], minutes: str) -> int:
         failures += run_smoke(chosen, root, Clock(min(SMOKE_SECONDS, clock.left()) / 60), log)
     if stage in ("tests", "all"):
         failures += build(root, clock)  # the tests' own, not what the kernels of a GPU need
-        share = 1.0 if stage == "tests" else TESTS_SHARE
-        failures += run_tests(names, root, Clock(share * clock.left() / 60), log)
+        tests = Clock((1.0 if stage == "tests" else TESTS_SHARE) * clock.left() / 60)
+        looks = Clock(min(sanitizer.SECONDS, sanitizer.SHARE * tests.left()) / 60)
+        failures += sanitizer.run(chosen, root, looks, log, workers())
+        failures += run_tests(names, root, tests, log)
     if stage in ("goals", "bench", "all"):
         before = goals.measured_before(root / "benchmarks" / "results")
         tasks = goals.tasks(chosen, whole=stage == "bench", measured=before)

@@ -71,6 +71,18 @@ def smoke_tasks(benchmarks: Sequence[Benchmark]) -> list[Task]:
     return sorted(found, key=lambda task: GOALS.index(task.op) if task.op in GOALS else len(GOALS))
 
 
+def cuda_tasks(benchmarks: Sequence[Benchmark]) -> list[Task]:
+    """One call of each CUDA C++ kernel: of its operation and of what decodes with it."""
+    found = []
+    for benchmark in benchmarks:
+        op = benchmark.op.removesuffix("_keys")
+        if op not in OPS or dispatch.why_not(op, "cuda") is not None:
+            continue
+        case = next(case for case in benchmark.gpu_cases if case.quick)
+        found.append(Task(benchmark.op, case.label, case.passes[-1], "bfloat16", "cuda"))
+    return found
+
+
 def groups(chosen: Sequence[Task], workers: int) -> list[list[Task]]:
     """For `workers` processes: rows of one case and dtype together, since they share kernels; the
     models, which take the longest, begin."""

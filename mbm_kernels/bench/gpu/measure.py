@@ -122,6 +122,17 @@ def checked(benchmark: Benchmark, case: Case, task: Any, device: torch.device) -
     return row | {"error_of_budget": max(shares.values(), default=0.0)}
 
 
+def once(benchmark: Benchmark, case: Case, task: Any, device: torch.device) -> None:
+    """One call of `task` (worker.Task), to its end, and nothing beside it."""
+    inputs = placer(DTYPES[task.dtype], device)(benchmark.inputs(case))
+    with dispatch.preferring(task.backend):
+        prepare(benchmark.mbm(task.backend), inputs, benchmark.differentiable(inputs)).call(
+            task.which
+        )()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def warm(
     benchmark: Benchmark, case: Case, which: str, settings: GpuSettings, device: torch.device
 ) -> Iterator[tuple[str, str | None]]:

@@ -1,10 +1,10 @@
 """A process of `make gpu-check`: tasks as JSON in, a line of JSON for each event out.
 
-    python -m mbm_kernels.bench.gpu.worker [smoke | warm | measure]
+    python -m mbm_kernels.bench.gpu.worker [smoke | once | warm | measure]
 
-smoke checks one tiny call, warm calls every form once, so that what they compile lies in the disk
-caches of Inductor and Triton, measure gives rows. It ends early, after a task, where its device is
-lost to it: whoever started it goes on in another.
+smoke checks one tiny call, once calls it for a sanitizer, warm calls every form once, so that what
+they compile lies in the disk caches of Inductor and Triton, measure gives rows. It ends early,
+after a task, where its device is lost to it: whoever started it goes on in another.
 """
 
 import json
@@ -66,6 +66,11 @@ def _smoke(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, A
         raise measure.LastingError(reason)
 
 
+def _once(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, Any]]:
+    measure.once(benchmark, tiny(case, task.which), task, _device())
+    yield {"op": task.op, "backend": task.backend}
+
+
 def _warm(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, Any]]:
     settings = measure.GpuSettings(dtypes=(task.dtype,), backend=task.backend)
     for name, reason in measure.warm(benchmark, case, task.which, settings, _device()):
@@ -76,6 +81,7 @@ def _warm(benchmark: Benchmark, case: Case, task: Task) -> Iterator[dict[str, An
 
 WORK: dict[str, Callable[[Benchmark, Case, Task], Iterator[dict[str, Any]]]] = {
     "smoke": _smoke,
+    "once": _once,
     "warm": _warm,
     "measure": _measure,
 }

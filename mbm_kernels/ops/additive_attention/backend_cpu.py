@@ -16,6 +16,9 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return native.why_not(device, dtype)
 
 
+SNAPSHOT_DTYPE = torch.float32  # of a key beside what is prepared of it
+
+
 class PreparedKey(NamedTuple):
     """A key's exponentials and magnitudes, float32, in the layout of one ISA."""
 

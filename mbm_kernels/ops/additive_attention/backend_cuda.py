@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.additive_attention.problem import Problem
 
 MOST_POSITIONS = 4096  # whose scores fit into a block's shared memory
+MOST_DECODED = 8  # queries of a step of decoding, which prepared keys serve
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -72,6 +73,56 @@ def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
     cuda_launch.module().additive_attention_cuda_fwd(
         plan.block,
         native.addresses(read),
+        (context.data_ptr(), weights.data_ptr()),
+        cuda_launch.place(p.device),
+    )
+    return context, weights
+
+
+class PreparedKey(NamedTuple):
+    """A key's exponentials and magnitudes, float32."""
+
+    powers: Tensor  # [B, S, D rounded up to a multiple of 4]: e^2k
+    magnitudes: Tensor  # [B, S]: the largest |k|
+
+
+def prepare_key(key: Tensor) -> PreparedKey:
+    """key [B, S, D], which `fwd_prepared` is given beside it: it reads both."""
+    module = cuda_launch.module()
+    batch, positions, features = key.shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=key.device)
+
+    made = PreparedKey(
+        empty(batch, positions, module.additive_attention_cuda_pitch(features)),
+        empty(batch, positions),
+    )
+    module.additive_attention_cuda_keys(
+        tuple(key.shape),
+        native.DTYPES.index(key.dtype),
+        (key.data_ptr(), key.stride(0), key.stride(1)),
+        native.addresses(made),
+        cuda_launch.place(key.device),
+    )
+    return made
+
+
+def fwd_prepared(
+    p: Problem, tensors: Sequence[Any], prepared: PreparedKey
+) -> tuple[Tensor, Tensor]:
+    """`prepared` is what `prepare_key` made of the key; more queries than a step's read the key."""
+    if p.T > MOST_DECODED:
+        return fwd(p, *tensors, False)
+    context, weights = _empty(p, *p.context_shape), _empty(p, *p.weights_shape)
+    if 0 in (p.B, p.T):
+        return context, weights
+    plan = derived(p, "cuda", _Native)
+    read = plan.read(p, tensors)  # alive until the launch
+    cuda_launch.module().additive_attention_cuda_decode(
+        plan.block,
+        native.addresses(read),
+        native.addresses(prepared),
         (context.data_ptr(), weights.data_ptr()),
         cuda_launch.place(p.device),
     )

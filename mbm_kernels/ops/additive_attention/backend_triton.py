@@ -1,14 +1,17 @@
 """The Triton kernels of triton_kernels.py: float32 inside, any strides, no host synchronisation."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import triton_launch
 from mbm_kernels._core.triton_launch import ceil_div, power_of_two
+from mbm_kernels.ops.additive_attention import problem
 from mbm_kernels.ops.additive_attention.problem import NAME, Problem
+
+PADDING = 16  # of queries, ROW_PADDING of the kernels
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -17,6 +20,13 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
 
 def _kernel(name: str) -> triton_launch.Kernel:
     return triton_launch.kernel(NAME, name)
+
+
+class PreparedKey(NamedTuple):
+    """What the kernels read of a key, float32."""
+
+    powers: Tensor  # [B, 2, D made even, S]: e^2k, expm1(2k)
+    sizes: Tensor  # [B, S]: the largest |k|
 
 
 class _Call:
@@ -35,13 +45,32 @@ class _Call:
     def score_strides(self) -> tuple[int, ...]:
         return (*self.query.stride(), *self.key.stride(), self.v.stride(0))
 
-    def factors(self, rows_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of query [B, 2, D, T] and key [B, 2, D, S], or features last; flags [B, blocks]."""
+    def powers(self, of_queries: bool = True, of_keys: bool = True) -> tuple[Tensor | None, ...]:
+        """Powers and sizes of the queries, then of the keys; None for what is not asked for."""
+        p, new = self.p, self.v.new_empty
+        T, S, even = p.T if of_queries else 0, p.S if of_keys else 0, p.D + p.D % 2
+        padded = ceil_div(T, PADDING) * PADDING
+        found: list[Tensor | None] = [None] * 4
+        if of_queries:
+            found[0] = new(p.B, even // 2, padded, 3, 2, dtype=torch.float32)
+            found[1] = new(p.B, T, dtype=torch.float32)
+        if of_keys:
+            found[2] = new(p.B, 2, even, S, dtype=torch.float32)
+            found[3] = new(p.B, S, dtype=torch.float32)
+        self.launch(
+            "powers",
+            lambda c: (p.B, ceil_div(S, c["BLOCK_R"]) + ceil_div(T, c["BLOCK_R"])),
+            *(self.query, self.key, self.v, *found, T, S, p.D, *self.score_strides()),
+        )
+        return tuple(found)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of query [B, 2, T, D] and key [B, 2, S, D]; flags [B, blocks]."""
         p, new = self.p, self.query.new_empty
         config = _kernel("factors").config(p.dtype, self.sizes)
         blocks = ceil_div(p.D, dict(config.constants)["BLOCK_D"])
-        query_factors = new(p.B, 2, p.D, p.T, dtype=torch.float32)
-        key_factors = new(p.B, 2, p.D, p.S, dtype=torch.float32)
+        query_factors = new(p.B, 2, p.T, p.D, dtype=torch.float32)
+        key_factors = new(p.B, 2, p.S, p.D, dtype=torch.float32)
         direct = new(p.B, blocks, dtype=torch.int32)
         self.launch(
             "factors",
@@ -49,33 +78,53 @@ class _Call:
             *(*self.scored, query_factors, key_factors, direct, p.T, p.S, p.D),
             *self.score_strides(),
             allocated_by=("BLOCK_D",),
-            ROWS_FIRST=rows_first,
         )
         return query_factors, key_factors, direct
 
 
 def fwd(p: Problem, *given: Any) -> tuple[Tensor, Tensor]:
     call = _Call(p, given[:-1])
-    query, value = call.query, call.value
+    way = triton_launch.choice(NAME, "scores", p.dtype, call.sizes)
+    powers = call.powers() if way == "powers" and 0 not in (p.B, p.T) else (None,) * 4
+    return _attend(call, powers, way == "approximate")
+
+
+def prepare_key(key: Tensor) -> PreparedKey:
+    """key [B, S, D], which `fwd_prepared` is given beside it: it reads both."""
+    nothing = key.new_empty(key.size(0), 0, key.size(2))
+    p = problem.build(nothing, key, key, key.new_empty(key.size(2)), None, None)
+    call = _Call(p, (nothing, key, key, key.new_empty(key.size(2)), None, None))
+    *_, powers, sizes = call.powers(of_queries=False)
+    assert powers is not None
+    assert sizes is not None
+    return PreparedKey(powers, sizes)
+
+
+def fwd_prepared(
+    p: Problem, tensors: Sequence[Any], prepared: PreparedKey
+) -> tuple[Tensor, Tensor]:
+    """`prepared` is what `prepare_key` made of the key, so that one query uses it too."""
+    call = _Call(p, tensors)
+    powers = call.powers(of_keys=False) if 0 not in (p.B, p.T) else (None,) * 4
+    return _attend(call, (*powers[:2], *prepared), False)
+
+
+def _attend(call: _Call, powers: tuple[Tensor | None, ...], fast: bool) -> tuple[Tensor, Tensor]:
+    p, query, value = call.p, call.query, call.value
     context, weights = query.new_empty(p.context_shape), query.new_empty(p.weights_shape)
     if 0 in (p.B, p.T):
         return context, weights
-    way = triton_launch.choice(NAME, "scores", p.dtype, call.sizes)
-    factored = way == "factors"
-    factors = call.factors(False) if factored else (None, None, None)
     mask = None if call.mask is None else call.mask.expand(p.weights_shape)
-    scores = weights if weights.dtype == torch.float32 else torch.empty_like(weights).float()
-    blocks = 0 if factors[2] is None else factors[2].size(1)
+    scores = weights
+    if weights.dtype != torch.float32:
+        scores = weights.new_empty(p.weights_shape, dtype=torch.float32)
     call.launch(
         "attend",
         lambda c: (p.B, ceil_div(p.T, c["BLOCK_T"])),
-        *(query, call.key, value, call.v, call.lengths, mask, *factors, scores, weights, context),
+        *(query, call.key, value, call.v, call.lengths, mask, *powers, scores, weights, context),
         *(p.T, p.S, p.D, p.E, *query.stride(), *call.key.stride(), *value.stride()),
         *(call.v.stride(0), *((0, 0, 0) if mask is None else mask.stride())),
-        blocks,
-        BLOCKS=power_of_two(blocks),
-        FACTORS=factored,
-        FAST=way == "approximate",
+        FAST=fast,
     )
     return context, weights
 
@@ -130,7 +179,7 @@ def _grad_terms(
         *((0, 0, 0) if grad_weights is None else grad_weights.stride()),
         *call.value.stride(),
     )
-    factors = call.factors(True)
+    factors = call.factors()
     config = _kernel("grad_terms").config(dtype, call.sizes)
     parts = dict(config.constants)["SPLIT"]
     by_query, by_key, by_v = empty(parts, B, T, D), empty(B, S, D), empty(parts, B, D)

@@ -30,8 +30,8 @@ class AdditiveAttentionKeys:
 
     backend: str
     dtype: torch.dtype
-    _snapshot: Tensor  # [B, S, D] contiguous, of `dtype`; float32 where something is prepared
-    _prepared: Any  # by the backend's `prepare_key`, which reads float32; None without one
+    _snapshot: Tensor  # [B, S, D] contiguous, of `dtype` or the backend's SNAPSHOT_DTYPE
+    _prepared: Any  # by the backend's `prepare_key`, which reads the snapshot; None without one
 
     @property
     def shape(self) -> torch.Size:
@@ -63,13 +63,13 @@ def additive_attention_keys(key: Tensor, *, backend: str = "auto") -> AdditiveAt
     Args:
         key: [B, S, D], floating.
         backend: "auto", "cpu", "triton", "cuda" or "torch": the one to prepare for. "auto" is what
-            the call would choose for one query. "cpu" prepares the key's exponentials; the others
-            have nothing that steps share. It decides nothing for the calls, which have their own.
+            the call would choose for one query. The kernels prepare the key's exponentials; "torch"
+            has nothing that steps share. It decides nothing for the calls, which have their own.
 
     Returns:
         AdditiveAttentionKeys, accepted as `key` by `additive_attention` where no gradient is
-        wanted. It holds a copy of the key and, prepared for "cpu", as many numbers again; both are
-        float32 there, so that a 16-bit key takes four times its memory.
+        wanted. It holds a copy of the key, in float32 where it is prepared for "cpu", and the
+        exponentials in float32: one number for each of the key's, two for "triton".
 
     Raises:
         TypeError: key is not a floating tensor.
@@ -78,7 +78,8 @@ def additive_attention_keys(key: Tensor, *, backend: str = "auto") -> AdditiveAt
         BackendUnavailableError: a backend asked for by name cannot run.
 
     Numerics:
-        "cpu" gives bit by bit what it gives for the key itself. Under autocast the key is cast as
+        "cpu" gives bit by bit what it gives for the key itself; other kernels may sum in another
+        order. Under autocast the key is cast as
         the call would cast it; a call under another autocast casts the snapshot.
     """
     checks.tensor(NAME, "key", key, 3)
@@ -96,12 +97,11 @@ def additive_attention_keys(key: Tensor, *, backend: str = "auto") -> AdditiveAt
     sizes = {"B": batch, "T": 1, "S": positions, "D": features, "E": features}
     sizes |= {"elements": batch * positions * features, "training": 0}
     chosen = dispatch.select(problem.NAME, backend, key.device, key.dtype, sizes)
-    prepare = None
+    prepare, kept = None, key.dtype
     if is_plain((key,)):
-        prepare = getattr(dispatch.load_backend(problem.NAME, chosen), "prepare_key", None)
-    dtype, key = key.dtype, key.detach()
-    if prepare is None:
-        snapshot = key.clone(memory_format=torch.contiguous_format)
-        return AdditiveAttentionKeys(chosen, dtype, snapshot, None)
-    snapshot = key.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    return AdditiveAttentionKeys(chosen, dtype, snapshot, prepare(snapshot))
+        module = dispatch.load_backend(problem.NAME, chosen)
+        prepare = getattr(module, "prepare_key", None)
+        kept = getattr(module, "SNAPSHOT_DTYPE", kept)
+    snapshot = key.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
+    prepared = None if prepare is None else prepare(snapshot)
+    return AdditiveAttentionKeys(chosen, key.dtype, snapshot, prepared)

@@ -1,7 +1,6 @@
 """Triton kernels of additive attention; the maths is in NOTES.md, "The Triton kernels".
 
-Arrays named in capitals here: A, B', Y, E are the factors of tanh(query + key). Positions past a
-row's length are never read.
+Positions past a row's length are never read.
 """
 
 import triton
@@ -9,6 +8,10 @@ import triton.language as tl
 
 from mbm_kernels._core import triton_math
 
+POWER_LIMIT = tl.constexpr(20.0)  # of |query| + |key|: a product of two sums stays below e^81
+CENTRED_LIMIT = tl.constexpr(1.0)  # of the same: below it scores have relative accuracy
+POWER_V_LIMIT = tl.constexpr(1e3)  # of |v|: 1e3 e^81 is a float
+ROW_PADDING = tl.constexpr(16)  # queries of `powers` are padded to a multiple of it
 PAIR_LIMIT = tl.constexpr(15.0)  # of query + shift: a product of two E stays below e^62
 TERM_LIMIT = tl.constexpr(43.0)  # of |query| and |key|: e^86 is a float, e^-86 not subnormal
 V_LIMIT = tl.constexpr(1e10)
@@ -16,25 +19,101 @@ HALF_LN2 = tl.constexpr(0.34657359)
 
 
 @triton.jit
-def place(d, row, D, R, ROWS_FIRST: tl.constexpr):
-    if ROWS_FIRST:
-        offset = row.to(tl.int64)[None, :] * D + d[:, None]
-    else:
-        offset = d.to(tl.int64)[:, None] * R + row[None, :]
-    return offset
+def magnitude(x):
+    """|x|; infinite for NaN."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton_math.launched
+def powers(
+    query,  # [B, T, D]
+    key,  # [B, S, D]
+    v,  # [D]
+    query_powers,  # [B, D' / 2, T', 3, 2]: e^-2q, -v e^-2q, -v expm1(-2q) of two features; or None
+    query_sizes,  # [B, T]: max |q|
+    key_powers,  # [B, 2, D', S]: e^2k, expm1(2k); or None
+    key_sizes,  # [B, S]: max |k|
+    T, S, D, query_b, query_t, query_d, key_b, key_s, key_d, v_d,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """BLOCK_R keys or, past the last block of keys, queries: what tanh(q + k) is made of.
+
+    D' is D made even, by a feature of 0 with v = 0, and T' is T padded, by what nobody uses: loops
+    over features need no mask. S or T is 0 where only queries or only keys are asked for.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    even = D + D % 2
+    key_blocks = 0
+    if key_powers is not None:
+        key_blocks = tl.cdiv(S, BLOCK_R)
+        if block < key_blocks:
+            k_at = key + b * key_b
+            key_rows(
+                k_at, key_powers + b * 2 * even * S, key_sizes + b * S, block * BLOCK_R, S, D,
+                key_s, key_d, BLOCK_R, BLOCK_D,
+            )
+    if query_powers is not None:
+        padded = tl.cdiv(T, ROW_PADDING) * ROW_PADDING
+        if block >= key_blocks:
+            q_at = query + b * query_b
+            query_rows(
+                q_at, v, query_powers + b * 3 * even * padded, query_sizes + b * T,
+                (block - key_blocks) * BLOCK_R, T, padded, D, query_t, query_d, v_d, BLOCK_R,
+                BLOCK_D,
+            )
 
 
 @triton.jit
+def key_rows(
+    key, out, sizes, first, S, D, key_s, key_d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    s = first + tl.arange(0, BLOCK_R)
+    even = D + D % 2
+    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        k = triton_math.load_tile(key, s, d, S, D, key_s, key_d).to(tl.float32)
+        largest = tl.maximum(largest, magnitude(k))
+        power = triton_math.exp_exact(2.0 * k)
+        triton_math.store_tile(out, power, s, d, S, even, 1, S)
+        triton_math.store_tile(out + even * S, triton_math.expm1(2.0 * k), s, d, S, even, 1, S)
+    tl.store(sizes + s, tl.max(largest, 1), s < S)
+
+
+@triton.jit
+def query_rows(
+    query, v, out, sizes, first, T, padded, D, query_t, query_d, v_d,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    t = first + tl.arange(0, BLOCK_R)
+    even = D + D % 2
+    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        q = triton_math.load_tile(query, t, d, T, D, query_t, query_d).to(tl.float32)
+        largest = tl.maximum(largest, magnitude(q))
+        w = -tl.load(v + d * v_d, d < D, 0.0).to(tl.float32)[None, :]
+        power = triton_math.exp_exact(-2.0 * q)
+        to = out + t[:, None] * 6 + (d // 2)[None, :] * (6 * padded) + (d % 2)[None, :]
+        use = (t < T)[:, None] & (d < even)[None, :]
+        tl.store(to, power, use)
+        tl.store(to + 2, w * power, use)
+        tl.store(to + 4, w * triton_math.expm1(-2.0 * q), use)
+    tl.store(sizes + t, tl.max(largest, 1), t < T)
+
+
+@triton_math.launched
 def factors(
     query,  # [B, T, D]
     key,  # [B, S, D]
     v,  # [D]
     lengths,  # [B] int64 or None
-    query_factors,  # [B, 2, D, T]: a = expm1(2 (query + c)), e^(2 (query + c))
-    key_factors,  # [B, 2, D, S]: b = expm1(2 (key - c)), y = e^(2 (key - c)); ROWS_FIRST: [.. S, D]
+    query_factors,  # [B, 2, T, D]: a = expm1(2 (query + c)), e^(2 (query + c))
+    key_factors,  # [B, 2, S, D]: b = expm1(2 (key - c)), y = e^(2 (key - c))
     direct,  # int32 [B, blocks of D]: 1 where tanh must be computed for each pair
     T, S, D, query_b, query_t, query_d, key_b, key_s, key_d, v_d,
-    ROWS_FIRST: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """One batch element, BLOCK_D features: factors of all rows, and whether they may be used.
 
@@ -55,8 +134,7 @@ def factors(
         use = (s < count)[None, :] & inside[:, None]
         at = key + b * key_b + s.to(tl.int64)[None, :] * key_s + d[:, None] * key_d
         k = tl.load(at, use, 0.0).to(tl.float32)
-        size = tl.where(k == k, tl.abs(k), float("inf"))
-        sizes_k = tl.maximum(sizes_k, size)
+        sizes_k = tl.maximum(sizes_k, magnitude(k))
         largest_k = tl.maximum(largest_k, tl.where(use, k, -float("inf")))
     largest = tl.max(largest_k, 1)
     key_size = tl.max(sizes_k, 1)
@@ -71,7 +149,7 @@ def factors(
         k = tl.load(at, use, 0.0).to(tl.float32)
         y = triton_math.exp_exact(2.0 * k) * tl.exp2(-shift)[:, None]
         centred = tl.where(shift[:, None] == 0, triton_math.expm1(2.0 * k), y - 1.0)
-        to = key_factors + b * 2 * D * S + place(d, s, D, S, ROWS_FIRST)
+        to = key_factors + b * 2 * D * S + s.to(tl.int64)[None, :] * D + d[:, None]
         tl.store(to, centred, use)
         tl.store(to + D * S, y, use)
 
@@ -82,12 +160,11 @@ def factors(
         use = (t < T)[None, :] & inside[:, None]
         at = query + b * query_b + t.to(tl.int64)[None, :] * query_t + d[:, None] * query_d
         q = tl.load(at, use, 0.0).to(tl.float32)
-        size = tl.where(q == q, tl.abs(q), float("inf"))
-        sizes_q = tl.maximum(sizes_q, size)
+        sizes_q = tl.maximum(sizes_q, magnitude(q))
         largest_q = tl.maximum(largest_q, tl.where(use, q, -float("inf")))
         e = triton_math.exp_exact(2.0 * q) * tl.exp2(shift)[:, None]
         centred = tl.where(shift[:, None] == 0, triton_math.expm1(2.0 * q), e - 1.0)
-        to = query_factors + b * 2 * D * T + place(d, t, D, T, ROWS_FIRST)
+        to = query_factors + b * 2 * D * T + t.to(tl.int64)[None, :] * D + d[:, None]
         tl.store(to, centred, use)
         tl.store(to + D * T, e, use)
 
@@ -95,7 +172,7 @@ def factors(
     key_size = tl.max(key_size, 0)
     beyond = tl.max(tl.max(largest_q, 1) + shift * HALF_LN2, 0)
     weight = tl.load(v + d * v_d, inside, 0.0).to(tl.float32)
-    largest_v = tl.max(tl.where(weight == weight, tl.abs(weight), float("inf")), 0)
+    largest_v = tl.max(magnitude(weight), 0)
     fits = (query_size <= TERM_LIMIT) & (key_size <= TERM_LIMIT)
     fits = fits & (beyond <= PAIR_LIMIT) & (largest_v <= V_LIMIT)
     # NaN fails every comparison, so it counts as not fitting.
@@ -109,31 +186,63 @@ def any_direct(direct, b, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def scores_from_factors(
-    v, query_factors, key_factors, rows, b, t, count, T, S, D, v_d,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+def largest_sizes(sizes, first, count, BLOCK: tl.constexpr):
+    """Of sizes[first : count]."""
+    found = tl.zeros((BLOCK,), tl.float32)
+    for i0 in range(first, count, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        found = tl.maximum(found, tl.load(sizes + i, i < count, 0.0))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def largest_of_v(v, D, v_d, BLOCK: tl.constexpr):
+    found = tl.zeros((BLOCK,), tl.float32)
+    for d0 in range(0, D, BLOCK):
+        d = d0 + tl.arange(0, BLOCK)
+        found = tl.maximum(found, magnitude(tl.load(v + d * v_d, d < D, 0.0).to(tl.float32)))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def scores_from_powers(
+    v, query_powers, key_powers, rows, b, t, count, T, S, D, v_d,
+    CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, NVIDIA: tl.constexpr,
 ):
-    """Two features share one reciprocal; past an odd D the second has v = 0 and m = 0."""
-    a_at = query_factors + b * 2 * D * T + t
+    """Two features share one reciprocal; nothing in their loop is masked but v past an odd D.
+
+    Lanes past the length take its last position.
+    """
+    padded = tl.cdiv(T, ROW_PADDING) * ROW_PADDING
+    even = D + D % 2
     for s0 in range(0, count, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        b_at = key_factors + b * 2 * D * S + s
+        position = tl.minimum(s, count - 1)
+        x_at = query_powers + b * 3 * even * padded
+        y_at = key_powers + b * 2 * even * S
+        w_at = y_at
+        if CENTRED:
+            w_at += even * S
         total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
         for d in range(0, D, 2):
-            more = d + 1 < D
-            a0 = tl.load(a_at + d * T, t < T, 0.0)[:, None]
-            a1 = tl.load(a_at + (d + 1) * T, (t < T) & more, 0.0)[:, None]
-            b0 = tl.load(b_at + d * S, s < count, 0.0)[None, :]
-            b1 = tl.load(b_at + (d + 1) * S, (s < count) & more, 0.0)[None, :]
-            y0 = tl.load(b_at + (D + d) * S, s < count, 0.0)[None, :]
-            y1 = tl.load(b_at + (D + d + 1) * S, (s < count) & more, 0.0)[None, :]
+            x = x_at + t * 6
+            x0 = tl.load(x)[:, None]
+            x1 = tl.load(x + 1)[:, None]
+            p0 = tl.load(x + (4 if CENTRED else 2))[:, None]
+            p1 = tl.load(x + (5 if CENTRED else 3))[:, None]
+            y0 = tl.load(y_at + position)[None, :]
+            y1 = tl.load(y_at + S + position)[None, :]
+            w0 = tl.load(w_at + position)[None, :] if CENTRED else y0
+            w1 = tl.load(w_at + S + position)[None, :] if CENTRED else y1
             v0 = tl.load(v + d * v_d).to(tl.float32)
-            v1 = tl.load(v + (d + 1) * v_d, more, 0.0).to(tl.float32)
-            m0 = a0 * y0 + b0
-            m1 = a1 * y1 + b1
-            x0 = m0 + 2.0
-            x1 = m1 + 2.0
-            total += (v0 * m0 * x1 + v1 * m1 * x0) / (x0 * x1)
+            v1 = tl.load(v + (d + 1) * v_d, d + 1 < D, 0.0).to(tl.float32)
+            d0 = x0 + y0
+            d1 = x1 + y1
+            n = (v0 * w0 + p0) * d1 + (v1 * w1 + p1) * d0
+            total += n * triton_math.reciprocal(d0 * d1, NVIDIA)
+            x_at += 6 * padded
+            y_at += 2 * S
+            w_at += 2 * S
         tl.store(rows + t[:, None] * S + s[None, :], total, (t < T)[:, None] & (s < count)[None, :])
 
 
@@ -163,19 +272,19 @@ def scores_directly(
             tl.store(rows + (t0 + i) * S + s, tl.sum(terms, 1), s < count)
 
 
-@triton.jit
+@triton_math.launched
 def attend(
     query, key,
     value,  # [B, S, E]
     v, lengths,
     mask,  # bool, strides of [B, T, S], or None
-    query_factors, key_factors, direct,
+    query_powers, query_sizes, key_powers, key_sizes,  # of `powers`, or None
     scores,  # float32 [B, T, S], scratch; may be `weights`
     weights,  # [B, T, S]
     context,  # [B, T, E]
     T, S, D, E, query_b, query_t, query_d, key_b, key_s, key_d, value_b, value_s, value_e, v_d,
-    mask_b, mask_t, mask_s, blocks,
-    BLOCKS: tl.constexpr, FACTORS: tl.constexpr, FAST: tl.constexpr, NVIDIA: tl.constexpr,
+    mask_b, mask_t, mask_s,
+    FAST: tl.constexpr, NVIDIA: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -191,15 +300,24 @@ def attend(
         count = tl.minimum(tl.maximum(tl.load(lengths + b), 0), S).to(tl.int32)
     positions = tl.arange(0, BLOCK_S)
     rows = scores + b * T * S
-    if FACTORS:
-        if any_direct(direct, b, blocks, BLOCKS):
+    if key_powers is not None:
+        pair = largest_sizes(query_sizes + b * T, t0, tl.minimum(t0 + BLOCK_T, T), BLOCK_T)
+        pair += largest_sizes(key_sizes + b * S, 0, count, BLOCK_S)
+        fits = (pair <= POWER_LIMIT) & (largest_of_v(v, D, v_d, BLOCK_S) <= POWER_V_LIMIT)
+        if fits and pair <= CENTRED_LIMIT:
+            scores_from_powers(
+                v, query_powers, key_powers, rows, b, t, count, T, S, D, v_d, True, BLOCK_T,
+                BLOCK_S, NVIDIA,
+            )
+        elif fits:
+            scores_from_powers(
+                v, query_powers, key_powers, rows, b, t, count, T, S, D, v_d, False, BLOCK_T,
+                BLOCK_S, NVIDIA,
+            )
+        else:
             scores_directly(
                 query, key, v, rows, b, t0, count, T, S, D, query_b, query_t, query_d,
                 key_b, key_s, key_d, v_d, BLOCK_T, BLOCK_S, BLOCK_D, False, NVIDIA,
-            )
-        else:
-            scores_from_factors(
-                v, query_factors, key_factors, rows, b, t, count, T, S, D, v_d, BLOCK_T, BLOCK_S,
             )
     else:
         scores_directly(
@@ -255,7 +373,7 @@ def load_scores(rows, mask, b, t, s, T, S, count, mask_b, mask_t, mask_s):
     return tl.load(rows + t[:, None] * S + s[None, :], use, 0.0), use
 
 
-@triton.jit
+@triton_math.launched
 def grad_scores(
     grad_context,  # [B, T, E] or None
     grad_weights,  # [B, T, S] or None
@@ -310,7 +428,12 @@ def grad_scores(
         tl.store(out + at, g, (t < T)[:, None] & (s < S)[None, :])
 
 
-@triton.jit
+# Not told that rows begin at a multiple of 16, Triton gives a thread one feature and not four or
+# eight, and a warp of 32 features has whole columns: sums over S need no shuffle.
+@triton.jit(
+    do_not_specialize=triton_math.VARYING,
+    do_not_specialize_on_alignment=("D", "key_b", "key_s"),
+)
 def grad_terms(
     query, key, v, lengths,
     query_factors,  # [B, 2, T, D]
@@ -322,12 +445,12 @@ def grad_terms(
     grad_v,  # float32 [SPLIT, B, D]
     B, T, S, D, query_b, query_t, query_d, key_b, key_s, key_d, v_d, blocks,
     BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     """One batch element, BLOCK_D features, every SPLIT-th block of S: all three gradients at once.
 
-    Tiles are [BLOCK_S, BLOCK_D]: with 32 num_warps = BLOCK_D a thread holds whole columns and sums
-    over S need no shuffle. Two queries share one reciprocal. grad_query is added up in memory, by
-    the thread that wrote it.
+    Tiles are [BLOCK_S, BLOCK_D]: with 32 num_warps = BLOCK_D a thread holds a whole column. Two
+    queries share one reciprocal. grad_query is added up in memory, by the thread that wrote it.
     """
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -363,7 +486,7 @@ def grad_terms(
                 m1 = a1 * y + centred
                 x0 = m0 + 2.0
                 x1 = m1 + 2.0
-                inverse = 1.0 / (x0 * x1)
+                inverse = triton_math.reciprocal(x0 * x1, NVIDIA)
                 r0 = x1 * inverse
                 r1 = x0 * inverse
                 by_v += g0 * (m0 * r0)

@@ -7,10 +7,11 @@ of a group share the units of some rows and meet at a barrier in each step.
 import triton
 import triton.language as tl
 
+from mbm_kernels._core import triton_math
 from mbm_kernels._core.triton_math import dot, load_tile, rounded, store_tile
 from mbm_kernels.ops.gru_cell.triton_kernels import (
-    add_biases,
     add_dots,
+    load_biases,
     load_gates,
     load_reserve,
     step,
@@ -46,15 +47,20 @@ def meet(counter, target):
 
 
 @triton.jit
-def advance(inputs, b_hh, y, reserve, state_r, state_z, state_n, h, active, b, u, t, B, H):
-    """Ends step t of rows b and units u, given W_hh h; returns the state after it."""
+def load_inputs(inputs, b, u, t, B, H):
+    """W_ih x + b_ih of step t, gate by gate."""
+    at = inputs + tl.cast(t, tl.int64) * B * 3 * H
+    r, z, n = load_gates(at, b, u, B, H, 3 * H, 1, H)
+    return r.to(tl.float32), z.to(tl.float32), n.to(tl.float32)
+
+
+@triton.jit
+def advance(
+    input_r, input_z, input_n, y, reserve, state_r, state_z, state_n, h, active, b, u, t, B, H
+):
+    """Ends step t of rows b and units u, given W_hh h + b_hh; returns the state after it."""
     row = tl.cast(t, tl.int64) * B
-    input_r, input_z, input_n = load_gates(inputs + row * 3 * H, b, u, B, H, 3 * H, 1, H)
-    state_r, state_z, state_n = add_biases(b_hh, u, H, state_r, state_z, state_n)
-    r, z, n, after = step(
-        input_r.to(tl.float32), input_z.to(tl.float32), input_n.to(tl.float32),
-        state_r, state_z, state_n, h,
-    )
+    r, z, n, after = step(input_r, input_z, input_n, state_r, state_z, state_n, h)
     store_tile(y + row * H, tl.where(active, after, 0.0), b, u, B, H, H, 1)
     if reserve is not None:
         store_reserve(reserve + row * 4 * H, r, z, n, state_n, b, u, B, H)
@@ -95,7 +101,7 @@ def retreat(
     return by_r, by_z, from_n, tl.where(active, g * z, carried)
 
 
-@triton.jit
+@triton_math.launched
 def rows_forward(
     inputs,  # [T, B, 3H]: W_ih x + b_ih
     w_hh,  # [3H, H]
@@ -113,6 +119,7 @@ def rows_forward(
     u = tl.arange(0, UNITS)
     length, longest = row_lengths(lengths, b, B, T)
     w_r, w_z, w_n = load_gates(w_hh, u, u, H, H, w_hh_h, w_hh_g, H * w_hh_g)
+    bias_r, bias_z, bias_n = load_biases(b_hh, u, H, UNITS)
     h = tl.zeros((BLOCK_B, UNITS), tl.float32)
     if h0 is not None:
         h = load_tile(h0, b, u, B, H, h0_b, h0_h).to(tl.float32)
@@ -120,16 +127,18 @@ def rows_forward(
         t = i
         if REVERSE:
             t = longest - 1 - i
+        input_r, input_z, input_n = load_inputs(inputs, b, u, t, B, H)
         zero = tl.zeros((BLOCK_B, UNITS), tl.float32)
         state_r, state_z, state_n = add_dots(h, w_r, w_z, w_n, zero, zero, zero)
         active = (t < length)[:, None]
         h = advance(
-            inputs, b_hh, y, reserve, state_r, state_z, state_n, h, active, b, u, t, B, H
+            input_r, input_z, input_n, y, reserve, state_r + bias_r, state_z + bias_z,
+            state_n + bias_n, h, active, b, u, t, B, H,
         )
     store_tile(h_n, h, b, u, B, H, H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def rows_backward(
     grad_y,  # strides of [T, B, H], or None
     y, h0, reserve, w_hh, lengths,
@@ -188,7 +197,7 @@ def load_weights(w, k, u, H, stride_k, stride_u):
     return tl.load(at, (k < H)[:, :, None] & (u < H)[None, None, :], 0.0)
 
 
-@triton.jit
+@triton_math.launched
 def grid_forward(
     inputs, w_hh, b_hh, lengths, y, h_n, reserve,
     states,  # float32 [2, B, H]: h0 in the first; steps read one and write the other
@@ -246,9 +255,14 @@ def grid_forward(
                         state_r, state_z, state_n = add_dots(
                             h, w_r, w_z, w_n, state_r, state_z, state_n
                         )
+                # Loaded before the products, these make Triton compute the gates in the layout of
+                # the products' sums, each 8 times: NOTES.md.
                 own = load_shared(now, b, u, B, H, H)
+                input_r, input_z, input_n = load_inputs(inputs, b, u, t, B, H)
+                bias_r, bias_z, bias_n = load_biases(b_hh, u, H, BLOCK_U)
                 after = advance(
-                    inputs, b_hh, y, reserve, state_r, state_z, state_n, own, active, b, u, t, B, H
+                    input_r, input_z, input_n, y, reserve, state_r + bias_r, state_z + bias_z,
+                    state_n + bias_n, own, active, b, u, t, B, H,
                 )
                 store_tile(then, after, b, u, B, H, H, 1)
             target += programs
@@ -259,7 +273,7 @@ def grid_forward(
             store_tile(h_n, load_shared(last, b, u, B, H, H), b, u, B, H, H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def grid_backward(
     grad_y, y, h0, reserve, w_hh, lengths,
     carried,  # float32 [B, H]: gradient of h_n in, of h0 out; a program's own units only

@@ -28,11 +28,25 @@ def add_dots(x, w_r, w_z, w_n, by_r, by_z, by_n):
 
 
 @triton.jit
+def load_biases(bias, u, H, UNITS: tl.constexpr):
+    """Of the three gates, [1, UNITS] each; zeros without any."""
+    r = tl.zeros((1, UNITS), tl.float32)
+    z = r
+    n = r
+    if bias is not None:
+        r = tl.load(bias + u, u < H, 0.0).to(tl.float32)[None, :]
+        z = tl.load(bias + H + u, u < H, 0.0).to(tl.float32)[None, :]
+        n = tl.load(bias + 2 * H + u, u < H, 0.0).to(tl.float32)[None, :]
+    return r, z, n
+
+
+@triton.jit
 def add_biases(bias, u, H, by_r, by_z, by_n):
     if bias is not None:
-        by_r += tl.load(bias + u, u < H, 0.0).to(tl.float32)[None, :]
-        by_z += tl.load(bias + H + u, u < H, 0.0).to(tl.float32)[None, :]
-        by_n += tl.load(bias + 2 * H + u, u < H, 0.0).to(tl.float32)[None, :]
+        r, z, n = load_biases(bias, u, H, by_r.shape[1])
+        by_r += r
+        by_z += z
+        by_n += n
     return by_r, by_z, by_n
 
 
@@ -85,7 +99,7 @@ def store_gradients(out, by_r, by_z, by_n, from_n, i, u, rows, H):
     store_tile(out + 3 * H, from_n, i, u, rows, H, 4 * H, 1)
 
 
-@triton.jit
+@triton_math.launched
 def cell(
     x,  # [B, C]
     h,  # [B, H]
@@ -123,7 +137,7 @@ def cell(
         store_reserve(reserve, r, z, n, state_n, b, u, B, H)
 
 
-@triton.jit
+@triton_math.launched
 def gates(
     inputs,  # [B, 3H]: W_ih x
     states,  # [B, 3H]: W_hh h
@@ -149,7 +163,7 @@ def gates(
         store_reserve(reserve, r, z, n, state_n, b, u, B, H)
 
 
-@triton.jit
+@triton_math.launched
 def gate_gradients(
     grad_h_new,  # [B, H]
     h, reserve,
