@@ -128,8 +128,8 @@ BUGS = (
     Mutant(
         "keys-share-the-memory-of-the-key",
         "mbm_kernels/ops/additive_attention/keys.py",
-        "key.to(torch.float32, copy=True, memory_format=torch.contiguous_format)",
-        "key.to(torch.float32)",
+        "key.detach().to(kept, copy=True, memory_format=torch.contiguous_format)",
+        "key.detach().to(kept)",
         "tests/ops/test_additive_attention_keys.py -k Snapshot",
     ),
     Mutant(
