@@ -22,7 +22,7 @@ constexpr int kMmaPatchRows = 2 * kWarps + kMmaTaps - 1;
 constexpr int kMmaPatchColumns = 2 * kMmaWindows + 4;  // pixels of 2 words
 
 using MmaWeights = uint32_t[kMmaBlocks][kMmaTaps][2];
-using MmaSums = float[2][kMmaBlocks][4];  // [row of the window][outputs][columns of the window]
+using MmaRows = uint32_t[kMmaTaps + 1][4];  // of the patch, as factors of the products
 
 template <class T>
 MBM_DEVICE void load_weights(const ConvCudaForward& args, int k0, MmaWeights& weights) {
@@ -63,20 +63,15 @@ MBM_DEVICE void load_pixels(const ConvCudaForward& args, int64_t b, int row0, in
   }
 }
 
-// Of 8 windows; `from`: the words of this lane in the patch's first row.
-template <class T>
-MBM_DEVICE void sum_windows(const uint32_t* from, const MmaWeights& weights, MmaSums& sums) {
+// Of 8 windows: the 4 rows of pixels under them. `from`: this lane's words in the first.
+MBM_DEVICE void load_rows(const uint32_t* from, MmaRows& rows) {
   const bool last_is_tap = gpu::lane() % 4 < 2;  // else the column of weights 0, x may be anything
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int r = 0; r < kMmaTaps; ++r) {
-      const uint32_t* words = from + (m + r) * 2 * kMmaPatchColumns;
-      const uint32_t a[4] = {words[0], words[2], last_is_tap ? words[4] : 0,
-                             last_is_tap ? words[6] : 0};
-#pragma unroll
-      for (int n = 0; n < kMmaBlocks; ++n) gpu::mma<T>(sums[m][n], a, weights[n][r]);
-    }
+  for (int r = 0; r < kMmaTaps + 1; ++r, from += 2 * kMmaPatchColumns) {
+    rows[r][0] = from[0], rows[r][1] = from[2];
+    rows[r][2] = last_is_tap ? from[4] : 0;
+    rows[r][3] = last_is_tap ? from[6] : 0;
+  }
 }
 
 // Word i of lane l of 4 neighbours goes to word l of lane i.
@@ -96,70 +91,81 @@ MBM_DEVICE void transpose_quad(uint32_t (&words)[4]) {
   }
 }
 
-// What a thread has of 8 windows: outputs 8 n + 2 quarter and the next of window g.
-template <class T, int SAVES>
-MBM_DEVICE void pool_windows(const MmaSums& sums, const float (&bias)[kMmaBlocks][2], float least,
-                             uint32_t (&outputs)[kMmaBlocks], uint32_t (&codes)[kMmaBlocks]) {
+// The maximum of a window, and at once its code, in byte BYTE of `codes`.
+template <int SAVES, int BYTE>
+MBM_DEVICE float pool_window(const float (&z)[4], float bias, float least, uint32_t& codes) {
+  float most = z[0];
+  uint32_t place = 0;
 #pragma unroll
-  for (int n = 0; n < kMmaBlocks; ++n) {
-    float out[2];
-    codes[n] = 0;
+  for (int i = 1; i < 4; ++i) {
+    if (SAVES && (z[i] > most || z[i] != z[i])) place = static_cast<uint32_t>(i) << (8 * BYTE);
+    most = gpu::maximum(most, z[i]);
+  }
+  most += bias;
+  if (SAVES) codes |= most <= least ? place : place | uint32_t{kSlopeBit} << (8 * BYTE);
+  return gpu::maximum(most, least);
+}
+
+// Outputs 8 N + 2 quarter and the next, of 8 windows, in the halves of a word.
+template <class T, int SAVES, int N>
+MBM_DEVICE uint32_t pooled_pair(const MmaRows& rows, const uint32_t (&weights)[kMmaTaps][2],
+                                const float (&bias)[2], float least, uint32_t& codes) {
+  float sums[2][4] = {};  // [row of the window][outputs of a column, then of the other]
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float z[4] = {sums[0][n][e], sums[0][n][e + 2], sums[1][n][e], sums[1][n][e + 2]};
-      float most = z[0];
-      uint32_t place = 0;
+  for (int r = 0; r < kMmaTaps; ++r)
 #pragma unroll
-      for (int i = 1; i < 4; ++i) {
-        if (SAVES && (z[i] > most || z[i] != z[i])) place = static_cast<uint32_t>(i) << (8 * e);
-        most = gpu::maximum(most, z[i]);
-      }
-      most += bias[n][e];
-      if (SAVES) codes[n] |= most <= least ? place : place | uint32_t{kSlopeBit} << (8 * e);
-      out[e] = gpu::maximum(most, least);
-    }
-    outputs[n] = gpu::word_of<T>(gpu::from_float<T>(out[0]), gpu::from_float<T>(out[1]));
+    for (int m = 0; m < 2; ++m) gpu::mma<T>(sums[m], rows[m + r], weights[r]);
+  const float first[4] = {sums[0][0], sums[0][2], sums[1][0], sums[1][2]};
+  const float second[4] = {sums[0][1], sums[0][3], sums[1][1], sums[1][3]};
+  constexpr int kByte = N / 4 * 2;  // those of N and N + 4 share a word
+  const float low = pool_window<SAVES, kByte>(first, bias[0], least, codes);
+  const float high = pool_window<SAVES, kByte + 1>(second, bias[1], least, codes);
+  return gpu::word_of<T>(gpu::from_float<T>(low), gpu::from_float<T>(high));
+}
+
+template <class T, int SAVES, int N = 0>
+MBM_DEVICE void pool_windows(const MmaRows& rows, const MmaWeights& weights,
+                             const float (&bias)[kMmaBlocks][2], float least,
+                             uint32_t (&outputs)[kMmaBlocks], uint32_t (&codes)[4]) {
+  if constexpr (N < kMmaBlocks) {
+    outputs[N] = pooled_pair<T, SAVES, N>(rows, weights[N], bias[N], least, codes[N % 4]);
+    pool_windows<T, SAVES, N + 1>(rows, weights, bias, least, outputs, codes);
   }
 }
 
-// LAST: y is channels_last, K a multiple of 8, so that a lane stores 16 bytes of it.
+// `to`, `places`: of this lane's window and the block's first output. LAST: y is channels_last, so
+// that a lane stores 16 bytes of it.
 template <class T, int SAVES, int LAST>
-MBM_DEVICE void store_windows(const ConvCudaForward& args, int64_t b, int k0, int y, int x,
-                              uint32_t (&outputs)[kMmaBlocks], uint32_t (&codes)[kMmaBlocks]) {
-  const auto& s = args.sizes;
+MBM_DEVICE void store_window(T* to, int64_t y_c, uint8_t* places, int outputs_left,
+                             const uint32_t (&outputs)[kMmaBlocks], uint32_t (&codes)[4],
+                             bool is_there) {
   const int quarter = gpu::lane() % 4;
-  uint32_t halves[2][4], both[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    halves[0][i] = outputs[i], halves[1][i] = outputs[i + 4];
-    both[i] = codes[i] | codes[i + 4] << 16;
-  }
-  if (LAST) transpose_quad(halves[0]), transpose_quad(halves[1]);
-  if (SAVES) transpose_quad(both);
-  if (x >= s.out_x) return;
-  T* const to = static_cast<T*>(args.y.data) + offset(args.y, b, 0, y, x);
+  if (SAVES) transpose_quad(codes);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int k = k0 + half * kMmaOutputs / 2 + quarter * 8;  // after the transposition
-    if (LAST) {
-      if (k < s.K)
-        gpu::store_words(to + k,
-                         {halves[half][0], halves[half][1], halves[half][2], halves[half][3]});
-    } else {
+    uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int first = k0 + (half * 4 + i) * kMmaColumns + 2 * quarter;
-        if (first >= s.K) continue;
-        gpu::store_bits(to, first * args.y.c, halves[half][i]);
-        gpu::store_bits(to, (first + 1) * args.y.c, halves[half][i] >> 16);
-      }
-    }
-    if (SAVES && k < s.K) {
+    for (int i = 0; i < 4; ++i) words[i] = outputs[half * 4 + i];
+    if (LAST) transpose_quad(words);
+    if (!is_there) continue;
+    const int k = half * kMmaOutputs / 2 + quarter * 8;  // after the transposition
+    if (SAVES && k < outputs_left) {
       const auto pair = [&](int i) {
-        const uint32_t low = half ? both[i] >> 16 : both[i] & 0xffff;
-        return low | (half ? both[i + 1] & 0xffff0000 : both[i + 1] << 16);
+        return half ? codes[i] >> 16 | (codes[i + 1] & 0xffff0000)
+                    : (codes[i] & 0xffff) | codes[i + 1] << 16;
       };
-      gpu::store_pair(args.saved.places + saved_at(s, b, k, y, x), pair(0), pair(2));
+      gpu::store_pair(places + k, pair(0), pair(2));
+    }
+    if (LAST) {
+      if (k < outputs_left) gpu::store_words(to + k, {words[0], words[1], words[2], words[3]});
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int first = (half * 4 + i) * kMmaColumns + 2 * quarter;
+      if (first >= outputs_left) continue;
+      gpu::store_bits(to, first * y_c, words[i]);
+      gpu::store_bits(to, (first + 1) * y_c, words[i] >> 16);
     }
   }
 }
@@ -192,13 +198,16 @@ conv_stem_mma_fwd_kernel(const ConvCudaForward args, const Tile tile, const int6
     const int y = at.row + gpu::warp();
     const int columns = y < s.out_y ? min(kMmaWindows, s.out_x - at.column) : 0;
     const uint32_t* from = patch + (2 * gpu::warp() * kMmaPatchColumns + 2 * row) * 2 + quarter;
+    T* to = static_cast<T*>(args.y.data) + offset(args.y, at.b, k0, y, at.column + row);
+    uint8_t* places = args.saved.places + saved_at(s, at.b, k0, y, at.column + row);
 #pragma unroll 1
-    for (int x = 0; x < columns; x += 8) {
-      MmaSums sums = {};
-      uint32_t outputs[kMmaBlocks], codes[kMmaBlocks];
-      sum_windows<T>(from + 4 * x, weights, sums);
-      pool_windows<T, SAVES>(sums, bias, least, outputs, codes);
-      store_windows<T, SAVES, LAST>(args, at.b, k0, y, at.column + x + row, outputs, codes);
+    for (int x = row; x - row < columns; x += 8) {
+      MmaRows rows;
+      uint32_t outputs[kMmaBlocks], codes[4] = {};
+      load_rows(from, rows);
+      pool_windows<T, SAVES>(rows, weights, bias, least, outputs, codes);
+      store_window<T, SAVES, LAST>(to, args.y.c, places, s.K - k0, outputs, codes, x < columns);
+      from += 4 * 8, to += 8 * args.y.x, places += 8 * s.K;
     }
     gpu::block_barrier("pixels used");
   }

@@ -38,6 +38,39 @@ class TestEmulated(Emulated, suite.TestConvBiasAct):
         Case("several tiles of channels, of x and of its gradient", sizes(1, 1, 33, 18, 70)),
     ]
 
+    # Several tiles of a block and outputs past 64; windows past the last whole 8; one tile.
+    @pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(
+        ("shape", "activation", "layout"),
+        [
+            ((2, 3, 72, 18, 70), "relu", CHANNELS_LAST),
+            ((1, 4, 8, 7, 9), None, torch.contiguous_format),
+            ((1, 1, 64, 11, 20), "relu", torch.contiguous_format),
+        ],
+    )
+    def test_matrix_instructions(self, backend, shape, activation, layout, rounded):
+        options = option(activation=activation, max_pool=2, padding=1)
+        inputs = self.inputs(Case("", sizes(*shape), options), rounded)
+        inputs["x"] = inputs["x"].contiguous(memory_format=layout)
+        self.check_forward(inputs, backend)
+        self.check_backward(inputs, backend)
+
+    def test_matrix_instructions_pool_as_exact_products_do(self, backend):
+        """Ties, NaN, infinity; exact products take a residual."""
+        x = torch.randint(-1, 2, (1, 3, 12, 24)).bfloat16()
+        x[0, 0, 3, 4], x[0, 1, 9, 20], x[0, 2, 6, 11] = float("nan"), float("inf"), -float("inf")
+        weight = torch.randint(-1, 2, (16, 3, 3, 3)).bfloat16()
+        grad = torch.randn(1, 16, 5, 11).bfloat16()
+        results = []
+        for residual in (None, torch.zeros(1, 16, 10, 22).bfloat16()):
+            given = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+            options = option(activation="relu", max_pool=2, residual=residual, backend=backend)
+            y = mbm_kernels.conv_bias_act(*given, **options)
+            results.append((y, *torch.autograd.grad(y, given, grad)))
+        assert results[0][0].isnan().any()
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
     @pytest.mark.parametrize("groups", [1, 5])
     def test_layouts_agree_to_the_bit(self, backend, groups):
         channels = 3 if groups == 1 else 5
