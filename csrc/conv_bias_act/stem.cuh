@@ -79,7 +79,7 @@ MBM_DEVICE void sum_pixels(const ConvCudaSizes& s, const Tile& tile, const StemM
   for (int c = 0; c < s.C; ++c)
     for (int r = 0; r < s.R; ++r) {
       const float* row = memory.patch + (c * tile.patch_rows + r) * tile.patch_columns;
-#pragma unroll 1
+#pragma unroll 3
       for (int q = 0; q < s.S; ++q, weights += kChannels) add_tap(row + q, bases, weights, sums);
     }
 #pragma unroll

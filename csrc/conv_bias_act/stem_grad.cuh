@@ -99,6 +99,7 @@ conv_stem_grad_weight_kernel(const ConvCudaBackward args, const Tile tile, const
     });
     gpu::block_barrier("gradients stored");
     if (slice < split.slices)
+#pragma unroll 2
       for (int p = slice; p < rows * columns; p += split.slices)
         add_pixel(grads + p * kGradPitch + group * kStemOutputs, patch + bases[p], taps, sums);
     if (chunk == 0)

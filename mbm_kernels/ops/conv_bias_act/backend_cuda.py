@@ -42,9 +42,9 @@ def why_not_sizes(sizes: dict[str, int]) -> str | None:
     if not 1 <= sizes["stride"] <= MOST_STRIDE:
         return f"it takes strides of 1 and {MOST_STRIDE}, the same for Y and X"
     if depthwise and (kernel[0] != kernel[1] or kernel[0] not in DEPTHWISE_TAPS):
-        return f"of depthwise kernels it takes 3x3, 5x5 and 7x7, not {kernel[0]}x{kernel[1]}"
+        return "of depthwise kernels it takes 3x3, 5x5 and 7x7"
     if max(kernel) > MOST_TAPS:
-        return f"it takes kernels of up to {MOST_TAPS} a side, not {kernel[0]}x{kernel[1]}"
+        return f"it takes kernels of up to {MOST_TAPS} a side"
     most = LARGEST_DEPTHWISE_POOL if depthwise else LARGEST_POOL
     if sizes["pool_area"] > most:
         return f"it pools windows of up to {most} pixels, not {sizes['pool_area']}"
