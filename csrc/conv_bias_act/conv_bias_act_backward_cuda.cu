@@ -40,7 +40,7 @@ cudaError_t launch_bwd(const ConvCudaBackward& args, cudaStream_t stream) {
     error = launch(conv::conv_grad_z_kernel<T>, plan, stream, args, plan.tile);
   }
   if (error == cudaSuccess && args.grad_x.data != nullptr) {
-    const conv::Plan plan = conv::plan_grad_x(s);
+    const conv::Plan plan = conv::plan_grad_x(s, args.grad_y.c == 1);
     const auto kernel =
         s.depthwise ? conv::conv_depthwise_grad_x_kernel<T> : conv::conv_stem_grad_x_kernel<T>;
     error = launch(kernel, plan, stream, args, plan.tile);

@@ -46,7 +46,7 @@ cudaError_t launch_stem(const ConvCudaForward& args, const gpu::Device& device,
     if (takes_mma<T>(args))
       return args.saved.places == nullptr ? launch_mma<T, 0>(args, device, stream)
                                           : launch_mma<T, 1>(args, device, stream);
-  const conv::Plan plan = conv::plan_stem(args.sizes);
+  const conv::Plan plan = conv::plan_stem(args.sizes, args.y.c == 1);
   return launch(conv::conv_stem_fwd_kernel<T>, plan, stream, args, plan.tile);
 }
 
@@ -55,7 +55,7 @@ cudaError_t launch_fwd(const ConvCudaForward& args, const gpu::Device& device,
                        cudaStream_t stream) {
   const auto& s = args.sizes;
   if (!s.depthwise) return launch_stem<T>(args, device, stream);
-  const conv::Plan plan = conv::plan_depthwise(s);
+  const conv::Plan plan = conv::plan_depthwise(s, args.y.c == 1);
   const auto kernel = s.R == 3   ? depthwise_kernel<T, 3>(s.stride_y)
                       : s.R == 5 ? depthwise_kernel<T, 5>(s.stride_y)
                                  : depthwise_kernel<T, 7>(s.stride_y);

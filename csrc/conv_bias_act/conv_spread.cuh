@@ -6,15 +6,16 @@
 
 namespace mbm::conv {
 
-struct Span {  // of windows, none where last < first
-  int first, last;
+struct Span {  // of windows
+  int first, count;
 };
 
 MBM_DEVICE Span windows_of(int pixel, int convolved, int kernel, int stride, int before,
                            int windows) {
-  if (pixel < 0 || pixel >= convolved) return {0, -1};
+  if (pixel < 0 || pixel >= convolved) return {0, 0};
   const int end = pixel + before, begin = end - kernel + 1;
-  return {begin <= 0 ? 0 : (begin + stride - 1) / stride, min(windows - 1, end / stride)};
+  const int first = begin <= 0 ? 0 : (begin + stride - 1) / stride;
+  return {first, min(windows - 1, end / stride) - first + 1};
 }
 
 // The windows of each row and column of a tile, in shared memory.
@@ -41,9 +42,9 @@ MBM_DEVICE float grad_z(const ConvCudaBackward& args, int64_t b, int k, int y, i
   if (k >= s.K) return 0.0f;
   float sum = 0.0f;
 #pragma unroll 1
-  for (int i = rows.first; i <= rows.last; ++i)
+  for (int i = rows.first; i < rows.first + rows.count; ++i)
 #pragma unroll 1
-    for (int j = columns.first; j <= columns.last; ++j) {
+    for (int j = columns.first; j < columns.first + columns.count; ++j) {
       const int64_t at = saved_at(s, b, k, i, j);
       float factor = 1.0f;
       if (args.saved.places != nullptr) {

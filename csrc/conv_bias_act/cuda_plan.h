@@ -61,10 +61,17 @@ inline void pool_tile(const ConvCudaSizes& s, int multiple, Tile& tile) {
   tile.patch_columns = spanned(tile.mid_columns, s.stride_x, s.S);
 }
 
+// Instructions of a thread to take kChannels channels of a tile to or from memory, `each` an
+// element: lanes lie along rows unless channels are last, and past their end they idle.
+inline double moved(int rows, int columns, bool last, double each) {
+  const auto across = static_cast<double>(last ? columns : ceil_div(columns, 32) * 32);
+  return each * rows * across * kChannels / kThreads;
+}
+
 inline int patch_pixels(const Tile& tile) { return tile.patch_rows * tile.patch_columns; }
 inline int mid_pixels(const Tile& tile) { return tile.mid_rows * tile.mid_columns; }
 
-inline Plan plan_stem(const ConvCudaSizes& s) {
+inline Plan plan_stem(const ConvCudaSizes& s, bool last) {
   const auto describe = [&](Plan& plan) {
     pool_tile(s, 1, plan.tile);
     plan.floats = int64_t{s.terms} * kChannels + int64_t{s.C} * patch_pixels(plan.tile) +
@@ -74,6 +81,7 @@ inline Plan plan_stem(const ConvCudaSizes& s) {
   Plan plan = best_tile(s, s.out_y, s.out_x, describe, [&](const Tile& tile) {
     const double items = ceil_div(ceil_div(mid_pixels(tile), kStemPixels) * kStemGroups, kThreads);
     return items * s.terms * 75 + 20.0 * s.C * patch_pixels(tile) / kThreads +
+           moved(tile.rows, tile.columns, last, 10.0 + 10.0 * s.pool_y * s.pool_x) +
            1.0 * s.terms * kChannels / kThreads * 15 + 300;
   });
   plan.blocks = s.B * plan.tile.down * plan.tile.across * plan.tile.blocks_k;
@@ -94,14 +102,16 @@ inline Plan plan_mma(const ConvCudaSizes& s, const gpu::Device& device) {
   return plan;
 }
 
-inline Plan plan_depthwise(const ConvCudaSizes& s) {
+inline Plan plan_depthwise(const ConvCudaSizes& s, bool last) {
   const auto describe = [&](Plan& plan) {
     pool_tile(s, kStrip, plan.tile);
     plan.floats = int64_t{patch_pixels(plan.tile) + mid_pixels(plan.tile)} * kPitch;
     return true;
   };
   Plan plan = best_tile(s, s.out_y, s.out_x, describe, [&](const Tile& tile) {
-    return 15.0 * patch_pixels(tile) + 2.0 * s.R * s.S * mid_pixels(tile) + 400;
+    return moved(tile.patch_rows, tile.patch_columns, last, 15.0) +
+           moved(tile.rows, tile.columns, last, 10.0 + 10.0 * s.pool_y * s.pool_x) +
+           0.5 * s.R * s.S * mid_pixels(tile) + 400;
   });
   plan.blocks = s.B * plan.tile.down * plan.tile.across * plan.tile.blocks_k;
   return plan;
@@ -136,7 +146,7 @@ inline int64_t parts_of(const ConvCudaSizes& s, const Plan& plan) {
 }
 
 // Tiles of x.
-inline Plan plan_grad_x(const ConvCudaSizes& s) {
+inline Plan plan_grad_x(const ConvCudaSizes& s, bool last) {
   const auto describe = [&](Plan& plan) {
     Tile& tile = plan.tile;
     tile.patch_rows = (tile.rows + s.R - 2) / s.stride_y + 1;
@@ -152,7 +162,8 @@ inline Plan plan_grad_x(const ConvCudaSizes& s) {
     return ceil_div(of_phase, kGradPixels) * s.stride_y * s.stride_x <= kThreads;
   };
   Plan plan = best_tile(s, s.Y, s.X, describe, [&](const Tile& tile) {
-    return 40.0 * patch_pixels(tile) + 5.0 * s.R * s.S * tile.rows * tile.columns + 400;
+    const double taps = 1.0 * s.R * s.S / (s.stride_y * s.stride_x) * tile.rows * tile.columns;
+    return moved(tile.patch_rows, tile.patch_columns, last, 40.0) + taps / 2 + 400;
   });
   plan.blocks = s.B * plan.tile.down * plan.tile.across * plan.tile.blocks_k;
   return plan;
