@@ -36,8 +36,8 @@ struct Windows {
 
 // Of pixel [y, x], whose windows these are; 0 outside the map.
 template <class T>
-MBM_DEVICE float grad_z(const ConvCudaBackward& args, int64_t b, int k, int y, int x, Span rows,
-                        Span columns) {
+MBM_DEVICE float grad_z(const ConvCudaBackward& args, int64_t b, int k, int y, int x,
+                        const Span& rows, const Span& columns) {
   const auto& s = args.sizes;
   if (k >= s.K) return 0.0f;
   float sum = 0.0f;
