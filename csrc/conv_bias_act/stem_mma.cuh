@@ -171,7 +171,7 @@ MBM_DEVICE void store_window(T* to, int64_t y_c, uint8_t* places, int outputs_le
 }
 
 template <class T, int SAVES, int LAST>
-MBM_KERNEL(kThreads, 3)
+MBM_KERNEL(kThreads, LAST || !SAVES ? 3 : 2)
 conv_stem_mma_fwd_kernel(const ConvCudaForward args, const Tile tile, const int64_t tiles,
                          const int step) {
   const auto& s = args.sizes;
