@@ -37,8 +37,8 @@ STEP_BUDGETS = {
     r"gru_fwd<(?:bfloat16|float16), 512, 16>": 330,
     r"gru_bwd<(?:bfloat16|float16), 512, 16>": 510,
 }
-# Instructions of a warp for 8 pooling windows by 64 outputs, of y in channels_last, without and with
-# their places. The aim was 450 for any target: on sm_100 constants of the places are moved again.
+# Instructions of a warp for 8 pooling windows by 64 outputs, of y in channels_last, without their
+# places and with them. The aim was 450 for any target; sm_100 moves constants of the places anew.
 WINDOW_BUDGETS = {
     r"conv_stem_mma_fwd<(?:bfloat16|float16), 0, 1>": 300,
     r"conv_stem_mma_fwd<(?:bfloat16|float16), 1, 1> \| sm_(?:80|90)$": 450,
