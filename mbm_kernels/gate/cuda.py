@@ -28,29 +28,29 @@ WINDOW_PRODUCTS = 48  # matrix instructions for 8 pooling windows by 64 outputs
 # Instructions for an element of the innermost loop, of the tiles that long targets take; a kernel
 # over its own fails. The aim for grad_terms was 11: a key's addresses take 2 of its 12.2. A tile of
 # 4 has no inner loop of its own, only that over stages, with their exponentials.
-BUDGETS = {
+BUDGETS: dict[str, float] = {
     r"additive_attention_fwd<\w+, 20>": 7.0,
     r"additive_attention_grad_terms<\w+, 20>": 12.5,
 }
 # Instructions of a warp for a step of the recurrence, where 16 blocks hold 512 units.
-STEP_BUDGETS = {
+STEP_BUDGETS: dict[str, float] = {
     r"gru_fwd<(?:bfloat16|float16), 512, 16>": 330,
     r"gru_bwd<(?:bfloat16|float16), 512, 16>": 510,
 }
 # Instructions of a warp for 8 pooling windows by 64 outputs, of y in channels_last, without their
 # places and with them. The aim was 450 for any target; sm_100 moves constants of the places anew.
-WINDOW_BUDGETS = {
+WINDOW_BUDGETS: dict[str, float] = {
     r"conv_stem_mma_fwd<(?:bfloat16|float16), 0, 1>": 300,
     r"conv_stem_mma_fwd<(?:bfloat16|float16), 1, 1> \| sm_(?:80|90)$": 450,
     r"conv_stem_mma_fwd<(?:bfloat16|float16), 1, 1> \| sm_100": 490,
 }
 # Of the sums in full float32, instructions for each FMA.
-FMA_BUDGETS = {
+FMA_BUDGETS: dict[str, float] = {
     r"conv_stem_fwd<": 1.4,
     r"conv_stem_grad_weight<": 1.75,
 }
 # By what is recorded of a kernel: what it counts, and the most of it.
-LIMITS = {
+LIMITS: dict[str, tuple[str, dict[str, float]]] = {
     "loop_per_element": ("instructions an element", BUDGETS),
     "instructions_per_step": ("instructions a step", STEP_BUDGETS),
     "instructions_per_windows": ("instructions for 8 windows", WINDOW_BUDGETS),

@@ -40,14 +40,14 @@ def _generate(metafunc: pytest.Metafunc, suite: type[OpSuite]) -> None:
     if "case" in names:
         metafunc.parametrize("case", suite.cases, ids=str)
     if {"edge_case", "backend"} <= set(names):
-        pairs = [
+        edges = [
             (case, backend)
             for case in suite.edge_cases
             for backend in _backends(suite)
             if suite().takes(case, backend)
         ]
-        ids = [f"{case}-{backend}" for case, backend in pairs]
-        metafunc.parametrize(("edge_case", "backend"), pairs, ids=ids)
+        ids = [f"{case}-{backend}" for case, backend in edges]
+        metafunc.parametrize(("edge_case", "backend"), edges, ids=ids)
         return
     if "hiding_case" in names:
         _hide(metafunc, suite)
