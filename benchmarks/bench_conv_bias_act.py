@@ -19,6 +19,7 @@ from mbm_kernels.bench import (
 )
 from mbm_kernels.bench.cli import run_script
 from mbm_kernels.models.captioner_config import SIZES
+from mbm_kernels.ops.conv_bias_act import backend_cuda, geometry, problem
 from mbm_kernels.ops.conv_bias_act.backend_cpu import WINOGRAD_ERROR
 
 
@@ -100,6 +101,27 @@ def sizes(b, c, k, y, kernel):
     return {"B": b, "C": c, "K": k, "Y": y, "k": kernel}
 
 
+def takes(case, backend):
+    if backend != "cuda":
+        return True
+    tiny = Case({**case.sizes, "B": 1}, case.options)
+    inputs = make(tiny, torch.Generator().manual_seed(0))
+    names = ("x", "weight", "bias", "residual")
+    options = {name: value for name, value in inputs.items() if name not in names}
+    window = geometry.pool_window(BENCHMARK.op, options.pop("max_pool", None))
+    steps = (options.pop("stride", 1),) * 2
+    found = problem.build(
+        *(inputs.get(name) for name in names),
+        steps,
+        (options["padding"],) * 4,
+        (1, 1),
+        options.get("groups", 1),
+        options.get("activation"),
+        window,
+    )
+    return backend_cuda.why_not_sizes(found.sizes) is None
+
+
 def checked(side, rows):
     """Fewer rows forward; for gradients few windows too, or every draw has a near tie."""
     return {"check": {"B": rows}, "check_gradients": {"B": 1, "Y": min(side, 14)}}
@@ -175,6 +197,7 @@ BENCHMARK = Benchmark(
     work=work,
     engine=lambda case: holding(layers, ("weight", "bias")),
     kinks=True,
+    takes=takes,
 )
 
 if __name__ == "__main__":

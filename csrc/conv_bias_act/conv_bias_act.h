@@ -13,21 +13,9 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "conv_bias_act/activation.h"
 
 namespace mbm {
-
-enum class Activation {
-  kNone,
-  kRelu,
-  kRelu6,
-  kLeakyRelu,
-  kSilu,
-  kGelu,
-  kGeluTanh,
-  kHardswish,
-  kSigmoid,
-  kTanh
-};
 
 template <class T>
 struct ConvMap {

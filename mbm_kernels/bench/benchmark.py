@@ -155,6 +155,8 @@ class Benchmark:
         extra: what the error rule allows more, times max|truth|: an operation's named constant.
         kinks: the gradient jumps where two values of a pooling window, or a value and 0, are equal;
             right forms then differ, so that it is checked away from such inputs.
+        takes: (case, backend) -> whether the sizes are among those of a backend that takes some
+            alone; by default each takes every case.
         backward_from: as a form's, for `mbm` and the reference: results that training only logs
             get no gradient.
         positive: whether the reference on absolute values of the inputs bounds its rounding, as it
@@ -176,6 +178,7 @@ class Benchmark:
     kinks: bool = False
     gpu_cases: Sequence[Case] = ()
     backward_from: int | None = None
+    takes: Callable[[Case, str], bool] = lambda case, backend: True
 
     def mbm(self, backend: str = "auto") -> Form:
         if self.function is not None:

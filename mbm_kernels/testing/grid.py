@@ -32,14 +32,23 @@ def _generate(metafunc: pytest.Metafunc, suite: type[OpSuite]) -> None:
             for number, case in enumerate(suite.cases)
             for backend, dtype in _pairs(suite)
             if dtype.itemsize > 2 or number < _rounded_cases(suite, backend)
+            if suite().takes(case, backend)
         ]
         ids = [f"{case}-{_pair_id(backend, dtype)}" for case, backend, dtype in cells]
         metafunc.parametrize(("case", "backend", "dtype"), cells, ids=ids)
         return
     if "case" in names:
         metafunc.parametrize("case", suite.cases, ids=str)
-    if "edge_case" in names:
-        metafunc.parametrize("edge_case", suite.edge_cases, ids=str)
+    if {"edge_case", "backend"} <= set(names):
+        edges = [
+            (case, backend)
+            for case in suite.edge_cases
+            for backend in _backends(suite)
+            if suite().takes(case, backend)
+        ]
+        ids = [f"{case}-{backend}" for case, backend in edges]
+        metafunc.parametrize(("edge_case", "backend"), edges, ids=ids)
+        return
     if "hiding_case" in names:
         _hide(metafunc, suite)
         return

@@ -65,6 +65,10 @@ class OpSuite(ToolTests):
     extra: ClassVar[float] = 0.0  # the operation's named constant, see assert_matches
     emulated: ClassVar[bool] = False  # `Emulated` says what of
 
+    def takes(self, case: Case, backend: str) -> bool:
+        """Whether the sizes of a case are among those of a backend that takes some alone."""
+        return True
+
     def make(self, case: Case, generator: torch.Generator) -> Inputs:
         """The public function's arguments by name; floating tensors in float64."""
         raise NotImplementedError

@@ -178,6 +178,22 @@ def test_smoke_is_one_tiny_call_of_each_operation(with_triton):
         assert sum(x.numel() for x in flat_tensors(made)) < 2**17, t
 
 
+def test_a_backend_gets_the_cases_that_it_takes(monkeypatch):
+    monkeypatch.setattr(goals, "gpu_backends", lambda op: ["triton", "cuda"])
+    conv = [b for b in BENCHMARKS if b.op == "conv_bias_act"]
+    by = {
+        name: {t.case for t in goals.tasks(conv, whole=True) if t.backend == name}
+        for name in ("triton", "cuda")
+    }
+    assert by["triton"] == {case.label for case in conv[0].gpu_cases}
+    assert by["cuda"] == {
+        case.label
+        for case in conv[0].gpu_cases
+        if case.sizes["C"] <= 4 or case.options.get("groups") == case.sizes["C"]
+    }
+    assert {t.backend for t in goals.smoke_tasks(conv)} == {"triton", "cuda"}
+
+
 STAGED = """
     import json, os, sys
     for task in json.load(sys.stdin):

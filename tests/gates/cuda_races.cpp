@@ -13,7 +13,9 @@
 
 #include "additive_attention/additive_attention_cuda.h"
 #include "common/gpu/emulation.h"
+#include "common/gpu/gpu.cuh"
 #include "common/gpu/launch.h"
+#include "conv_bias_act/conv_bias_act_cuda.h"
 #include "gru/gru_cuda.h"
 #include "gru_cell/gru_cell_cuda.h"
 
@@ -177,6 +179,79 @@ std::vector<Results> gru(bool backward) {
   return {run_gru(37, false, backward), run_gru(64, true, backward)};
 }
 
+struct ConvCase {
+  int C, K, Y, X, taps, stride, pool;
+  bool depthwise;
+  mbm::gpu::Dtype dtype;
+};
+constexpr mbm::gpu::Dtype kFloat = mbm::gpu::Dtype::kFloat32;
+
+template <class T>
+struct ConvRun {
+  mbm::ConvCudaSizes s{};
+  std::vector<T> x, weight, y;
+  std::vector<uint8_t> places;
+
+  static std::vector<T> rounded(const std::vector<float>& from) {
+    std::vector<T> to;
+    for (float value : from) to.push_back(mbm::gpu::from_float<T>(value));
+    return to;
+  }
+  static Results widened(const std::vector<T>& from) {
+    std::vector<float> to;
+    for (T value : from) to.push_back(mbm::gpu::to_float(value));
+    return {to};
+  }
+  static mbm::ConvCudaMap map(std::vector<T>& data, int64_t C, int64_t Y, int64_t X) {
+    return {data.data(), C * Y * X, 1, X * C, C};
+  }
+
+  explicit ConvRun(const ConvCase& c) {
+    const auto outputs = [](int n, int taps, int stride) { return (n - taps) / stride + 1; };
+    s.B = 1, s.C = c.C, s.K = c.K, s.Y = c.Y, s.X = c.X, s.R = s.S = c.taps;
+    s.stride_y = s.stride_x = c.stride;
+    s.conv_y = outputs(c.Y, c.taps, c.stride), s.conv_x = outputs(c.X, c.taps, c.stride);
+    s.pool_y = s.pool_x = s.pool_stride_y = s.pool_stride_x = c.pool;
+    s.out_y = outputs(s.conv_y, c.pool, c.pool), s.out_x = outputs(s.conv_x, c.pool, c.pool);
+    s.activation = mbm::Activation::kRelu, s.depthwise = c.depthwise, s.dtype = c.dtype;
+    s.terms = (c.depthwise ? 1 : c.C) * c.taps * c.taps;
+    Random random;
+    x = rounded(random.normal(int64_t{s.C} * s.Y * s.X, 1.0f));
+    weight = rounded(random.normal(int64_t{s.K} * s.terms, 1.0f));
+    places.resize(int64_t{s.K} * s.out_y * s.out_x);
+    y.resize(places.size());
+    mbm::ConvCudaForward args{};
+    args.sizes = s, args.x = map(x, s.C, s.Y, s.X), args.weight = weight.data();
+    args.y = map(y, s.K, s.out_y, s.out_x), args.saved.places = places.data();
+    mbm::conv_cuda_fwd(args, 0, nullptr);
+  }
+
+  Results gradients() {
+    std::vector<T> grad_x(x.size()), grad_weight(weight.size()), grad_bias(s.K);
+    std::vector<T> grad_z(int64_t{s.K} * s.conv_y * s.conv_x);
+    std::vector<float> parts(mbm::conv_cuda_parts(s));
+    mbm::ConvCudaBackward args{};
+    args.sizes = s, args.x = map(x, s.C, s.Y, s.X), args.weight = weight.data();
+    args.grad_y = map(y, s.K, s.out_y, s.out_x), args.saved.places = places.data();
+    args.grad_x = map(grad_x, s.C, s.Y, s.X), args.grad_z = map(grad_z, s.K, s.conv_y, s.conv_x);
+    args.grad_weight = grad_weight.data(), args.grad_bias = grad_bias.data();
+    args.parts = parts.data();
+    mbm::conv_cuda_bwd(args, 0, nullptr);
+    return {widened(grad_x)[0], widened(grad_weight)[0], widened(grad_bias)[0], widened(grad_z)[0]};
+  }
+};
+
+Results conv_forward(const ConvCase& c) {
+  if (c.dtype == kFloat) return ConvRun<float>::widened(ConvRun<float>(c).y);
+  using Half = mbm::gpu::bfloat16;
+  return ConvRun<Half>::widened(ConvRun<Half>(c).y);
+}
+
+// Several tiles of a block where it walks over them; of few channels two blocks of outputs.
+constexpr ConvCase kStemCase = {2, 33, 19, 13, 3, 1, 2, false, kFloat};
+constexpr ConvCase kMmaCase = {3, 16, 40, 70, 3, 1, 2, false, mbm::gpu::Dtype::kBFloat16};
+constexpr ConvCase kDepthwiseCase = {33, 33, 13, 12, 3, 2, 1, true, kFloat};
+
 uint64_t hash(const std::vector<Results>& all) {
   uint64_t state = 1469598103934665603u;
   for (const Results& results : all)
@@ -193,6 +268,12 @@ const std::map<std::string, std::function<std::vector<Results>()>> kKernels = {
     {"additive_attention_fwd", [] { return additive(false); }},
     {"additive_attention_bwd", [] { return additive(true); }},
     {"additive_attention_decode", [] { return decode(); }},
+    {"conv_stem_fwd", [] { return std::vector<Results>{conv_forward(kStemCase)}; }},
+    {"conv_stem_mma_fwd", [] { return std::vector<Results>{conv_forward(kMmaCase)}; }},
+    {"conv_stem_bwd", [] { return std::vector<Results>{ConvRun<float>(kStemCase).gradients()}; }},
+    {"conv_depthwise_fwd", [] { return std::vector<Results>{conv_forward(kDepthwiseCase)}; }},
+    {"conv_depthwise_bwd",
+     [] { return std::vector<Results>{ConvRun<float>(kDepthwiseCase).gradients()}; }},
     {"gru_cell_fwd", [] { return cell(); }},
     {"gru_fwd", [] { return gru(false); }},
     {"gru_bwd", [] { return gru(true); }},

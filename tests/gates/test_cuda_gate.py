@@ -19,7 +19,7 @@ def test_a_loop_is_counted_by_its_elements():
     ((name, (instructions, labels)),) = cuda.disassembled(SASS).items()
     assert cuda.kernel_name(name) == "additive_attention_fwd<float32, 20>"
     assert len(instructions) == 12
-    assert cuda.loop_per_element(instructions, labels) == round(10 / 16, 2)
+    assert cuda.loop_per_element(cuda.loops(instructions, labels)) == round(10 / 16, 2)
 
 
 # 768 units in 16 bits: a block's part of W_hh is 28 registers too many on sm_90.
@@ -46,7 +46,24 @@ def test_a_loop_of_steps_waits_for_an_mbarrier():
     wait = "        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;\n"
     sass = SASS.replace(RECIPROCAL * 8, wait).replace("additive_attention_fwd", "gru_fwd")
     ((_, (instructions, labels)),) = cuda.disassembled(sass).items()
-    assert cuda.loop_of_steps(instructions, labels) == 3
+    assert cuda.loop_of_steps(cuda.loops(instructions, labels)) == 3
     key = "gru_fwd<float16, 512, 16> | sm_90"
     entry = {"loop_per_element": 0.0, "instructions_per_step": 331}
     assert cuda.over_budget({key: entry}) == [f"{key}: 331 instructions a step of at most 330"]
+
+
+def test_a_loop_of_windows_has_their_products():
+    products = "        HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\n" * cuda.WINDOW_PRODUCTS
+    ((_, (instructions, labels)),) = cuda.disassembled(
+        SASS.replace(RECIPROCAL * 8, products)
+    ).items()
+    assert cuda.loop_of_windows(cuda.loops(instructions, labels)) == cuda.WINDOW_PRODUCTS + 2
+    key = "conv_stem_mma_fwd<float16, 1, 1> | sm_90"
+    expected = [f"{key}: 451 instructions for 8 windows of at most 450"]
+    assert cuda.over_budget({key: {"instructions_per_windows": 451}}) == expected
+
+
+def test_a_sum_is_counted_by_its_products():
+    sass = SASS.replace(RECIPROCAL * 8, "        FFMA R4, R8, R2, R4 ;\n" * 16)
+    ((_, (instructions, labels)),) = cuda.disassembled(sass).items()
+    assert cuda.loop_per_fma(cuda.loops(instructions, labels)) == round(18 / 16, 2)

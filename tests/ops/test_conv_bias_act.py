@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 import mbm_kernels
 from mbm_kernels import nn
-from mbm_kernels.ops.conv_bias_act import backend_cpu, geometry, op, reference
+from mbm_kernels.ops.conv_bias_act import (
+    backend_cpu,
+    backend_cuda,
+    geometry,
+    op,
+    problem,
+    reference,
+)
 from mbm_kernels.testing import Case, OpSuite
 from tests.conftest import raises
 
@@ -156,6 +163,14 @@ class TestConvBiasAct(OpSuite):
         Case("more padding than pixels", sizes(2, 2, 3, 1, 2), option(padding=3, max_pool=2)),
         Case("pool of the whole map", sizes(2, 2, 3, 5, 6), option(max_pool=((3, 4), 1, 0))),
     ]
+
+    def takes(self, case, backend):
+        if backend != "cuda":
+            return True
+        inputs = self.inputs(case, torch.float32)
+        x, weight, bias, residual, *options = self.schema_args(inputs)[:-1]
+        found = problem.find(x, weight, bias, residual, *options)
+        return backend_cuda.why_not_sizes(found.sizes) is None
 
     def make(self, case, generator):
         b, c, k, y, x, r, s = (case.sizes[letter] for letter in "BCKYXRS")

@@ -150,9 +150,16 @@ MBM_DEVICE float reciprocal(float x) {
   return y;
 }
 
+MBM_DEVICE float maximum(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 MBM_DEVICE float exp(float x) { return expf(x); }
 MBM_DEVICE float expm1(float x) { return expm1f(x); }
 MBM_DEVICE float tanh(float x) { return tanhf(x); }
+MBM_DEVICE float erf(float x) { return erff(x); }
 
 MBM_DEVICE float to_float(float x) { return x; }
 MBM_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
@@ -173,6 +180,15 @@ MBM_DEVICE T from_float(float x) {
 
 MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
 MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
+
+MBM_DEVICE void store_pair(void* p, uint32_t low, uint32_t high) {
+  *static_cast<uint2*>(p) = make_uint2(low, high);
+}
+
+template <class T>
+MBM_DEVICE void store_bits(T* p, int64_t i, uint32_t bits) {
+  reinterpret_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(bits);
+}
 
 MBM_DEVICE void store(float* p, int64_t i, float x) { p[i] = x; }
 MBM_DEVICE void store(bfloat16* p, int64_t i, float x) { p[i] = from_float<bfloat16>(x); }

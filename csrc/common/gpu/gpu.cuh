@@ -18,8 +18,11 @@
 //   store_peer_async(p, m, rank, words)     16 bytes, which m of the other block counts
 //   mma<T>(d, a, b)                         m16n8k16, elements where mma_layout.h says
 //   reciprocal(x) exp(x)                    to 1 ulp and 2 ulp
+//   maximum(x, y)                           NaN where either is
 //   to_float(x) from_float<T>(x) store(p, i, x)   elements of any Dtype as float
 //   load_words(p) store_words(p, words)     16 bytes on a multiple of 16
+//   store_pair(p, low, high)                8 bytes on a multiple of 8
+//   store_bits(p, i, bits)                  an element of 16 bits, the low ones of a word
 #pragma once
 
 #ifdef MBM_EMULATED

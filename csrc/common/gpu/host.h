@@ -70,9 +70,11 @@ inline void store_peer_async(uint4* p, Mbarrier* m, int rank, uint4 words) {
 
 inline int opaque(int x) { return x; }
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float maximum(float x, float y) { return x != x || x > y ? x : y; }
 inline float exp(float x) { return std::exp(x); }
 inline float expm1(float x) { return std::expm1(x); }
 inline float tanh(float x) { return std::tanh(x); }
+inline float erf(float x) { return std::erf(x); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bfloat16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -101,6 +103,16 @@ inline uint4 load_words(const void* p) {
   return words;
 }
 inline void store_words(void* p, uint4 words) { std::memcpy(p, &words, sizeof(words)); }
+
+inline void store_pair(void* p, uint32_t low, uint32_t high) {
+  const uint32_t words[2] = {low, high};
+  std::memcpy(p, words, sizeof(words));
+}
+template <class T>
+void store_bits(T* p, int64_t i, uint32_t bits) {
+  const auto half = static_cast<uint16_t>(bits);
+  std::memcpy(p + i, &half, sizeof(half));
+}
 
 inline uint32_t bits_of(bfloat16 x) { return x.bits; }
 inline uint32_t bits_of(float16 x) {

@@ -52,7 +52,9 @@ def tasks(
                     (case, which)
                     for which in (PASSES[::-1] if op in TRAINED else PASSES)
                     for case in benchmark.gpu_cases
-                    if (whole or case.quick) and which in case.passes
+                    if (whole or case.quick)
+                    and which in case.passes
+                    and benchmark.takes(case, backend)
                 ]
                 chosen.sort(key=lambda pair: not pair[0].quick)
                 for turn, (case, which) in enumerate(chosen):
@@ -66,8 +68,9 @@ def smoke_tasks(benchmarks: Sequence[Benchmark]) -> list[Task]:
     found = []
     for benchmark in (b for b in benchmarks if b.op in OPS):
         quick = [case for case in benchmark.gpu_cases if case.quick]
-        for case, backend in ((c, b) for c in quick[:1] for b in gpu_backends(benchmark.op)):
-            found.append(Task(benchmark.op, case.label, case.passes[-1], "bfloat16", backend))
+        for backend in gpu_backends(benchmark.op):
+            for case in [c for c in quick if benchmark.takes(c, backend)][:1]:
+                found.append(Task(benchmark.op, case.label, case.passes[-1], "bfloat16", backend))
     return sorted(found, key=lambda task: GOALS.index(task.op) if task.op in GOALS else len(GOALS))
 
 
