@@ -57,6 +57,10 @@ def _mount() -> None:
         from mbm_kernels.retrieval import cli as retrieve
 
         app.add_typer(retrieve.app, name="retrieve")
+    if asked in ("drive", "--help"):
+        from mbm_kernels.driving import cli as drive
+
+        app.add_typer(drive.app, name="drive")
     if asked in ("bench", "--help"):
         from mbm_kernels.bench.cli import bench
 
