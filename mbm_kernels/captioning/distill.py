@@ -51,7 +51,7 @@ class _WordObjective(Objective):
 
     def held_out(self, images: Tensor, tokens: Tensor, **columns: Tensor) -> tuple[Tensor, float]:
         """Cross-entropy, weighted by predicted words, whatever is trained on."""
-        loss = self(images, tokens, hard_only=True).total
+        loss = self(images, tokens, hard_only=True, **columns).total
         return loss, float((tokens[:, 1:] != self.model.pad_id).sum())
 
 

@@ -15,6 +15,7 @@ import typer
 
 from mbm_kernels.captioning import checkpoint, processes
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.fit import check_empty
 from mbm_kernels.captioning.kinds import DRIVER
 from mbm_kernels.captioning.options import FitOptions, Json, Layers, report, training
 from mbm_kernels.driving import evaluate
@@ -58,6 +59,9 @@ def train(
     """Train the four-stream model to steer as highway-env's controller does."""
     settings = options.changed(SETTINGS)
     _check_noise(noise)
+    fitting = options.fitting()
+    if not fitting["resume"]:
+        check_empty(options.out)  # before drives are recorded
     train_set, held_out = _records(options.seed, episodes, noise, CONFIG)
     tokenizer = WordTokenizer.train(words for phrases in COMMANDS for words in phrases)
     _, history = train_driver(
@@ -66,7 +70,7 @@ def train(
         settings,
         validation=held_out,
         made_by={"episodes": episodes, "noise": noise},
-        **options.fitting(),
+        **fitting,
     )
     report(history, settings, options.out)
 
@@ -113,7 +117,7 @@ def _records(
     if processes.is_first():
         typer.echo(f"recording {episodes} drives of the expert", err=True)
     made = partial(record, simulator, side=config.image_size, bins=config.color_bins, noise=noise)
-    return made(seeds), made(validation_seeds())
+    return made(seeds, mirrored=True), made(validation_seeds())
 
 
 def _check_noise(noise: float) -> None:

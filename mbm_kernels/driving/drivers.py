@@ -30,7 +30,8 @@ def model_driver(
     def drive(seen: Moments) -> Tensor:
         tokens, _ = padded([tokenizer.encode(words) for words in seen.words], tokenizer.pad_id)
         images = normalise(seen.images)
-        encodings = encode(model, images, tokens, seen.color, seen.time, seen.lengths)
+        time = seen.time, seen.lengths
+        encodings = encode(model, images, tokens, seen.color, *time, streams)
         return steer(model, encodings, streams)
 
     return drive

@@ -49,9 +49,9 @@ def name_of(streams: Sequence[str]) -> str:
     out = [stream for stream in STREAMS if stream not in streams]
     if not out:
         return "model, all streams"
-    if len(out) == 1:
-        return f"model without {out[0]}"
-    return "model, " + " + ".join(streams) + " alone"
+    if len(streams) == 1:
+        return f"model, {streams[0]} alone"
+    return "model without " + ", ".join(out)
 
 
 def drivers_of(

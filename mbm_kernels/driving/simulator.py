@@ -156,7 +156,7 @@ def _highway_env() -> tuple[Any, Any]:
     except ImportError as error:
         raise ImportError(
             f"driving: got no highway-env that can be imported ({error}), expected one; "
-            "`pip install 'mbm_kernels[driving]'`"
+            "`pip install 'mbm_kernels[caption,driving]'`"
         ) from error
     return gymnasium, controller
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SUBSETS = {
     ("image",): 0.1,
 }
 SETTINGS = TrainSettings(steps=800, batch_size=64, learning_rate=2e-3, warmup=50)
-EPISODES = 40
+EPISODES = 80
 NOISE = 0.5
 CONFIG = MultimodalConfig(
     heads=("control",),
@@ -81,8 +82,9 @@ class CloningObjective(Objective):
         """
         if inputs is not None:
             tokens = torch.cat([inputs, tokens[:, -1:]], dim=1)
-        encodings = encode(self.model, images, tokens, color, time, time_lengths)
-        subsets = self.subsets if self.training else {next(iter(self.subsets)): 1.0}
+        every = tuple(self.model.parts)
+        encodings = encode(self.model, images, tokens, color, time, time_lengths, every)
+        subsets = self.subsets if self.training else {every: 1.0}
         total, parts = steering.new_zeros(()), dict[str, Tensor]()
         for subset, weight in subsets.items():
             error = steer(self.model, encodings, subset) - steering
@@ -99,13 +101,14 @@ def encode(
     color: Tensor,
     time: Tensor,
     time_lengths: Tensor,
+    streams: Collection[str],
 ) -> dict[str, Tensor]:
-    """Encodings of the streams that a model has, of images in [-1, 1] and `Moments`."""
-    streams = {"image": images, "words": tokens, "color": color, "time": time}
+    """Encodings of some of a model's streams, of images in [-1, 1] and columns as recorded."""
+    given = {"image": images, "words": tokens, "color": color, "time": time}
     lengths = {"words": text_lengths(tokens, model.config.pad_id), "time": time_lengths}
     return model.encode(
-        {stream: x for stream, x in streams.items() if stream in model.parts},
-        {stream: x for stream, x in lengths.items() if stream in model.parts},
+        {stream: x for stream, x in given.items() if stream in streams},
+        {stream: x for stream, x in lengths.items() if stream in streams},
     )
 
 
