@@ -17,7 +17,7 @@ TINY = MultimodalConfig(
     joint=32, color_bins=BINS, color_channels=(8, 8), time_hidden=8,
 )  # fmt: skip
 SETTINGS = TrainSettings(
-    steps=150, batch_size=32, warmup=10, learning_rate=6e-3, evaluate_every=150
+    steps=200, batch_size=32, warmup=10, learning_rate=5e-3, evaluate_every=200
 )
 SHORT = TrainSettings(steps=4, batch_size=8, warmup=2, learning_rate=1e-3, evaluate_every=2)
 TOKENIZER = WordTokenizer.train(words for phrases in COMMANDS for words in phrases)
@@ -56,7 +56,7 @@ class StraightRoad:
 
 @pytest.fixture(scope="session")
 def drives():
-    return record(StraightRoad(), range(100, 116), side=SIDE, bins=BINS)
+    return record(StraightRoad(), range(100, 116), side=SIDE, bins=BINS, mirrored=True)
 
 
 @pytest.fixture(scope="session")
