@@ -89,7 +89,13 @@ def evaluate_command(
     if not 1 <= seconds <= 300:
         raise ValueError(f"seconds: got {seconds:g}, expected 1 to 300")
     found = checkpoint.load(path, layers=layers, kind=DRIVER)
-    made = found.config["training"]
+    made = found.config.get("training") or {}
+    if not {"seed", "episodes", "noise"} <= made.keys():
+        raise ValueError(
+            f"checkpoint {path}: got a driver without how its drives were recorded, expected "
+            "one of `mbm-kernels drive train`; train it by that, or call driving.evaluate.evaluate"
+        )
+    _check_noise(made["noise"])
     records, held_out = _records(made["seed"], made["episodes"], made["noise"], found.model.config)
     scores = evaluate.evaluate(
         found.model,

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from mbm_kernels.cli import main
 from mbm_kernels.driving import cli
+from mbm_kernels.driving.train import train_driver
 
-from .helpers import TINY, StraightRoad
+from .helpers import SHORT, TINY, TOKENIZER, StraightRoad
 
 
 @pytest.fixture
@@ -78,6 +79,15 @@ def test_bad_input_ends_in_one_line_before_any_work(what, run, tmp_path, monkeyp
     assert re.fullmatch(r"error: .*\n", errors), errors
     assert reason in errors
     assert [x.name for x in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_driver_of_other_drives_is_refused(drives, tmp_path, monkeypatch, capsys):
+    train_driver(
+        drives, TOKENIZER, SHORT, config=TINY, layers="stock", run=tmp_path / "run", progress=False
+    )
+    code, errors = end(monkeypatch, capsys, "eval", str(tmp_path / "run"))
+    assert code == 2
+    assert re.fullmatch(r"error: .* got a driver without how its drives .*, expected .*\n", errors)
 
 
 def test_without_highway_env_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
