@@ -123,7 +123,7 @@ def _records(
     if processes.is_first():
         typer.echo(f"recording {episodes} drives of the expert", err=True)
     made = partial(record, simulator, side=config.image_size, bins=config.color_bins, noise=noise)
-    return made(seeds, mirrored=True), made(validation_seeds())
+    return made(seeds), made(validation_seeds())
 
 
 def _check_noise(noise: float) -> None:

@@ -18,7 +18,7 @@ from mbm_kernels.captioning.data import CaptionSet
 from mbm_kernels.captioning.streams import color_histograms
 from mbm_kernels.driving.simulator import HERTZ, LANES, TRACK, Pixels, Simulator
 
-COMMANDS = (  # by lane, each phrase below that of the other lane
+COMMANDS = (  # by lane
     ("keep left", "stay in the left lane", "take the left lane", "drive on the left"),
     ("keep right", "stay in the right lane", "take the right lane", "drive on the right"),
 )
@@ -26,7 +26,7 @@ SPEEDS = (5.0, 10.0)  # m/s, of what the car is to drive; the track's limit is 1
 FULL_SPEED = 10.0  # m/s, 1 in the time stream
 HISTORY = 8  # T, decisions
 SECONDS = 20  # of an episode
-EVERY = 4  # decisions from one recorded moment to the next: neighbours look alike
+EVERY = 2  # decisions from one recorded moment to the next: neighbours look alike
 GREY = torch.tensor([0.2989, 0.5870, 0.1140])  # of red, green and blue, as highway-env's
 MOST_EPISODES = 1000
 VALIDATION = 8  # episodes
@@ -98,7 +98,6 @@ def record(
     side: int,
     bins: int,
     noise: float = 0.5,
-    mirrored: bool = False,
     seconds: float = SECONDS,
 ) -> CaptionSet:
     """Episodes that the expert drives, pushed off its way so that it is seen to come back.
@@ -110,8 +109,7 @@ def record(
 
     Args:
         seeds: of the episodes. side: S. bins: Q. noise: the most that the wheel is turned aside,
-            0..1; 0 records plain drives. mirrored: each moment also with left and right exchanged:
-            the track is driven one way round, and turns left most of the time.
+            0..1; 0 records plain drives.
 
     Returns:
         Frames with commands; columns color, time, time_lengths and steering float [N], -1..1.
@@ -139,12 +137,6 @@ def record(
                 steering.append(right)
                 ids.append(f"{seed}/{k}")
             simulator.step(float(np.clip(right + aside[k], -1, 1)), course.speeds[k])
-    if mirrored:
-        frames += [frame[:, ::-1] for frame in frames]
-        speeds += speeds
-        words += [_mirrored(command) for command in words]
-        steering += [-angle for angle in steering]
-        ids += [f"{one}/mirrored" for one in ids]
     found = Moments.of(frames, speeds, words, bins)
     columns = {
         "color": found.color,
@@ -179,12 +171,6 @@ def validation_seeds() -> range:
 def lane_of(words: str) -> int:
     """The lane that a command asks for."""
     return next(lane for lane in range(len(LANES)) if words in COMMANDS[lane])
-
-
-def _mirrored(words: str) -> str:
-    """The same command for the other lane."""
-    lane = lane_of(words)
-    return COMMANDS[1 - lane][COMMANDS[lane].index(words)]
 
 
 def _pushes(seed: int, steps: int, noise: float) -> list[float]:

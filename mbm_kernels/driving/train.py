@@ -29,7 +29,7 @@ SUBSETS = {
     ("image",): 0.1,
 }
 SETTINGS = TrainSettings(steps=800, batch_size=64, learning_rate=2e-3, warmup=50)
-EPISODES = 80
+EPISODES = 40
 NOISE = 0.5
 CONFIG = MultimodalConfig(
     heads=("control",),

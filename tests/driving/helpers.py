@@ -56,14 +56,14 @@ class StraightRoad:
 
 @pytest.fixture(scope="session")
 def drives():
-    return record(StraightRoad(), range(100, 116), side=SIDE, bins=BINS, mirrored=True)
+    return record(StraightRoad(), range(100, 140), side=SIDE, bins=BINS, seconds=6)
 
 
 @pytest.fixture(scope="session")
 def run(drives, tmp_path_factory):
     """A run that has learnt to drive on the straight road."""
     folder = tmp_path_factory.mktemp("driver") / "run"
-    made_by = {"episodes": 16, "noise": 0.5}
+    made_by = {"episodes": 40, "noise": 0.5}
     train_driver(
         drives, TOKENIZER, SETTINGS, config=TINY, run=folder, progress=False, made_by=made_by
     )
