@@ -52,6 +52,7 @@ def info(
 PARTS = {
     "caption": "mbm_kernels.demo.cli:app",
     "retrieve": "mbm_kernels.retrieval.cli:app",
+    "drive": "mbm_kernels.driving.cli:app",
     "bench": "mbm_kernels.bench.cli:bench",
     "optimize": "mbm_kernels.optimize.cli:optimize",
     "explain": "mbm_kernels.optimize.cli:explain",

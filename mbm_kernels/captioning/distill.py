@@ -49,9 +49,9 @@ class _WordObjective(Objective):
             ignore_index=self.model.pad_id,
         )
 
-    def held_out(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, float]:
+    def held_out(self, images: Tensor, tokens: Tensor, **columns: Tensor) -> tuple[Tensor, float]:
         """Cross-entropy, weighted by predicted words, whatever is trained on."""
-        loss = self(images, tokens, hard_only=True).total
+        loss = self(images, tokens, hard_only=True, **columns).total
         return loss, float((tokens[:, 1:] != self.model.pad_id).sum())
 
 

@@ -74,11 +74,8 @@ def fit(
         processes.barrier()  # the folder is the first's now, and what was half written is gone
         if resume:
             trainer.restore()
-        elif run is not None and checkpoint.exists(run):
-            raise ValueError(
-                f"run {run}: got a folder with checkpoints, expected an empty one; continue with "
-                "--resume, or give another folder"
-            )
+        else:
+            check_empty(run)
         objective.train()
         progress = training_progress(title if first else None, settings.steps, trainer.step)
         with progress as report, _board(trainer, execution) as write, deferred_sigint() as stop:
@@ -97,6 +94,19 @@ def fit(
         objective.eval()
         trainer.finish()
     return trainer.history
+
+
+def check_empty(run: Path | None) -> None:
+    """Whether a training may begin in a folder.
+
+    Raises:
+        ValueError: it holds checkpoints.
+    """
+    if run is not None and checkpoint.exists(run):
+        raise ValueError(
+            f"run {run}: got a folder with checkpoints, expected an empty one; continue with "
+            "--resume, or give another folder"
+        )
 
 
 def _board(trainer: Trainer, execution: Execution) -> AbstractContextManager[Callable[[], None]]:

@@ -27,8 +27,9 @@ class Kind(Generic[Model]):
     format: in config.json. noun: in messages. command: of mbm-kernels, which trains one. build: the
     model from `layers` and its settings, raising ValueError or TypeError for impossible ones.
     settings: the type of each setting in JSON. usage: Markdown for a model card, with {run} for the
-    run's folder. pipeline: the model hub's name of the task. older: the settings of checkpoints of
-    earlier versions.
+    run's folder. head: which tells models of one class apart, None where there is one kind.
+    pipeline: the model hub's name of the task. older: the settings of checkpoints of earlier
+    versions.
     """
 
     model: type[Model]
@@ -38,8 +39,14 @@ class Kind(Generic[Model]):
     build: Callable[..., Model]
     settings: Mapping[str, type]
     usage: str
+    head: str | None = None
     pipeline: str | None = None
     older: Mapping[str, type] | None = None
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether a model is of this kind."""
+        heads: Any = getattr(model, "heads", ())
+        return isinstance(model, self.model) and (self.head is None or self.head in heads)
 
     def describes(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are settings by name and type."""
@@ -108,9 +115,23 @@ MULTIMODAL = Kind(
 ```sh
 mbm-kernels retrieve match-eval {run}
 ```""",
+    head="similarity",
 )
-KINDS: tuple[Kind[Any], ...] = (CAPTIONER, TWO_TOWER, MULTIMODAL)
+DRIVER = Kind(
+    MultimodalBigModel,
+    "mbm_kernels.driver",
+    "driver",
+    "drive train",
+    _multimodal,
+    {"config": dict},
+    """\
+```sh
+mbm-kernels drive eval {run}
+```""",
+    head="control",
+)
+KINDS: tuple[Kind[Any], ...] = (CAPTIONER, TWO_TOWER, MULTIMODAL, DRIVER)
 
 
 def kind_of(model: nn.Module) -> Kind[Any]:
-    return next(kind for kind in KINDS if isinstance(model, kind.model))
+    return next(kind for kind in KINDS if kind.holds(model))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mbm_kernels.captioning import processes
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer, collate
+from mbm_kernels.captioning.data.base import columns_of
 
 BATCH = 128
 
@@ -34,9 +35,9 @@ class Objective(nn.Module):
     """A model and its loss on images float [B, 3, Y, X] and captions int64 [B, T + 1].
 
     model: with `layers` and `settings`. Its forward takes images, tokens, and `inputs` [B, T], the
-    tokens but the last with some words hidden. separable: whether forward takes `share` too and
-    gives terms whose sum over the parts of a batch is the loss of the batch; elsewhere the rows of
-    a batch depend on one another.
+    tokens but the last with some words hidden, and the columns of the set by name. separable:
+    whether forward takes `share` too and gives terms whose sum over the parts of a batch is the
+    loss of the batch; elsewhere the rows of a batch depend on one another.
     """
 
     model: Any
@@ -46,9 +47,9 @@ class Objective(nn.Module):
         """What must be the same for a resumed training to be the same, JSON-able."""
         return {}
 
-    def held_out(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, float]:
+    def held_out(self, images: Tensor, tokens: Tensor, **columns: Tensor) -> tuple[Tensor, float]:
         """The loss of held-out images, a scalar, and its weight in the mean over batches."""
-        return self(images, tokens).total, float(len(images))
+        return self(images, tokens, **columns).total, float(len(images))
 
     @torch.no_grad()
     def held_out_loss(self, caption_set: CaptionSet, tokenizer: WordTokenizer, limit: int) -> float:
@@ -70,7 +71,8 @@ class Objective(nn.Module):
                 start = starts[min(mine, len(starts) - 1)]
                 rows = range(start, min(start + BATCH, count))
                 images, tokens, _ = collate(caption_set, rows, tokenizer)
-                loss, weight = self.held_out(images.to(device), tokens.to(device))
+                columns = columns_of(caption_set, rows, device)
+                loss, weight = self.held_out(images.to(device), tokens.to(device), **columns)
                 if mine < len(starts):
                     total += float(loss) * weight
                     weights += weight

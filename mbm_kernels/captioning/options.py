@@ -69,8 +69,8 @@ Amp = Annotated[str | None, typer.Option("--amp", help="bf16: autocast to bfloat
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """The options of every command that trains."""
+class FitOptions:
+    """The options of every command that trains, whatever on."""
 
     out: Out
     config: Annotated[
@@ -82,10 +82,6 @@ class TrainingOptions:
             callback=settings_file.read,
         ),
     ] = None
-    data: Data = "scenes"
-    images: Images = None
-    root: Root = None
-    limit: Limit = None
     layers: Layers = "mbm"
     seed: Seed = 0
     steps: Steps = None
@@ -96,7 +92,6 @@ class TrainingOptions:
     weight_decay: Decay = None
     clip: Clip = None
     word_dropout: WordDropout = None
-    augment: Augment = None
     ema: Ema = None
     amp: Amp = None
     evaluate_every: Every = None
@@ -115,19 +110,6 @@ class TrainingOptions:
         names = {x.name for x in fields(TrainSettings)} & {x.name for x in fields(self)}
         return settings.changed(**{name: getattr(self, name) for name in names})
 
-    def load(self, image_size: int, *, to_stderr: bool = True) -> dict[str, CaptionSet]:
-        """The splits, by the first process first: it prepares data of the user's own."""
-        with processes.first_alone():
-            return load(
-                self.data,
-                image_size,
-                seed=self.seed,
-                root=self.root,
-                limit=self.limit,
-                images=self.images,
-                to_stderr=to_stderr,
-            )
-
     def fitting(self) -> dict[str, Any]:
         """What the functions that train take of them.
 
@@ -144,21 +126,46 @@ class TrainingOptions:
         }
 
 
+@dataclass(frozen=True)
+class TrainingOptions(FitOptions):
+    """The options of every command that trains on captioned images."""
+
+    data: Data = "scenes"
+    images: Images = None
+    root: Root = None
+    limit: Limit = None
+    augment: Augment = None
+
+    def load(self, image_size: int, *, to_stderr: bool = True) -> dict[str, CaptionSet]:
+        """The splits, by the first process first: it prepares data of the user's own."""
+        with processes.first_alone():
+            return load(
+                self.data,
+                image_size,
+                seed=self.seed,
+                root=self.root,
+                limit=self.limit,
+                images=self.images,
+                to_stderr=to_stderr,
+            )
+
+
 def training(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose first parameter is TrainingOptions, with these as options before its own.
+    """A command whose first parameter is FitOptions or of a class of it, with these as options.
 
     It runs in the group of the processes that torchrun started, if it did.
     """
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    kind: type[FitOptions] = first.annotation
     shared = [
         x.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for x in inspect.signature(TrainingOptions, eval_str=True).parameters.values()
+        for x in inspect.signature(kind, eval_str=True).parameters.values()
     ]
     names = [x.name for x in shared]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        options = TrainingOptions(**{name: given.pop(name) for name in names})
+        options = kind(**{name: given.pop(name) for name in names})
         with processes.group(processes.own_device(options.device)):
             command(options, **given)
 

@@ -16,6 +16,7 @@ from mbm_kernels.captioning import checkpoint, processes
 from mbm_kernels.captioning.average import Average
 from mbm_kernels.captioning.batches import Batches, Part
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.data.base import columns_of
 from mbm_kernels.captioning.execution import Execution
 from mbm_kernels.captioning.history import History
 from mbm_kernels.captioning.identity import check_same_run
@@ -108,7 +109,9 @@ class Trainer:
 
     def _backward(self, part: Part) -> dict[str, Tensor]:
         """Gradients of some rows of the batch, added to those that there are; their losses."""
-        known: dict[str, Any] = {} if part.share == WHOLE else {"share": part.share}
+        known: dict[str, Any] = dict(columns_of(self.train_set, part.rows.tolist(), self.device))
+        if part.share != WHOLE:
+            known["share"] = part.share
         if self.taught is not None:
             known["taught"] = self.taught.batch(part.rows).to(self.device)
         if part.number > 0:  # what a model draws is not what the first part's rows drew

@@ -17,30 +17,12 @@ import torch
 from torch import Tensor
 
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.streams import color_histograms
 
-BINS = 8  # of each of red, green and blue
 RIDGE = 1e-2  # of the mean variance, added to both covariances
 MOST_DIRECTIONS = 64
 
 Floats = npt.NDArray[np.float64]
-
-
-def color_histograms(images: Tensor, bins: int = BINS) -> Tensor:
-    """Shares of the pixels of images uint8 [N, 3, Y, X] by colour: float32 [N, bins, bins, bins].
-
-    Raises:
-        ValueError: images are not uint8.
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(
-            f"color_histograms: images: got {images.dtype}, expected torch.uint8; pass the raw "
-            "pictures"
-        )
-    binned = images.flatten(2).long() * bins // 256  # [N, 3, P]
-    color = (binned[:, 0] * bins + binned[:, 1]) * bins + binned[:, 2]
-    counts = torch.zeros(len(images), bins**3)
-    counts.scatter_add_(1, color, torch.ones(()).expand(color.shape))
-    return (counts / max(color.shape[1], 1)).view(-1, bins, bins, bins)
 
 
 class TfIdf:

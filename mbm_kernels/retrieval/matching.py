@@ -23,9 +23,8 @@ from mbm_kernels.captioning.objective import Loss, Objective
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.prior import word_classes
 from mbm_kernels.captioning.seeding import seeded
+from mbm_kernels.captioning.streams import color_histograms, subsets_of, text_lengths
 from mbm_kernels.models import MultimodalBigModel, MultimodalConfig
-from mbm_kernels.retrieval.baselines import color_histograms
-from mbm_kernels.retrieval.objective import text_lengths
 
 BATCH = 128
 STREAMS = ("image", "words", "color")
@@ -71,15 +70,6 @@ class WordSwap:
         return changed, could
 
 
-def subsets_of(model: MultimodalBigModel) -> dict[tuple[str, ...], float]:
-    """SUBSETS of the streams that the model has."""
-    found: dict[tuple[str, ...], float] = {}
-    for subset, weight in SUBSETS.items():
-        kept = tuple(stream for stream in subset if stream in model.parts)
-        found[kept] = found.get(kept, 0.0) + weight
-    return found
-
-
 class MatchingObjective(Objective):
     """Binary cross-entropy of each image with its own text and with a wrong one."""
 
@@ -87,7 +77,7 @@ class MatchingObjective(Objective):
         super().__init__()
         self.model: MultimodalBigModel = model
         self.swap = swap
-        self.subsets = subsets_of(model)
+        self.subsets = subsets_of(model, SUBSETS)
 
     def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
         """Loss of images [B, 3, Y, X] and tokens [B, T + 1]; ``inputs`` is [B, T]."""
@@ -196,7 +186,9 @@ def ablations(
 
     hard: against the text with one word exchanged; other: against that of another image.
     """
-    logits: dict[tuple[str, ...], list[Tensor]] = {subset: [] for subset in subsets_of(model)}
+    logits: dict[tuple[str, ...], list[Tensor]] = {
+        subset: [] for subset in subsets_of(model, SUBSETS)
+    }
     usable: list[Tensor] = []
     with seeded(0, 0):
         for start in range(0, len(captions), BATCH):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels.captioning.objective import Loss, Objective
+from mbm_kernels.captioning.streams import text_lengths
 from mbm_kernels.models import TwoTower
 
 
@@ -26,8 +27,3 @@ class ContrastiveObjective(Objective):
             tokens = torch.cat([inputs, tokens[:, -1:]], dim=1)
         loss = self.model.loss(*self.model(images, tokens, lengths))
         return Loss(loss, {})
-
-
-def text_lengths(tokens: Tensor, pad_id: int) -> Tensor:
-    """How many tokens [B, T] are no padding, which no text contains: int64 [B]."""
-    return (tokens != pad_id).sum(dim=1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ class CaptionSet:
     images: uint8 `[M, 3, Y, X]`, RGB. captions: N strings, lower case. ids: M unique strings.
     image_of: int64 `[N]`, the image of each caption, ascending and without gaps; None where each
     image has one caption, N = M. checksum: of the content of the user's own data, else None.
-    source: the name or path that it was loaded by.
+    source: the name or path that it was loaded by. columns: what else an objective takes of each
+    caption, tensors `[N, ...]` by the names of its arguments.
 
     Raises:
         ValueError: they disagree in length, or images is no uint8 `[M, 3, Y, X]`.
@@ -30,6 +31,7 @@ class CaptionSet:
     image_of: torch.Tensor | None = None
     checksum: str | None = None
     source: str | None = None
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -45,6 +47,15 @@ class CaptionSet:
                 f"CaptionSet: got {shape[0]} images, {len(self.captions)} captions and "
                 f"{len(self.ids)} ids, expected as many of each; give one caption and id per image"
             )
+        self._check_columns()
+
+    def _check_columns(self) -> None:
+        for name, column in self.columns.items():
+            if len(column) != len(self.captions):
+                raise ValueError(
+                    f"CaptionSet: {name}: got {len(column)} rows, expected {len(self.captions)}; "
+                    "give one for each caption"
+                )
 
     def _check_image_of(self, image_of: torch.Tensor) -> None:
         count = len(self.images)
@@ -116,6 +127,14 @@ def images_of(caption_set: CaptionSet, rows: Sequence[int]) -> torch.Tensor:
     if caption_set.image_of is not None:
         of = caption_set.image_of[of]
     return normalise(caption_set.images[of])
+
+
+def columns_of(
+    caption_set: CaptionSet, rows: Sequence[int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What an objective takes of the given captions beside images and tokens."""
+    of = torch.tensor(rows)
+    return {name: column[of].to(device) for name, column in caption_set.columns.items()}
 
 
 def texts_of(

@@ -1,0 +1,2 @@
+from .helpers import drives as drives
+from .helpers import run as run
