@@ -191,11 +191,8 @@ class TestSnapshot:
         size, path = pictures * positions * features, str(tmp_path / "key")
         key = torch.from_file(path, shared=True, size=size).view(pictures, positions, features)
         key.copy_(torch.randn(key.shape))
-        query, value, v = (
-            torch.randn(pictures, 1, features),
-            torch.randn(pictures, positions, 8),
-            torch.randn(features),
-        )
+        shapes = ((pictures, 1, features), (pictures, positions, 8), (features,))
+        query, value, v = (torch.randn(*shape) for shape in shapes)
 
         def call(key):
             return additive_attention(query, key, value, v, backend=backend)
