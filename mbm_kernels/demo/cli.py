@@ -25,8 +25,11 @@ def demo(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also time torch.compile of stock.")
     ] = True,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Also train the student without a teacher.")
+    ] = False,
 ) -> None:
-    """Train a teacher and two students, caption, time against stock layers, write a report."""
+    """Train, score and time captioners, search and matching of pairs; write a report."""
     from mbm_kernels.demo import run as whole
 
     preset(name)
@@ -41,6 +44,7 @@ def demo(
         limit=limit,
         steps=steps,
         compiled=compiled,
+        alone=alone,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.attention import attention_overlay
 from mbm_kernels.captioning.pages import data_uri, render
-from mbm_kernels.demo.results import MODELS, Demo
+from mbm_kernels.demo.results import Demo
 
 SHOWN = 12  # images of a split
 SHOWN_MAPS = 4  # images of a split with their attention
@@ -105,14 +105,14 @@ def enlarged(picture: Tensor, side: int = 128) -> Image.Image:
 
 
 def loss_curves(demo: Demo) -> str:
-    """Hard (cross-entropy) loss per step of the three trainings, an SVG data URI."""
+    """Hard (cross-entropy) loss per step of the captioners' trainings, an SVG data URI."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
-    for role in MODELS:
+    for role in demo.scores:
         history = demo.histories[role]
         rows = history.train
         (line,) = axes.plot(

@@ -32,6 +32,7 @@ from mbm_kernels.demo.subjects import CaptionerSubject, Subject
 from mbm_kernels.retrieval import presets as retrieval
 
 SPEED_SECONDS = 4.0
+WITH_TEACHER = ("teacher", "student")
 
 
 def run(
@@ -44,6 +45,7 @@ def run(
     limit: int | None = None,
     steps: int | None = None,
     compiled: bool = True,
+    alone: bool = False,
     console: Console | None = None,
 ) -> Demo:
     """Trains, captions, times and writes `report.html` and `results.json`.
@@ -54,6 +56,7 @@ def run(
         root: folder of the prepared data.
         limit, steps: smaller than the preset's, for a trial.
         compiled: whether torch.compile of the stock model is among the forms timed.
+        alone: whether a student without a teacher is trained too.
 
     Raises:
         ValueError: unknown data set, or data that does not fit.
@@ -76,7 +79,7 @@ def run(
         others = finding.Subjects.of(demo, retrieval.preset(name))
         timed: list[Subject] = [captioner, others.towers, others.matching]
         with compiled_ahead(timed) if compiled else nullcontext() as ahead:
-            timed = [captioner.of(_train(demo, chosen, out, steps, console))]
+            timed = [captioner.of(_train(demo, chosen, out, steps, alone, console))]
             with _clock(demo, "search and matching", console):
                 timed += finding.train(demo, retrieval.preset(name), others, out, steps)
             if ahead is not None:
@@ -123,8 +126,10 @@ def _wait_for(process: BaseProcess, demo: Demo, console: Console) -> None:
         )
 
 
-def _train(demo: Demo, chosen: Preset, out: Path, steps: int | None, console: Console) -> Any:
-    """The three trainings and their captions; returns the teacher's model."""
+def _train(
+    demo: Demo, chosen: Preset, out: Path, steps: int | None, alone: bool, console: Console
+) -> Any:
+    """The captioners' trainings and their captions; returns the teacher's model."""
     validation = None if chosen.validation is None else demo.sets[chosen.validation]
     shared: dict[str, Any] = {
         "attention": demo.attention,
@@ -132,7 +137,7 @@ def _train(demo: Demo, chosen: Preset, out: Path, steps: int | None, console: Co
         "validation": validation,
     }
     teacher: Trained | None = None
-    for role in MODELS:
+    for role in MODELS if alone else WITH_TEACHER:
         settings = chosen.teacher if role == "teacher" else chosen.student
         if steps is not None:
             settings = settings.shortened(steps)

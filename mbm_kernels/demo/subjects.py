@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mbm_kernels.captioning.distill import CrossEntropyObjective
 from mbm_kernels.captioning.kinds import CAPTIONER, MULTIMODAL, TWO_TOWER, Kind
 from mbm_kernels.captioning.objective import Loss, Objective
+from mbm_kernels.captioning.streams import text_lengths
 from mbm_kernels.models import MultimodalBigModel
 from mbm_kernels.retrieval.matching import STREAMS, pair_logits
-from mbm_kernels.retrieval.objective import ContrastiveObjective, text_lengths
+from mbm_kernels.retrieval.objective import ContrastiveObjective
 
 Call = Callable[[], Any]
 
