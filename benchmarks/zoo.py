@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,7 +220,8 @@ def main(
                 row = measure(entry, size, which, compiled, seconds, peers)
                 if path is not None:
                     with path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                        now = datetime.now(UTC).isoformat(timespec="seconds")
+                        file.write(json.dumps(row | {"time": now}) + "\n")
                 table.add_row(*cells(row))
                 console.print(*cells(row), style="dim")
         console.print(table)

@@ -37,11 +37,16 @@ which nothing is replaced is PyTorch's own, and counts as that.
 
 
 def files() -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """The head and the rows of each device and number of threads."""
+    """The head and the rows of each device and number of threads, of each row the newest."""
     for folder in sorted(RESULTS.iterdir()):
         by_threads: dict[int, tuple[dict[str, Any], dict[Any, dict[str, Any]]]] = {}
-        for path in sorted(folder.glob("*-zoo.jsonl")):
-            head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [
+            (path.name[:10], [json.loads(line) for line in path.read_text().splitlines()])
+            for path in sorted(folder.glob("*-zoo.jsonl"))
+        ]
+        # By day; within one, by when rows were taken, which older files do not say.
+        found.sort(key=lambda dated: (dated[0], dated[1][-1].get("time", "")))
+        for _, (head, *rows) in found:
             _, known = by_threads.get(head["threads"], (None, {}))
             known |= {(row["mode"], row["model"], row["B"]): row for row in rows}
             by_threads[head["threads"]] = (head, known)
