@@ -156,16 +156,16 @@ MBM_DEVICE void store_window(T* to, int64_t y_c, uint8_t* places, int outputs_le
       };
       gpu::store_pair(places + k, pair(0), pair(2));
     }
-    if constexpr (LAST) {
+    if (LAST) {
       if (k < outputs_left) gpu::store_words(to + k, {words[0], words[1], words[2], words[3]});
-    } else {
+      continue;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int first = (half * 4 + i) * kMmaColumns + 2 * quarter;
-        if (first >= outputs_left) continue;
-        gpu::store_bits(to, first * y_c, words[i]);
-        gpu::store_bits(to, (first + 1) * y_c, words[i] >> 16);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int first = (half * 4 + i) * kMmaColumns + 2 * quarter;
+      if (first >= outputs_left) continue;
+      gpu::store_bits(to, first * y_c, words[i]);
+      gpu::store_bits(to, (first + 1) * y_c, words[i] >> 16);
     }
   }
 }

@@ -185,7 +185,8 @@ def compare(before: dict[str, Entry], now: dict[str, Entry], *, whole: bool) -> 
         if old is None:
             moves.append(Move(key, "NEW", needs_reason=any(entry[name] for name in SPILLS)))
             continue
-        changed = tuple((n, old[n], v) for n, v in entry.items() if old[n] != v)
+        # What was not counted before counts as 0 then.
+        changed = tuple((n, old.get(n, 0), v) for n, v in entry.items() if old.get(n) != v)
         if changed:
             worse = [c for c in changed if _worse(*c)]
             moves.append(
