@@ -34,7 +34,7 @@ def _fresh(batch: int, size: Sequence[int], channels: int) -> bool:
     They take four times the weight's memory (512 channels: 38 MB), which few tiles do not repay.
     Measured at 64 to 512 channels.
     """
-    tiles = batch * -(-size[0] // 4) * -(-size[1] // 4)
+    tiles = geometry.winograd_tiles(batch, size)
     return tiles <= min(96, channels // 4)
 
 

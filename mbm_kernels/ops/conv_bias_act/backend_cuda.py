@@ -114,11 +114,6 @@ class _Native:
         self.parts = cuda_launch.module().conv_cuda_parts(self.block) if batch else 0
 
 
-def _by_place(p: Problem) -> bool:
-    """Whether the kernels read or write a byte for each y: else z alone tells f'."""
-    return p.max_pool is not None or not p.saves_z
-
-
 def fwd(
     p: Problem,
     x: Tensor,
@@ -140,7 +135,7 @@ def fwd(
         cuda_launch.module().conv_cuda_fwd(
             plan.block,
             native.addresses((x, weight, bias, residual)),
-            native.addresses((y, places if _by_place(p) else None, z)),
+            native.addresses((y, places if p.by_place else None, z)),
             cuda_launch.place(p.device),
         )
     return y[0] if p.unbatched else y, places, z
@@ -184,7 +179,7 @@ def bwd(
                     x,
                     weight,
                     grad_y,
-                    places if p.saves_places and _by_place(p) else None,
+                    places if p.saves_places and p.by_place else None,
                     z if p.saves_z else None,
                 )
             ),

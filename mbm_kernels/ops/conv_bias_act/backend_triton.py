@@ -45,11 +45,6 @@ def _present(x: Tensor | None, use: bool = True) -> Tensor | None:
     return x if use and x is not None and x.dim() == 4 else None
 
 
-def _by_place(p: Problem) -> bool:
-    """Whether the kernels read or write a byte for each y: else z alone tells f'."""
-    return p.max_pool is not None or not p.saves_z
-
-
 def fwd(
     p: Problem,
     x: Tensor,
@@ -66,7 +61,7 @@ def fwd(
         places = y.new_empty(p.saved_shape, dtype=torch.uint8)
     if save and p.saves_z:
         z = y.new_empty(p.saved_shape, dtype=p.z_dtype)
-    kept = (places if _by_place(p) else None, z)
+    kept = (places if p.by_place else None, z)
     way = plan.way("forward")
     if way == "aten":
         _epilogue(plan, _aten_convolution(plan), bias, residual, y, *kept)
@@ -212,7 +207,7 @@ def bwd(
         n and t is not None for n, t in zip(needs, tensors, strict=True)
     )
     places, z = saved
-    kept = (_present(places, _by_place(p)), _present(z))
+    kept = (_present(places, p.by_place), _present(z))
     plain = not p.saves_places and not need_residual
     grad_y = _batched(grads[0])
     grad_z: Any = grad_y

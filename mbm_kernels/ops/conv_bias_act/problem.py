@@ -79,6 +79,11 @@ class Problem:
         return self.activation not in geometry.BY_PLACE
 
     @property
+    def by_place(self) -> bool:
+        """Whether GPU kernels read or write a byte for each y: else z alone tells f'."""
+        return self.max_pool is not None or not self.saves_z
+
+    @property
     def z_dtype(self) -> torch.dtype:
         """float32 on CPUs, whose kernels compute in it; else rounded as stock's saved tensors."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
