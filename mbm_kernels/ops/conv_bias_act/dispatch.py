@@ -24,11 +24,7 @@ def cpu(p: Sizes) -> Work:
     amounts = _moved(p)
     group_in, group_out = p["C"] // p["groups"], p["K"] // p["groups"]
     if kernel == "winograd":
-        tiles = (
-            p["B"]
-            * -(-p["conv_y"] // geometry.WINOGRAD_TILE)
-            * -(-p["conv_x"] // geometry.WINOGRAD_TILE)
-        )
+        tiles = geometry.winograd_tiles(p["B"], (p["conv_y"], p["conv_x"]))
         amounts["products"] = share(tiles, threads) * IN_TILE * group_in * padded(p["K"], lanes)
         amounts["tiles_in"] = share(tiles, threads) * group_in
         amounts["tiles_out"] = share(tiles, threads) * p["K"]

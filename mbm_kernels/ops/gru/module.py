@@ -66,8 +66,7 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
         if isinstance(input, PackedSequence) or input.dim() != 3:
             return self._layers(input, hx)
         # The call before had this shape and dtype, so that they need not be checked again.
-        y, h_n = self._run(input.transpose(0, 1) if self.batch_first else input, hx, None)
-        return y.transpose(0, 1) if self.batch_first else y, h_n
+        return self._batched(input, hx)
 
     @tracing.leaf
     def _first(
@@ -113,12 +112,17 @@ class GRU(DropIn, ServedByStock, torch.nn.GRU):
         self.check_input(input, None)
         if hx is not None:
             self.check_hidden_size(hx, self.get_expected_hidden_size(input, None))
-        x = input.transpose(0, 1) if self.batch_first else input
-        if x.size(0) == 0:
+        if input.size(1 - batch_dim) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        y, h_n = self._run(x, hx, None)
-        y = y.transpose(0, 1) if self.batch_first else y
+        y, h_n = self._batched(input, hx)
         return (y, h_n) if batched else (y.squeeze(batch_dim), h_n.squeeze(1))
+
+    def _batched(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+        """input and the output [T, B, ...], or [B, T, ...] if batch_first."""
+        if not self.batch_first:
+            return self._run(input, hx, None)
+        y, h_n = self._run(input.transpose(0, 1), hx, None)
+        return y.transpose(0, 1), h_n
 
     def _in_autocast(
         self, input: Tensor | PackedSequence, hx: Tensor | None
