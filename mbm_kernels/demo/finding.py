@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mbm_kernels.captioning.checkpoint import remove
-from mbm_kernels.captioning.data import collate
-from mbm_kernels.demo.results import Demo, Query
+from mbm_kernels.captioning.data import CaptionSet, collate
+from mbm_kernels.demo.results import Demo, Query, spread
 from mbm_kernels.demo.subjects import MatchingSubject, Subject, TowersSubject
 from mbm_kernels.retrieval import matching
 from mbm_kernels.retrieval.embed import embed_set
-from mbm_kernels.retrieval.evaluate import evaluate
+from mbm_kernels.retrieval.evaluate import rate
 from mbm_kernels.retrieval.presets import Preset
 from mbm_kernels.retrieval.train import fresh_two_tower, train_two_tower
 
@@ -49,7 +51,6 @@ def train(
     demo: Demo, chosen: Preset, subjects: Subjects, out: Path, steps: int | None
 ) -> list[Subject]:
     """Trains and scores both models; returns what to time of them."""
-    shared: dict[str, Any] = {"seed": demo.seed}
     words, sets = demo.tokenizer, demo.sets
     settings = {
         "two_towers": chosen.settings.shortened(steps or chosen.demo_steps),
@@ -63,17 +64,17 @@ def train(
         settings["two_towers"],
         config=chosen.config,
         run=out / "models" / "two_towers",
-        **shared,
+        seed=demo.seed,
     )
-    demo.recalls = evaluate(towers, sets, words, demo.splits)
-    for split in demo.splits:
-        demo.queries[split] = _queries(demo, towers, split)
+    embedded = {split: embed_set(towers, sets[split], words) for split in demo.splits}
+    demo.recalls = rate(embedded, sets, words)
+    demo.queries = {split: _queries(sets[split], *found) for split, found in embedded.items()}
     pairs, demo.histories["matching"] = matching.train_matching(
         sets["train"],
         words,
         settings["matching"],
         run=out / "models" / "matching",
-        **shared,
+        seed=demo.seed,
     )
     swap = matching.swap_of(sets["train"], words)
     demo.aucs = {
@@ -84,12 +85,9 @@ def train(
     return [subjects.towers.of(towers), subjects.matching.of(pairs)]
 
 
-def _queries(demo: Demo, towers: Any, split: str) -> list[Query]:
-    """Evenly spread captions of a split and the images nearest to each."""
-    captions = demo.sets[split]
-    images, texts = embed_set(towers, captions, demo.tokenizer)
-    stride = max(1, len(captions) // QUERIES)
-    rows = range(0, min(len(captions), QUERIES * stride), stride)
+def _queries(captions: CaptionSet, images: Tensor, texts: Tensor) -> list[Query]:
+    """Some captions and the images nearest to each, by the embeddings of all."""
+    rows = spread(len(captions), QUERIES)
     scores = texts[list(rows)] @ images.T
     best = scores.topk(min(FOUND, images.size(0)), dim=1)
     owner = captions.image_of

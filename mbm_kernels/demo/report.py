@@ -13,7 +13,7 @@ from torch import Tensor
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.captioning.attention import attention_overlay
 from mbm_kernels.captioning.pages import data_uri, render
-from mbm_kernels.demo.results import Demo
+from mbm_kernels.demo.results import Demo, spread
 
 SHOWN = 12  # images of a split
 SHOWN_MAPS = 4  # images of a split with their attention
@@ -55,11 +55,10 @@ def write_report(demo: Demo, results: dict[str, Any], path: Path) -> None:
 
 
 def gallery(demo: Demo, split: str) -> list[dict[str, Any]]:
-    """The images of a split that are shown: evenly spread, so that failures are among them."""
+    """The images of a split that are shown."""
     captions = demo.sets[split]
-    stride = max(1, len(captions) // SHOWN)
     cards = []
-    for place, index in enumerate(range(0, min(len(captions), SHOWN * stride), stride)):
+    for place, index in enumerate(spread(len(captions), SHOWN)):
         truth = captions.captions[index]
         predicted = demo.predictions["student"][split][index]
         card = {

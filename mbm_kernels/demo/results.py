@@ -16,6 +16,12 @@ Scores = dict[str, dict[str, float]]  # split -> metric -> value
 MODELS = {"teacher": "teacher", "student": "student", "student_no_distill": "student alone"}
 
 
+def spread(count: int, most: int) -> range:
+    """Up to `most` of `count` rows, evenly spread, so that failures are among what is shown."""
+    stride = max(1, count // most)
+    return range(0, min(count, most * stride), stride)
+
+
 @dataclass(frozen=True)
 class Query:
     """A caption, and the nearest images by index, each with a caption of its own."""

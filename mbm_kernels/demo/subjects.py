@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_kernels.captioning.distill import CrossEntropyObjective
@@ -16,14 +15,14 @@ from mbm_kernels.captioning.kinds import CAPTIONER, MULTIMODAL, TWO_TOWER, Kind
 from mbm_kernels.captioning.objective import Loss, Objective
 from mbm_kernels.captioning.streams import text_lengths
 from mbm_kernels.models import MultimodalBigModel
-from mbm_kernels.retrieval.matching import STREAMS, pair_logits
+from mbm_kernels.retrieval.matching import STREAMS, pair_logits, pair_loss
 from mbm_kernels.retrieval.objective import ContrastiveObjective
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(ABC):
     """A model, and the batch of images [B, 3, Y, X] and tokens [B, T + 1] that it is timed on.
 
     name: in the rows. settings: as a checkpoint keeps them. weights: its state; None: random ones.
@@ -129,7 +128,7 @@ class _PairsObjective(Objective):
 
     def forward(self, images: Tensor, tokens: Tensor, inputs: Tensor | None = None) -> Loss:
         right, wrong = pair_logits(self.model, images, [tokens, tokens.roll(1, dims=0)], STREAMS)
-        return Loss(torch.cat([F.softplus(-right), F.softplus(wrong)]).mean(), {})
+        return Loss(pair_loss(right, wrong), {})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
 from mbm_kernels.models import TwoTower
 from mbm_kernels.retrieval.baselines import HistogramCCA
@@ -20,13 +22,24 @@ def evaluate(
     splits: Sequence[str],
 ) -> Table:
     """The model, `colour_words_cca` fitted on the `train` of `sets`, and `chance`, by split."""
+    return rate(
+        {split: embed_set(model, sets[split], tokenizer) for split in splits}, sets, tokenizer
+    )
+
+
+def rate(
+    embedded: dict[str, tuple[Tensor, Tensor]],
+    sets: dict[str, CaptionSet],
+    tokenizer: WordTokenizer,
+) -> Table:
+    """As `evaluate`, of the embeddings by `embed_set` of each split."""
     baseline = HistogramCCA(sets["train"], tokenizer)
     table: Table = {}
-    for split in splits:
+    for split, embeddings in embedded.items():
         found = sets[split]
         belongs = belonging(found)
         table[split] = {
-            "two_tower": recalls(*embed_set(model, found, tokenizer), belongs),
+            "two_tower": recalls(*embeddings, belongs),
             "colour_words_cca": recalls(*baseline.embed_set(found), belongs),
             "chance": chance(belongs),
         }

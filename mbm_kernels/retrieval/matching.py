@@ -92,8 +92,12 @@ class MatchingObjective(Objective):
         if inputs is not None:
             tokens = torch.cat([inputs, tokens[:, -1:]], dim=1)
         logits = pair_logits(self.model, images, [tokens, wrong], subset)  # [2, B]
-        right, false = F.softplus(-logits[0]), F.softplus(logits[1])[~same]
-        return Loss(torch.cat([right, false]).mean(), {})
+        return Loss(pair_loss(logits[0], logits[1][~same]), {})
+
+
+def pair_loss(right: Tensor, wrong: Tensor) -> Tensor:
+    """Mean binary cross-entropy of logits [N] of right pairs and [M] of wrong ones."""
+    return torch.cat([F.softplus(-right), F.softplus(wrong)]).mean()
 
 
 def pair_logits(
