@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,10 @@ def train(
 ) -> list[Subject]:
     """Trains and scores both models; returns what to time of them."""
     words, sets = demo.tokenizer, demo.sets
+    steps = steps or chosen.demo_steps
     settings = {
-        "two_towers": chosen.settings.shortened(steps or chosen.demo_steps),
-        "matching": chosen.matching.shortened(steps or chosen.demo_steps),
+        name: replace(whole, batch_size=min(whole.batch_size, len(sets["train"]))).shortened(steps)
+        for name, whole in (("two_towers", chosen.settings), ("matching", chosen.matching))
     }
     for name in settings:
         remove(out / "models" / name)
