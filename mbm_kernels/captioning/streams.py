@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mbm_kernels.models import MultimodalBigModel
+from mbm_kernels.captioning.data import CaptionSet, WordTokenizer
+from mbm_kernels.captioning.seeding import seeded
+from mbm_kernels.models import MultimodalBigModel, MultimodalConfig
 
 BINS = 8  # of each of red, green and blue
 
 Subset = tuple[str, ...]  # names of streams
+
+
+def fresh_model(
+    train_set: CaptionSet,
+    tokenizer: WordTokenizer,
+    config: MultimodalConfig,
+    layers: str,
+    seed: int,
+) -> MultimodalBigModel:
+    """The model before its first step; vocabulary, padding and the image's side are the data's."""
+    config = replace(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        image_size=train_set.images.shape[-1],
+    )
+    with seeded(seed, -1):
+        return MultimodalBigModel(config, layers=layers)
 
 
 def subsets_of(model: MultimodalBigModel, wanted: Mapping[Subset, float]) -> dict[Subset, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from mbm_kernels.captioning.execution import HERE, Execution
 from mbm_kernels.captioning.fit import History, fit
 from mbm_kernels.captioning.objective import WHOLE, Loss, Objective, Share
 from mbm_kernels.captioning.presets import TrainSettings
-from mbm_kernels.captioning.seeding import seeded
-from mbm_kernels.captioning.streams import subsets_of, text_lengths
+from mbm_kernels.captioning.streams import fresh_model, subsets_of, text_lengths
 from mbm_kernels.models import MultimodalBigModel, MultimodalConfig
 
 # What a step trains on, with weights of the losses: every set that is driven with must be trained.
@@ -151,14 +149,7 @@ def train_driver(
         raise ValueError(
             "augment: got True, expected False: a frame that is turned asks for another steering"
         )
-    config = replace(
-        config,
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        image_size=train_set.images.shape[-1],
-    )
-    with seeded(seed, -1):
-        model = MultimodalBigModel(config, layers=layers)
+    model = fresh_model(train_set, tokenizer, config, layers, seed)
     history = fit(
         CloningObjective(model, made_by),
         train_set,

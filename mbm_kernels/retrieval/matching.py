@@ -8,7 +8,6 @@ class: another colour, shape, size or side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from mbm_kernels.captioning.objective import Loss, Objective
 from mbm_kernels.captioning.presets import TrainSettings
 from mbm_kernels.captioning.prior import word_classes
 from mbm_kernels.captioning.seeding import seeded
-from mbm_kernels.captioning.streams import color_histograms, subsets_of, text_lengths
+from mbm_kernels.captioning.streams import color_histograms, fresh_model, subsets_of, text_lengths
 from mbm_kernels.models import MultimodalBigModel, MultimodalConfig
 
 BATCH = 128
@@ -167,15 +166,9 @@ def fresh_matching(
     layers: str,
     seed: int,
 ) -> MultimodalBigModel:
-    """The model before its first step; vocabulary, padding and the image's side are the data's."""
-    config = replace(
-        config or MultimodalConfig(streams=STREAMS, vocab_size=tokenizer.vocab_size),
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        image_size=train_set.images.shape[-1],
-    )
-    with seeded(seed, -1):
-        return MultimodalBigModel(config, layers=layers)
+    """The model before its first step; without a configuration, of the streams of STREAMS."""
+    config = config or MultimodalConfig(streams=STREAMS, vocab_size=tokenizer.vocab_size)
+    return fresh_model(train_set, tokenizer, config, layers, seed)
 
 
 def swap_of(train_set: CaptionSet, tokenizer: WordTokenizer) -> WordSwap:
