@@ -68,7 +68,6 @@ def torch(p: Sizes) -> Work:
     amounts["products"] = pixels * per * across * p["R"] * p["S"]
     amounts["taps"] = pixels * per * p["R"] * p["S"]
     rows = amounts["products"] * _inside(p, "Y")
-    amounts["inside_rows"] = rows
     amounts["inside"] = rows * _inside(p, "X")
     amounts["across_edges"] = rows - amounts["inside"]
     if p["R"] * p["S"] > MOST_TAPS:
