@@ -65,24 +65,29 @@ def tasks(
 
 def smoke_tasks(benchmarks: Sequence[Benchmark]) -> list[Task]:
     """One for each operation and backend: with gradients where it has any."""
-    found = []
+    found: list[Task] = []
     for benchmark in (b for b in benchmarks if b.op in OPS):
-        quick = [case for case in benchmark.gpu_cases if case.quick]
         for backend in gpu_backends(benchmark.op):
-            for case in [c for c in quick if benchmark.takes(c, backend)][:1]:
-                found.append(Task(benchmark.op, case.label, case.passes[-1], "bfloat16", backend))
+            found += _first_quick(benchmark, backend)
     return sorted(found, key=lambda task: GOALS.index(task.op) if task.op in GOALS else len(GOALS))
+
+
+def _first_quick(benchmark: Benchmark, backend: str) -> list[Task]:
+    """Of the first quick case that the backend takes, if there is one."""
+    for case in benchmark.gpu_cases:
+        if case.quick and benchmark.takes(case, backend):
+            return [Task(benchmark.op, case.label, case.passes[-1], "bfloat16", backend)]
+    return []
 
 
 def cuda_tasks(benchmarks: Sequence[Benchmark]) -> list[Task]:
     """One call of each CUDA C++ kernel: of its operation and of what decodes with it."""
-    found = []
+    found: list[Task] = []
     for benchmark in benchmarks:
         op = benchmark.op.removesuffix("_keys")
         if op not in OPS or dispatch.why_not(op, "cuda") is not None:
             continue
-        case = next(case for case in benchmark.gpu_cases if case.quick)
-        found.append(Task(benchmark.op, case.label, case.passes[-1], "bfloat16", "cuda"))
+        found += _first_quick(benchmark, "cuda")
     return found
 
 
