@@ -69,11 +69,7 @@ void forward(const py::bytes& problem, const Inputs& inputs, const Addresses<2>&
   args.in = inputs_of(p, inputs);
   args.context = writable(outputs[0], p.dtype, p.B * p.T * p.E, "context");
   args.weights = writable(outputs[1], p.dtype, p.B * p.T * p.S, "weights");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(
-      mbm::additive_attention_cuda_fwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-      "additive_attention");
+  mbm::gpu::run(mbm::additive_attention_cuda_fwd, args, place, "additive_attention");
 }
 
 void keys(const std::tuple<int64_t, int64_t, int64_t>& sizes, int64_t dtype, const Rows& key,
@@ -89,11 +85,7 @@ void keys(const std::tuple<int64_t, int64_t, int64_t>& sizes, int64_t dtype, con
   const int64_t pitch = mbm::additive_attention_cuda_pitch(args.D);
   args.powers = checked_ptr<float>(made[0], count * pitch, "powers");
   args.magnitudes = checked_ptr<float>(made[1], count, "magnitudes");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(
-      mbm::additive_attention_cuda_keys(args, device, reinterpret_cast<cudaStream_t>(stream)),
-      "additive_attention_keys");
+  mbm::gpu::run(mbm::additive_attention_cuda_keys, args, place, "additive_attention_keys");
 }
 
 // made: powers and magnitudes of the key. outputs: context, weights.
@@ -107,11 +99,7 @@ void decode(const py::bytes& problem, const Inputs& inputs, const Addresses<2>& 
   args.magnitudes = checked_ptr<const float>(made[1], p.B * p.S, "magnitudes");
   args.context = writable(outputs[0], p.dtype, p.B * p.T * p.E, "context");
   args.weights = writable(outputs[1], p.dtype, p.B * p.T * p.S, "weights");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(
-      mbm::additive_attention_cuda_decode(args, device, reinterpret_cast<cudaStream_t>(stream)),
-      "additive_attention");
+  mbm::gpu::run(mbm::additive_attention_cuda_decode, args, place, "additive_attention");
 }
 
 // scratch: grad_scores, grad_key_totals. grads: of query, key and, for each batch element, v.
@@ -140,11 +128,7 @@ void backward(const py::bytes& problem, const Inputs& inputs, Address weights,
   args.grad_query = writable(grads[0], p.dtype, p.B * p.T * p.D, "grad_query");
   args.grad_key = writable(grads[1], p.dtype, p.B * p.S * p.D, "grad_key");
   args.grad_v = checked_ptr<float>(grads[2], p.B * p.D, "grad_v");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(
-      mbm::additive_attention_cuda_bwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-      "additive_attention");
+  mbm::gpu::run(mbm::additive_attention_cuda_bwd, args, place, "additive_attention");
 }
 
 void bind_additive_attention(py::module_& m) {

@@ -100,10 +100,7 @@ void forward(const py::bytes& problem, const Addresses<4>& inputs, const Address
                    p.residual_y, p.residual_x};
   args.y = {mbm::gpu::writable(outputs[0], p.dtype, p.outputs(), "y"), p.y_b, p.y_c, p.y_y, p.y_x};
   args.saved = p.saved(outputs[1], outputs[2]);
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::conv_cuda_fwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-                  "conv_bias_act");
+  mbm::gpu::run(mbm::conv_cuda_fwd, args, place, "conv_bias_act");
 }
 
 // inputs: x, weight, the gradient of y, places, z; strides: of that gradient; outputs: the
@@ -129,10 +126,7 @@ void backward(const py::bytes& problem, const Addresses<5>& inputs,
   args.grad_weight = p.map(grad_weight, weights, "grad_weight");
   args.grad_bias = p.map(grad_bias, p.K, "grad_bias");
   args.parts = optional_ptr<float>(parts, mbm::conv_cuda_parts(args.sizes), "parts");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::conv_cuda_bwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-                  "conv_bias_act");
+  mbm::gpu::run(mbm::conv_cuda_bwd, args, place, "conv_bias_act");
 }
 
 void bind_conv(py::module_& m) {

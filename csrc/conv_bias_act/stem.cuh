@@ -45,13 +45,16 @@ MBM_DEVICE void store_bases(const ConvCudaSizes& s, const Tile& tile, int pixels
     bases[p] = p / columns * s.stride_y * tile.patch_columns + p % columns * s.stride_x;
 }
 
-MBM_DEVICE void add_tap(const float* patch, const int (&bases)[kStemPixels], const float* weights,
-                        float (&sums)[kStemPixels][kStemOutputs]) {
-  const float4 low = *reinterpret_cast<const float4*>(weights);
-  const float4 high = *reinterpret_cast<const float4*>(weights + 4);
+// To N rows of sums: values of the patch by kStemOutputs numbers, which lie at a multiple of 16
+// bytes.
+template <int N>
+MBM_DEVICE void add_products(const float* patch, const int (&at)[N], const float* factors,
+                             float (&sums)[N][kStemOutputs]) {
+  const float4 low = *reinterpret_cast<const float4*>(factors);
+  const float4 high = *reinterpret_cast<const float4*>(factors + 4);
 #pragma unroll
-  for (int i = 0; i < kStemPixels; ++i) {
-    const float x = patch[bases[i]];
+  for (int i = 0; i < N; ++i) {
+    const float x = patch[at[i]];
     sums[i][0] = fmaf(x, low.x, sums[i][0]);
     sums[i][1] = fmaf(x, low.y, sums[i][1]);
     sums[i][2] = fmaf(x, low.z, sums[i][2]);
@@ -80,7 +83,8 @@ MBM_DEVICE void sum_pixels(const ConvCudaSizes& s, const Tile& tile, const StemM
     for (int r = 0; r < s.R; ++r) {
       const float* row = memory.patch + (c * tile.patch_rows + r) * tile.patch_columns;
 #pragma unroll 3
-      for (int q = 0; q < s.S; ++q, weights += kChannels) add_tap(row + q, bases, weights, sums);
+      for (int q = 0; q < s.S; ++q, weights += kChannels)
+        add_products(row + q, bases, weights, sums);
     }
 #pragma unroll
   for (int i = 0; i < kStemPixels; ++i) {

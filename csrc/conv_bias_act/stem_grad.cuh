@@ -33,24 +33,6 @@ struct StemSplit {
 
 using StemSums = float[kTaps][kStemOutputs];
 
-MBM_DEVICE void add_pixel(const float* grad, const float* patch, const int (&taps)[kTaps],
-                          StemSums& sums) {
-  const float4 low = *reinterpret_cast<const float4*>(grad);
-  const float4 high = *reinterpret_cast<const float4*>(grad + 4);
-#pragma unroll
-  for (int i = 0; i < kTaps; ++i) {
-    const float x = patch[taps[i]];
-    sums[i][0] = fmaf(x, low.x, sums[i][0]);
-    sums[i][1] = fmaf(x, low.y, sums[i][1]);
-    sums[i][2] = fmaf(x, low.z, sums[i][2]);
-    sums[i][3] = fmaf(x, low.w, sums[i][3]);
-    sums[i][4] = fmaf(x, high.x, sums[i][4]);
-    sums[i][5] = fmaf(x, high.y, sums[i][5]);
-    sums[i][6] = fmaf(x, high.z, sums[i][6]);
-    sums[i][7] = fmaf(x, high.w, sums[i][7]);
-  }
-}
-
 // Shared memory: grad_z [pixels][kGradPitch], in the end the sums of every thread; patch as in the
 // forward; bases [pixels]; the windows.
 template <class T>
@@ -101,7 +83,7 @@ conv_stem_grad_weight_kernel(const ConvCudaBackward args, const Tile tile, const
     if (slice < split.slices)
 #pragma unroll 2
       for (int p = slice; p < rows * columns; p += split.slices)
-        add_pixel(grads + p * kGradPitch + group * kStemOutputs, patch + bases[p], taps, sums);
+        add_products(patch + bases[p], taps, grads + p * kGradPitch + group * kStemOutputs, sums);
     if (chunk == 0)
       for (int p = gpu::warp(); p < rows * columns; p += kWarps)
         bias += grads[p * kGradPitch + gpu::lane()];

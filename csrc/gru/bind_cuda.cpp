@@ -84,9 +84,7 @@ void forward(const py::bytes& problem, Address lengths, const std::vector<Layer>
     to.reserve =
         const_cast<void*>(p.optional_part(reserve, 4 * i * rows * p.H, 4 * rows * p.H, "reserve"));
   }
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::gru_cuda_fwd(args, device, reinterpret_cast<cudaStream_t>(stream)), "gru");
+  mbm::gpu::run(mbm::gru_cuda_fwd, args, place, "gru");
 }
 
 // weights: w_hh transposed, by direction; saved: h0, y, reserve; found: carried, gates.
@@ -114,9 +112,7 @@ void backward(const py::bytes& problem, Address lengths, const std::vector<Addre
     to.carried = carried + i * state;
     to.gates = const_cast<void*>(p.part(found[1], 4 * i * rows * p.H, 4 * rows * p.H, "gates"));
   }
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::gru_cuda_bwd(args, device, reinterpret_cast<cudaStream_t>(stream)), "gru");
+  mbm::gpu::run(mbm::gru_cuda_bwd, args, place, "gru");
 }
 
 // Blocks of the clusters that end first; 0 where the device has none.

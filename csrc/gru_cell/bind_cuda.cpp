@@ -47,10 +47,7 @@ void forward(const py::bytes& problem, const Addresses<6>& inputs, const Address
   args.b_hh = optional_pointer(b_hh, p.dtype, 3 * p.H, "b_hh");
   args.h_new = writable(outputs[0], p.dtype, p.B * p.H, "h_new");
   args.reserve = optional_writable(outputs[1], p.dtype, 4 * p.B * p.H, "reserve");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::gru_cell_cuda_fwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-                  "gru_cell");
+  mbm::gpu::run(mbm::gru_cell_cuda_fwd, args, place, "gru_cell");
 }
 
 // inputs: the gradient of h_new, h, reserve; outputs: gates, direct.
@@ -69,10 +66,7 @@ void backward(const py::bytes& problem, const Addresses<3>& inputs, int64_t grad
   args.reserve = pointer(reserve, p.dtype, 4 * p.B * p.H, "reserve");
   args.gates = writable(outputs[0], p.dtype, 4 * p.B * p.H, "gates");
   args.direct = optional_writable(outputs[1], p.dtype, p.B * p.H, "direct");
-  const auto [device, stream] = place;
-  py::gil_scoped_release release;
-  mbm::gpu::check(mbm::gru_cell_cuda_bwd(args, device, reinterpret_cast<cudaStream_t>(stream)),
-                  "gru_cell");
+  mbm::gpu::run(mbm::gru_cell_cuda_bwd, args, place, "gru_cell");
 }
 
 void bind_gru_cell(py::module_& m) {

@@ -20,6 +20,15 @@ inline void check(cudaError_t error, const char* op) {
 
 using Place = std::tuple<int, Address>;  // device, stream
 
+// A launcher's call without the interpreter's lock.
+template <class Args>
+void run(cudaError_t (*launcher)(const Args&, int, cudaStream_t), const Args& args,
+         const Place& place, const char* op) {
+  const auto [device, stream] = place;
+  const pybind11::gil_scoped_release release;
+  check(launcher(args, device, reinterpret_cast<cudaStream_t>(stream)), op);
+}
+
 // `count` elements of Dtype `dtype`.
 inline const void* pointer(Address address, int64_t dtype, int64_t count, const char* name) {
   if (dtype == 0) return checked_ptr<const float>(address, count, name);
