@@ -162,6 +162,8 @@ def groups(folder):
 def command(*arguments):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's handler came with the fork
     sys.argv = ["mbm-kernels", *arguments]
+    if os.environ["RANK"] == "0":
+        print("restarts:", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
     try:
         cli.main()
     except SystemExit as end:

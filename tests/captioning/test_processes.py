@@ -103,6 +103,8 @@ def test_torchrun_goes_on_after_a_worker_was_killed(tmp_path):
     os.kill(workers(killed.pid)[-1], signal.SIGKILL)
     done = killed.end()
     assert done.returncode == 0, done.stderr
-    assert "SIGKILL" in done.stderr or "-9" in done.stderr
+    # Which of the two is said to have failed is a race: the other may lose its connection first.
+    assert "restarts: 1" in done.stdout
+    assert "restarts: 1" not in whole.stdout
     assert done.stdout.count("step 24, loss") == whole.stdout.count("step 24, loss") == 1
     assert_same(weights_of(run), weights_of(tmp_path / "whole"))
