@@ -3,6 +3,7 @@
 #include "conv_bias_act/conv_epilogue.h"
 #include "conv_bias_act/conv_plan.h"
 #include "conv_bias_act/conv_strip.h"
+#include "conv_bias_act/conv_tile.h"
 
 namespace mbm::MBM_ISA {
 
@@ -109,10 +110,19 @@ class Direct {
     const int vectors = vectors_of(outputs_ - panel.index * kPanel);
     const bool half = s_.conv_x - t * kMaxRows <= kMaxRows / 2;
     const ConvMicroFn micro = pixels_micro(half, vectors, plan_.step);
-    for (; y < y1; ++y, sums += sum_row_)
-      micro(plan_.segments.data(), static_cast<int64_t>(plan_.segments.size()),
-            strip + (y - y0) * plan_.down + t * kMaxRows * plan_.step, plan_.step, panel.weights,
-            sums);
+    const int64_t segments = static_cast<int64_t>(plan_.segments.size());
+    for (; y < y1; ++y, sums += sum_row_) {
+      const float* pixels = strip + (y - y0) * plan_.down + t * kMaxRows * plan_.step;
+      const float* weights = panel.weights;
+      for (int64_t from = 0; from < segments;) {
+        const int64_t first = from;
+        int64_t depth = 0;
+        while (from < segments && depth < kSliceDepth) depth += plan_.segments[from++].depth;
+        micro(plan_.segments.data() + first, from - first, pixels, plan_.step, weights, sums,
+              first > 0);
+        weights += depth * kPanel;
+      }
+    }
   }
 
   // Outputs [p0, p1) x [q0, q1) from the sums of pixels [y0, y1) x [x0, x1).

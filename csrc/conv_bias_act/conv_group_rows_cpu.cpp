@@ -6,6 +6,7 @@
 #include "conv_bias_act/conv_micro.h"
 #include "conv_bias_act/conv_plan.h"
 #include "conv_bias_act/conv_run.h"
+#include "conv_bias_act/conv_tile.h"
 
 namespace mbm::MBM_ISA {
 namespace {
@@ -59,8 +60,10 @@ void group_tile(const GroupTile& t) {
 #pragma GCC unroll 32
     for (int i = 0; i < PX; ++i) acc[i][j] = bias;
   }
+  SlicedSums<PX, NV> sums;
   for (int64_t r = t.r0; r < t.r1; ++r)
     for (int64_t s = 0; s < t.S; ++s) {
+      sums.before(t.channels, acc);
       const float* at = t.x + r * t.row + s * t.tap;
       const float* w = t.weights + (r * t.S + s) * t.channels * kPanel;
       if (t.inside) {
@@ -74,6 +77,7 @@ void group_tile(const GroupTile& t) {
       }
       tap_products<PX, NV>(t.channels, w, [&](int i) { return from[i]; }, acc);
     }
+  sums.end(acc);
 #pragma GCC unroll 2
   for (int j = 0; j < NV; ++j) {
     const int n = std::min(kLanes, t.outputs - j * kLanes);

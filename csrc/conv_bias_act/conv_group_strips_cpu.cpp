@@ -9,6 +9,7 @@
 #include "conv_bias_act/conv_micro.h"
 #include "conv_bias_act/conv_plan.h"
 #include "conv_bias_act/conv_run.h"
+#include "conv_bias_act/conv_tile.h"
 
 namespace mbm::MBM_ISA {
 namespace {
@@ -222,8 +223,10 @@ void group_tile(const GroupTile& t) {
   for (int k = 0; k < kOutputs; ++k)
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) acc[k][i] = set1(t.bias[k]);
+  SlicedSums<kOutputs, N> sums;
   const float* w = t.weights;
   for (int64_t j = 0; j < t.count; ++j) {
+    sums.before(t.channels, acc);
     int64_t at = t.taps[j];
     for (int64_t c = 0; c < t.channels; ++c, at += t.plane, w += kPanel) {
       vf x[N];
@@ -237,6 +240,7 @@ void group_tile(const GroupTile& t) {
       }
     }
   }
+  sums.end(acc);
 #pragma GCC unroll 4
   for (int k = 0; k < kOutputs; ++k) {
     if (k >= t.outputs) break;

@@ -13,7 +13,7 @@ struct Segment {
 };
 
 using ConvMicroFn = void (*)(const Segment* segments, int64_t count, const float* a, int64_t step,
-                             const float* b, float* c);
+                             const float* b, float* c, bool add);
 
 // step: floats between the rows of A where STEP is 0. c: row i at c + i * kPanel; with `add` the
 // sums are added to what is there, at the end: a sum of slices rounds less than one long sum. NV
@@ -59,8 +59,8 @@ inline __attribute__((always_inline)) void conv_sums(const Segment* segments, in
 
 template <int MR, int NV, int STEP>
 void conv_micro(const Segment* segments, int64_t count, const float* a, int64_t step,
-                const float* __restrict b, float* __restrict c) {
-  conv_sums<MR, NV, STEP>(segments, count, a, step, b, c, false, [] {});
+                const float* __restrict b, float* __restrict c, bool add) {
+  conv_sums<MR, NV, STEP>(segments, count, a, step, b, c, add, [] {});
 }
 
 // Memory to fetch meanwhile, some bytes for each k: what is read, written and added next.

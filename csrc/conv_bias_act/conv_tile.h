@@ -7,8 +7,38 @@
 
 namespace mbm::MBM_ISA {
 
-// Of the sum over taps and channels: a panel of a slice stays in L1 while the tiles pass.
+// Terms of the sum over taps and channels: a panel of a slice stays in L1 while the tiles pass.
 constexpr int64_t kSliceDepth = 256;
+
+// Long sums in registers, put aside after each slice: a sum of slices rounds less than a long one.
+template <int M, int N>
+class SlicedSums {
+ public:
+  // Before `depth` more terms.
+  inline __attribute__((always_inline)) void before(int64_t depth, vf (&acc)[M][N]) {
+    if (terms_ > 0 && terms_ + depth > kSliceDepth) {
+      for (int i = 0; i < M; ++i)
+        for (int j = 0; j < N; ++j) {
+          total_[i][j] = sliced_ ? total_[i][j] + acc[i][j] : acc[i][j];
+          acc[i][j] = zero();
+        }
+      sliced_ = true;
+      terms_ = 0;
+    }
+    terms_ += depth;
+  }
+
+  inline __attribute__((always_inline)) void end(vf (&acc)[M][N]) const {
+    if (!sliced_) return;
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j) acc[i][j] = acc[i][j] + total_[i][j];
+  }
+
+ private:
+  vf total_[M][N];
+  int64_t terms_ = 0;
+  bool sliced_ = false;
+};
 
 // A sum of `depth` terms in even slices.
 struct Slices {

@@ -154,7 +154,7 @@ class Winograd {
         for (int64_t r = 0; r < rows.tiles; ++r)
           tiles_micro(rows.size(r), vectors)(segments.data(), static_cast<int64_t>(segments.size()),
                                              inputs + point * v.point_step + rows.begin(r) * kLanes,
-                                             kLanes, weights, to + rows.begin(r) * kPanel);
+                                             kLanes, weights, to + rows.begin(r) * kPanel, false);
       }
   }
 

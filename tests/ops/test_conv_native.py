@@ -15,6 +15,7 @@ from mbm_kernels._core import cost, native
 from mbm_kernels.bench import drawn_times
 from mbm_kernels.bench.drawn import draw
 from mbm_kernels.ops.conv_bias_act import backend_cpu, dispatch, problem
+from mbm_kernels.testing.errors import assert_matches
 
 pytestmark = pytest.mark.skipif(native.cpu_reason() is not None, reason="needs _C_cpu")
 CHANNELS_LAST = torch.channels_last
@@ -192,6 +193,26 @@ def test_winograds_error_is_within_its_constant(isa, channels):
         for actual, expected in zip(run(inputs, options), truth, strict=True)
     ]
     assert max(errors) < backend_cpu.WINOGRAD_ERROR
+
+
+# B, C, K, Y, X, R, options: sums of 576 terms and more, by kernels that keep them in registers.
+LONG_SUMS = {
+    "groups": (1, 128, 128, 14, 14, 3, {"padding": 1, "groups": 2}),
+    "groups, many taps": (1, 128, 128, 12, 12, 6, {"groups": 2}),
+    "wide groups": (1, 256, 64, 14, 14, 3, {"padding": 1, "groups": 2}),
+    "dilated": (1, 512, 32, 14, 14, 3, {"padding": 2, "dilation": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("name", LONG_SUMS)
+def test_long_sums_of_one_sign_keep_the_error_rule(isa, name, layout):
+    *shape, options = LONG_SUMS[name]
+    inputs = [t.detach().abs().requires_grad_() for t in tensors(*shape, options, layout=layout)]
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    truth = run(doubles, options, backend="torch")[0]
+    stock, ours = (run(inputs, options, backend=name)[0] for name in ("torch", "cpu"))
+    assert_matches(ours, truth, stock, truth)
 
 
 @pytest.mark.parametrize("name", SHAPES)
