@@ -1,7 +1,9 @@
 // Convolution of an input of 1 to 4 channels: a register tile is two rows of neighbouring pixels,
-// which get their bias, activation and 2x2 pool before they leave the registers.
+// which get their bias, relu and 2x2 pool before they leave the registers. Other activations follow
+// two rows at a time, while these are in L1.
 #include "conv_bias_act/conv_epilogue.h"
 #include "conv_bias_act/conv_plan.h"
+#include "conv_bias_act/conv_run.h"
 #include "conv_bias_act/conv_strip.h"
 
 namespace mbm::MBM_ISA {
@@ -150,6 +152,11 @@ FewMicroFn few_micro_for(int pairs, int vectors, int64_t step, bool pool) {
               : few_micro_of_pairs<0, false>(pairs, vectors);
 }
 
+// What a tile takes itself.
+bool plain_activation(const ConvSizes& s) {
+  return s.activation == Activation::kNone || s.activation == Activation::kRelu;
+}
+
 // Of the largest tile, or the whole of what is left in fewer steps.
 int pairs_at_once(int vectors, int64_t left) {
   const int most = kMaxPairs / vectors;
@@ -170,6 +177,7 @@ class Few {
         biased_(args) {
     if (args.bias) std::copy_n(args.bias, s_.K, bias_.begin());
     biased_.bias = nullptr;
+    if (!plain_activation(s_)) finish_ = finish_run_for(s_.activation);
     pairs_ = pool_ ? s_.out_x : (s_.conv_x + 1) / 2;
   }
 
@@ -192,6 +200,8 @@ class Few {
             tile(b, line, panel, pair, now, pixels, nullptr, sums);
           pair += now;
         }
+        for (int64_t y = 2 * line; finish_ && y < std::min(s_.conv_y, 2 * line + 2); ++y)
+          finish_(channels_run(args_, b, 0, s_.K, y, 0, s_.conv_x));
         continue;
       }
       for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -229,7 +239,7 @@ class Few {
     t.y_column = staged ? kPanel : args_.y.x;
     t.y_row = staged ? 2 * pairs_ * kPanel : args_.y.y;
     const int64_t at = ((b * s_.out_y + y) * s_.out_x + x) * s_.K + k;
-    t.places = args_.places ? args_.places + at : nullptr;
+    t.places = args_.places && !finish_ ? args_.places + at : nullptr;
     t.place_column = s_.K;
     t.place_row = s_.out_x * s_.K;
     t.columns = static_cast<int>(std::min<int64_t>(2 * pairs, s_.conv_x - x));
@@ -247,13 +257,31 @@ class Few {
           t.y[i * kPanel + c] = *args_.y.at(b, k + c, y, x + i);
   }
 
-  // The staged pixels of a line into rows of channels.
-  void spread(int64_t b, int64_t line, int64_t panel, const float* staged) const {
+  // The staged pixels of a line, finished, into rows of channels.
+  void spread(int64_t b, int64_t line, int64_t panel, float* staged) const {
     const int64_t k = panel * kPanel, y = pool_ ? line : 2 * line;
     const int n = static_cast<int>(std::min<int64_t>(kPanel, s_.K - k));
-    for (int64_t r = 0; r < (pool_ ? 1 : std::min<int64_t>(2, s_.conv_y - y)); ++r)
-      transpose_rows({staged + r * 2 * pairs_ * kPanel, kPanel, nullptr}, 0,
-                     static_cast<int>(s_.out_x), 0, n, args_.y.at(b, k, y + r, 0), args_.y.c);
+    for (int64_t r = 0; r < (pool_ ? 1 : std::min<int64_t>(2, s_.conv_y - y)); ++r) {
+      float* row = staged + r * 2 * pairs_ * kPanel;
+      if (finish_) {
+        Run run = channels_run(args_, b, k, n, y + r, 0, s_.conv_x);
+        run.y = row;
+        run.n = n;
+        run.runs = s_.conv_x;
+        run.y_step = kPanel;
+        finish_(run);
+      }
+      float* to = args_.y.at(b, k, y + r, 0);
+      int64_t x = 0;
+      // Planes a power of two apart share sets of L1: a vector of each channel at a time.
+      alignas(64) float block[kPanel * kLanes];
+      for (; args_.y.c % 512 == 0 && x + kLanes <= s_.out_x; x += kLanes) {
+        transpose_rows({row + x * kPanel, kPanel, nullptr}, 0, kLanes, 0, n, block, kLanes);
+        for (int c = 0; c < n; ++c) store(to + c * args_.y.c + x, load(block + c * kLanes));
+      }
+      transpose_rows({row + x * kPanel, kPanel, nullptr}, 0, static_cast<int>(s_.out_x - x), 0, n,
+                     to + x, args_.y.c);
+    }
   }
 
   const ConvForward& args_;
@@ -263,6 +291,7 @@ class Few {
   int64_t panels_, pairs_;
   std::vector<float> bias_;
   ConvForward biased_;  // its sums have the bias in them
+  FinishRunFn finish_ = nullptr;
 };
 
 }  // namespace
@@ -270,8 +299,7 @@ class Few {
 bool few_forward_fits(const ConvForward& args) {
   const ConvSizes& s = args.sizes;
   return s.groups == 1 && s.C <= kFewChannels && pool_kind(s) != 1 && !args.residual.data &&
-         (args.y.c == 1 || args.y.x == 1) &&
-         (s.activation == Activation::kNone || s.activation == Activation::kRelu);
+         (args.y.c == 1 || args.y.x == 1) && (pool_kind(s) == 0 || plain_activation(s));
 }
 
 void few_forward(const ConvForward& args, int num_threads) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "conv_bias_act/conv_bias_act.h"
@@ -82,6 +83,44 @@ struct StripPlan {
   bool few() const { return channels <= kFewChannels; }
 };
 
+// Lane L of vector O of N interleaved rows, where row C is merged into those before it.
+template <int N, int O, int C, int... L>
+constexpr vi interleaving(std::integer_sequence<int, L...>) {
+  const auto lane = [](int l) {
+    const int row = (O * kLanes + l) % N, at = (O * kLanes + l) / N;
+    return row == C ? kLanes + at : (C == 1 ? at : l);
+  };
+  return vi{lane(L)...};
+}
+
+template <int N, int O, int C>
+inline vf merged(const vf (&rows)[N]) {
+  constexpr vi lanes = interleaving<N, O, C>(std::make_integer_sequence<int, kLanes>());
+  if constexpr (C == 1)
+    return __builtin_shuffle(rows[0], rows[1], lanes);
+  else
+    return __builtin_shuffle(merged<N, O, C - 1>(rows), rows[C], lanes);
+}
+
+template <int N, int O = 0>
+inline void store_merged(const vf (&rows)[N], float* to) {
+  store(to + O * kLanes, merged<N, O, N - 1>(rows));
+  if constexpr (O + 1 < N) store_merged<N, O + 1>(rows, to);
+}
+
+// to[i * N + c] = from[c * step + i], i < n, c < N.
+template <int N>
+void interleave(const float* from, int64_t step, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    vf rows[N];
+    for (int c = 0; c < N; ++c) rows[c] = load(from + c * step + i);
+    store_merged(rows, to + i * N);
+  }
+  for (; i < n; ++i)
+    for (int c = 0; c < N; ++c) to[i * N + c] = from[c * step + i];
+}
+
 // One row of a strip whose columns are not dense, n channels of each pixel, from row `y` of x.
 inline void pack_apart(const ConvSizes& s, const ConvMap<const float>& x, const StripPlan& plan,
                        int64_t b, int64_t c, int n, int64_t y, float* to) {
@@ -129,6 +168,14 @@ inline void pack_strip(const ConvSizes& s, const ConvMap<const float>& x, const 
         for (int64_t j = 0; j < width; ++j, from += x.x, to += plan.pitch) std::copy_n(from, n, to);
       } else if (x.x == 1 && plan.pitch == kLanes) {
         transpose_rows({from, x.c, nullptr}, 0, n, 0, width, to, kLanes);
+      } else if (x.x == 1 && n == 1) {
+        std::copy_n(from, width, to);
+      } else if (x.x == 1 && n == 2) {
+        interleave<2>(from, x.c, width, to);
+      } else if (x.x == 1 && n == 3) {
+        interleave<3>(from, x.c, width, to);
+      } else if (x.x == 1 && n == 4) {
+        interleave<4>(from, x.c, width, to);
       } else {
         for (int64_t j = 0; j < width; ++j)
           for (int ch = 0; ch < n; ++ch) to[j * plan.pitch + ch] = from[j * x.x + ch * x.c];

@@ -35,6 +35,8 @@ SHAPES = {
     "strided one by one": (2, 36, 40, 10, 33, 1, {"stride": 2, "groups": 2}),
     "groups": (2, 24, 36, 15, 17, 3, {"padding": 1, "groups": 4, "dilation": 2}),
     "stem, no pool": (2, 1, 21, 9, 75, 3, {"padding": 1, "activation": "relu"}),
+    "stem, silu": (2, 3, 40, 31, 39, 3, {"padding": 1, "stride": 2, "activation": "silu"}),
+    "stem, planes a power of two apart": (1, 4, 40, 16, 32, 3, {"padding": 1}),
     "stem of one vector": (1, 2, 5, 11, 31, 4, {"stride": 3, "dilation": 2, "max_pool": 2}),
     # Several strips of rows, a last vector of channels or pixels; rows shorter than a vector.
     "depthwise strips": (2, 40, 40, 71, 29, 3, {"padding": 1, "groups": 40}),
@@ -137,6 +139,7 @@ def block_of(inputs, options, residual=None):
         ("depthwise", "depthwise", "depthwise"),
         ("depthwise strips", "depthwise", "depthwise"),
         ("stem, no pool", "few", "few"),
+        ("stem, silu", "few", "few"),
         ("one by one", "planes", "pixels"),
         ("strided one by one", "planes", "pixels"),
         ("small maps", "planes", "pixels"),

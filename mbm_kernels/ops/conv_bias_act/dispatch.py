@@ -101,7 +101,8 @@ def _forward(p: Sizes) -> str:
     if takes and geometry.repays_winograd(p["B"], (p["conv_y"], p["conv_x"]), p["C"], p["K"]):
         return "winograd"
     few = p["C"] <= FEW_CHANNELS and p["groups"] == 1
-    if few and not p["residual"] and p["activation"] < 2 and p["pool"] < OTHER_POOL:
+    plain = p["activation"] < 2 or not p["pool"]
+    if few and not p["residual"] and plain and p["pool"] < OTHER_POOL:
         return "few"
     if p["depthwise"]:
         return _depthwise_kernel(p)
