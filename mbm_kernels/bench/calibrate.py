@@ -78,12 +78,12 @@ def read_rows(path: Path) -> list[Timed]:
 
 
 def time_all(ops: Sequence[str], seconds: float, seed: int, note: Any) -> list[Timed]:
-    """Timed problems of each operation, `note` being told (op, count) after each."""
+    """Timed problems of each operation, `note` being told (row, count of its operation) of each."""
     rows = []
     for op in ops:
         for count, row in enumerate(measured(op, seed=seed, seconds=seconds), 1):
             rows.append(row)
-            note(op, count)
+            note(row, count)
     return rows
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mbm_kernels._core import cost, processor
 from mbm_kernels.bench import calibrate as calibration
+from mbm_kernels.bench.drawn_times import Timed
 
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Repeatable; without it all.")]
 Seconds = Annotated[
@@ -30,6 +31,12 @@ Rows = Annotated[
 Keep = Annotated[
     Path | None, typer.Option("--keep", help="JSON Lines file to add the timed problems to.")
 ]
+
+
+def _add(keep: Path, row: Timed) -> None:
+    """Appends a row to a file, at once: PyTorch's own kernels may crash or hang on a later one."""
+    with keep.open("a") as file:
+        file.write(json.dumps(row.as_dict()) + "\n")
 
 
 def calibrate(
@@ -63,14 +70,13 @@ def calibrate(
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("", total=len(chosen) * seconds)
 
-            def note(name: str, count: int) -> None:
+            def note(row: Timed, count: int) -> None:
                 done = min(progress.tasks[0].elapsed or 0.0, len(chosen) * seconds)
-                progress.update(bar, completed=done, description=f"{name}: {count} problems")
+                progress.update(bar, completed=done, description=f"{row.op}: {count} problems")
+                if keep is not None:
+                    _add(keep, row)
 
             timed = calibration.time_all(chosen, seconds, seed, note)
-    if keep is not None:
-        with keep.open("a") as file:
-            file.writelines(json.dumps(row.as_dict()) + "\n" for row in timed)
     found = calibration.content(timed, kept)
     calibration.write(path, found)
     constants = cost.of_content(found, str(path))

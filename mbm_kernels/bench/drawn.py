@@ -121,6 +121,8 @@ def _conv_of(kind: str, rng: random.Random, training: bool) -> Drawn:
         c, k, kernel = size(rng, 1, 128), size(rng, 8, 128), (size(rng, 1, 45), size(rng, 1, 15))
         if rng.random() < 0.5:  # a front end's first layers are long both ways
             kernel = (size(rng, 9, 45), size(rng, 7, 15))
+        # With AVX-512 oneDNN's gradient of a weight longer than the image writes past its memory.
+        side, other = max(side, kernel[0]), max(other, kernel[1])
     if rng.random() < {"stem": 0.6, "1x1": 0.15, "long": 0.5}.get(kind, 0.25):
         stride = (2, 1) if kind == "long" and rng.random() < 0.5 else (2, 2)
     padding = tuple(n // 2 for n in kernel)
