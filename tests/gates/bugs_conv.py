@@ -9,9 +9,46 @@ RUN = f"{FOLDER}/conv_run.h"
 PIXELS = f"{FOLDER}/conv_pixels_cpu.cpp"
 PLANES = f"{FOLDER}/conv_planes_cpu.cpp"
 TILE = f"{FOLDER}/conv_tile.h"
+FEW = f"{FOLDER}/conv_few_cpu.cpp"
+NATIVE = "tests/ops/test_conv_native.py"
 DRAWN = "tests/ops/test_drawn.py -k conv_bias_act"
 
 BUGS = (
+    Mutant(
+        "slices-of-a-long-sum-are-not-put-aside",
+        TILE,
+        "if (terms_ > 0 && terms_ + depth > kSliceDepth) {",
+        "if (false) {",
+        f"{NATIVE} -k long_sums",
+    ),
+    Mutant(
+        "slices-of-a-direct-sum-replace-one-another",
+        f"{FOLDER}/conv_direct_cpu.cpp",
+        "first > 0);",
+        "false);",
+        f"{NATIVE} -k definition",
+    ),
+    Mutant(
+        "activation-of-few-channels-misses-a-second-row",
+        FEW,
+        "finish_ && y < std::min(s_.conv_y, 2 * line + 2); ++y)",
+        "finish_ && y < std::min(s_.conv_y, 2 * line + 1); ++y)",
+        f"{NATIVE} -k definition",
+    ),
+    Mutant(
+        "what-few-channels-save-lies-in-the-first-row",
+        FEW,
+        "Run run = channels_run(args_, b, k, n, y + r, 0, s_.conv_x);",
+        "Run run = channels_run(args_, b, k, n, y, 0, s_.conv_x);",
+        f"{NATIVE} -k definition",
+    ),
+    Mutant(
+        "interleaved-rows-begin-with-the-wrong-one",
+        f"{FOLDER}/conv_strip.h",
+        "return row == C ? kLanes + at : (C == 1 ? at : l);",
+        "return row == C ? at : (C == 1 ? at : l);",
+        f"{NATIVE} -k definition",
+    ),
     Mutant(
         "bias-gradient-misses-a-part",
         "csrc/conv_bias_act/conv_backward_cpu.cpp",
