@@ -60,10 +60,10 @@ void group_tile(const GroupTile& t) {
 #pragma GCC unroll 32
     for (int i = 0; i < PX; ++i) acc[i][j] = bias;
   }
-  SlicedSums<PX, NV> sums;
+  SlicedSums<PX, NV> sums(t.channels);
   for (int64_t r = t.r0; r < t.r1; ++r)
     for (int64_t s = 0; s < t.S; ++s) {
-      sums.before(t.channels, acc);
+      sums.next(acc);
       const float* at = t.x + r * t.row + s * t.tap;
       const float* w = t.weights + (r * t.S + s) * t.channels * kPanel;
       if (t.inside) {

@@ -223,10 +223,10 @@ void group_tile(const GroupTile& t) {
   for (int k = 0; k < kOutputs; ++k)
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) acc[k][i] = set1(t.bias[k]);
-  SlicedSums<kOutputs, N> sums;
+  SlicedSums<kOutputs, N> sums(t.channels);
   const float* w = t.weights;
   for (int64_t j = 0; j < t.count; ++j) {
-    sums.before(t.channels, acc);
+    sums.next(acc);
     int64_t at = t.taps[j];
     for (int64_t c = 0; c < t.channels; ++c, at += t.plane, w += kPanel) {
       vf x[N];

@@ -14,18 +14,22 @@ constexpr int64_t kSliceDepth = 256;
 template <int M, int N>
 class SlicedSums {
  public:
-  // Before `depth` more terms.
-  inline __attribute__((always_inline)) void before(int64_t depth, vf (&acc)[M][N]) {
-    if (terms_ > 0 && terms_ + depth > kSliceDepth) {
+  // Of sums that grow by `depth` terms at a time.
+  explicit SlicedSums(int64_t depth)
+      : of_slice_(std::max<int64_t>(1, kSliceDepth / depth)), left_(of_slice_) {}
+
+  // Before the next terms.
+  inline __attribute__((always_inline)) void next(vf (&acc)[M][N]) {
+    if (left_ == 0) {
       for (int i = 0; i < M; ++i)
         for (int j = 0; j < N; ++j) {
           total_[i][j] = sliced_ ? total_[i][j] + acc[i][j] : acc[i][j];
           acc[i][j] = zero();
         }
       sliced_ = true;
-      terms_ = 0;
+      left_ = of_slice_;
     }
-    terms_ += depth;
+    --left_;
   }
 
   inline __attribute__((always_inline)) void end(vf (&acc)[M][N]) const {
@@ -36,7 +40,7 @@ class SlicedSums {
 
  private:
   vf total_[M][N];
-  int64_t terms_ = 0;
+  int64_t of_slice_, left_;
   bool sliced_ = false;
 };
 

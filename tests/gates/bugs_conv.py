@@ -17,7 +17,7 @@ BUGS = (
     Mutant(
         "slices-of-a-long-sum-are-not-put-aside",
         TILE,
-        "if (terms_ > 0 && terms_ + depth > kSliceDepth) {",
+        "if (left_ == 0) {",
         "if (false) {",
         f"{NATIVE} -k long_sums",
     ),
