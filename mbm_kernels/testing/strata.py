@@ -129,6 +129,9 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("Winograd, many tiles", (5, 16, 32, 40, 40, 3), {"padding": 1}),
         ("stem", (1, 3, 32, 24, 33, 3), {"padding": 1, "max_pool": 2, "activation": "relu"}),
         ("stem of 7x7", (1, 3, 24, 33, 34, 7), {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
+        ("stem, silu", (1, 3, 40, 17, 35, 3), {"stride": 2, "padding": 1, "activation": "silu"}),
+        ("stem of 2 channels", (1, 2, 19, 7, 21, 3), {"padding": 1, "activation": "hardswish"}),
+        ("stem, planes a power of two apart", (1, 4, 40, 16, 32, 3), {"padding": 1}),
         ("depthwise", (2, 40, 40, 12, 13, 3), {"groups": 40, "padding": 1, "activation": "relu"}),
         ("depthwise 7x7", (1, 33, 33, 14, 13, 7), {"groups": 33, "padding": 3}),
         ("depthwise 5x5", (1, 40, 40, 12, 13, 5), {"groups": 40, "padding": 2}),
@@ -143,6 +146,8 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("dilation", (1, 20, 33, 14, 13, 3), {"dilation": 2, "padding": 2}),
         ("5x5", (1, 24, 40, 12, 13, 5), {"padding": 2, "activation": "tanh"}),
         ("groups", (2, 24, 48, 10, 9, 3), {"groups": 3, "padding": 1}),
+        ("groups, slices", (1, 128, 70, 5, 6, 3), {"groups": 2, "padding": 1}),
+        ("dilation, slices", (1, 70, 20, 7, 8, 3), {"dilation": 2, "padding": 2, "max_pool": 2}),
     ]
     for what, (b, c, k, y, x, kernel), options in plans:
         for last in (False, True):
