@@ -29,6 +29,11 @@ class ZenTorch(Engine):
             return f"its version is for torch {made_for}: pip install zentorch=={wanted}.*"
         return None
 
+    def refuses(self, model: Model) -> str | None:
+        """It leaves some CPUs with AVX-512 (Ice Lake) to PyTorch, as it says once imported."""
+        package = importlib.import_module(self.module)
+        return None if package._C.is_avx512_supported() else "it does nothing on this CPU"
+
     def build(self, model: Model, threads: int) -> Session:
         importlib.import_module(self.module)  # registers the backend
         return CompiledSession(frozen(model.module, backend="zentorch"), model.inputs)

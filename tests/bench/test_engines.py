@@ -204,10 +204,12 @@ class TestZenTorch:
     @pytest.fixture
     def installed(self, monkeypatch, tmp_path):
         """A package of that name, which registers nothing."""
-        (tmp_path / "zentorch.py").write_text("")
         monkeypatch.syspath_prepend(tmp_path)
 
-        def put(version, isa="avx512"):
+        def put(version, isa="avx512", works=True):
+            code = f"class _C:\n    is_avx512_supported = staticmethod(lambda: {works})\n"
+            (tmp_path / "zentorch.py").write_text(code)
+            monkeypatch.delitem(sys.modules, "zentorch", raising=False)
             monkeypatch.setattr(processor, "best_isa", lambda cpuinfo: isa)
             monkeypatch.setattr(zentorch.ZenTorch, "version", lambda self: version)
 
@@ -221,6 +223,13 @@ class TestZenTorch:
         assert f"pip install zentorch=={minor}.*" in self.engine.why_not()
         installed(f"{minor}.0.2", isa="avx2")
         assert "without AVX-512" in self.engine.why_not()
+
+    @pytest.mark.parametrize("works", [True, False])
+    def test_what_it_says_of_the_cpu_is_believed(self, works, installed):
+        installed("1.0", works=works)
+        model = engines.Model(nn.ReLU(), (-torch.ones(2),))
+        reason = None if works else "it does nothing on this CPU"
+        assert self.engine.refuses(model) == reason
 
     def test_its_backend_of_torch_compile_runs(self, installed, monkeypatch):
         compiled = []
