@@ -13,6 +13,7 @@ import argparse
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +37,9 @@ def more_tests(mutant: Mutant) -> str:
     top, folder, *rest = Path(mutant.path).with_suffix("").parts
     tests = ROOT / "tests" / ("ops" if top == "csrc" else folder.strip("_"))
     stem = folder if top == "csrc" else rest[0]
-    names = sorted(tests.glob(f"test_{stem}*.py")) or ([tests] if top != "csrc" else [])
+    family = stem.partition("_")[0]  # of test_conv_native.py, too
+    found = {*tests.glob(f"test_{stem}*.py"), *tests.glob(f"test_{family}_*.py")}
+    names = sorted(found) or ([tests] if top != "csrc" else [])
     return " ".join(str(path.relative_to(ROOT)) for path in names) or COMMON_TESTS
 
 
@@ -49,6 +52,8 @@ def run_tests(folder: Path, arguments: str) -> tuple[bool, str]:
         capture_output=True,
         text=True,
     )
+    if done.returncode < 0:
+        return False, f"tests ended by {signal.Signals(-done.returncode).name}"
     if done.returncode not in (0, 1):
         raise SystemExit(f"mutants: pytest did not run:\n{done.stdout}{done.stderr}")
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
