@@ -53,6 +53,14 @@ class Direct {
         plan_(s_, (out_rows - 1) * s_.pool_stride_y + s_.pool_y),
         outputs_(s_.K / s_.groups),
         panels_(panels_of(outputs_)) {
+    int64_t weights = 0;
+    for (size_t first = 0, end = 0; end < plan_.segments.size(); first = end) {
+      int64_t depth = 0;
+      while (end < plan_.segments.size() && depth < kSliceDepth)
+        depth += plan_.segments[end++].depth;
+      slices_.push_back({&plan_.segments[first], static_cast<int64_t>(end - first), weights});
+      weights += depth * kPanel;
+    }
     sum_row_ = (side_by_side() ? kTilesAtOnce : plan_.tiles_across) * kMaxRows * kPanel;
   }
 
@@ -99,6 +107,12 @@ class Direct {
   // Rows of the output use rows of the convolution apart from one another.
   bool side_by_side() const { return pool_kind(s_) != 1; }
 
+  // Segments whose products are one sum, and where their weights begin in a panel.
+  struct Slice {
+    const Segment* segments;
+    int64_t count, weights;
+  };
+
   struct Panel {
     int64_t b, g, index;
     const float* weights;
@@ -110,18 +124,11 @@ class Direct {
     const int vectors = vectors_of(outputs_ - panel.index * kPanel);
     const bool half = s_.conv_x - t * kMaxRows <= kMaxRows / 2;
     const ConvMicroFn micro = pixels_micro(half, vectors, plan_.step);
-    const int64_t segments = static_cast<int64_t>(plan_.segments.size());
     for (; y < y1; ++y, sums += sum_row_) {
       const float* pixels = strip + (y - y0) * plan_.down + t * kMaxRows * plan_.step;
-      const float* weights = panel.weights;
-      for (int64_t from = 0; from < segments;) {
-        const int64_t first = from;
-        int64_t depth = 0;
-        while (from < segments && depth < kSliceDepth) depth += plan_.segments[from++].depth;
-        micro(plan_.segments.data() + first, from - first, pixels, plan_.step, weights, sums,
-              first > 0);
-        weights += depth * kPanel;
-      }
+      for (const Slice& slice : slices_)
+        micro(slice.segments, slice.count, pixels, plan_.step, panel.weights + slice.weights, sums,
+              slice.weights > 0);
     }
   }
 
@@ -140,6 +147,7 @@ class Direct {
   const ConvForward& args_;
   const ConvSizes& s_;
   StripPlan plan_;
+  std::vector<Slice> slices_;
   int64_t outputs_, panels_, sum_row_;
 };
 

@@ -152,11 +152,6 @@ FewMicroFn few_micro_for(int pairs, int vectors, int64_t step, bool pool) {
               : few_micro_of_pairs<0, false>(pairs, vectors);
 }
 
-// What a tile takes itself.
-bool plain_activation(const ConvSizes& s) {
-  return s.activation == Activation::kNone || s.activation == Activation::kRelu;
-}
-
 // Of the largest tile, or the whole of what is left in fewer steps.
 int pairs_at_once(int vectors, int64_t left) {
   const int most = kMaxPairs / vectors;
@@ -177,7 +172,7 @@ class Few {
         biased_(args) {
     if (args.bias) std::copy_n(args.bias, s_.K, bias_.begin());
     biased_.bias = nullptr;
-    if (!plain_activation(s_)) finish_ = finish_run_for(s_.activation);
+    if (!plain(s_.activation)) finish_ = finish_run_for(s_.activation);
     pairs_ = pool_ ? s_.out_x : (s_.conv_x + 1) / 2;
   }
 
@@ -299,7 +294,7 @@ class Few {
 bool few_forward_fits(const ConvForward& args) {
   const ConvSizes& s = args.sizes;
   return s.groups == 1 && s.C <= kFewChannels && pool_kind(s) != 1 && !args.residual.data &&
-         (args.y.c == 1 || args.y.x == 1) && (pool_kind(s) == 0 || plain_activation(s));
+         (args.y.c == 1 || args.y.x == 1) && (pool_kind(s) == 0 || plain(s.activation));
 }
 
 void few_forward(const ConvForward& args, int num_threads) {

@@ -71,12 +71,14 @@ inline FinishRunFn finish_run_for(Activation activation) {
   return table[static_cast<int>(activation)];
 }
 
+// What a tile takes itself, in registers.
+inline bool plain(Activation a) { return a == Activation::kNone || a == Activation::kRelu; }
+
 // What must run over the sums of a tile that adds the bias and takes the relu itself; null:
 // nothing.
 inline FinishRunFn finish_after_tile(const ConvForward& args) {
   const Activation a = args.sizes.activation;
-  const bool plain = a == Activation::kNone || a == Activation::kRelu;
-  return plain && !args.residual.data && !args.places ? nullptr : finish_run_for(a);
+  return plain(a) && !args.residual.data && !args.places ? nullptr : finish_run_for(a);
 }
 
 }  // namespace mbm::MBM_ISA

@@ -24,7 +24,7 @@ BUGS = (
     Mutant(
         "slices-of-a-direct-sum-replace-one-another",
         f"{FOLDER}/conv_direct_cpu.cpp",
-        "first > 0);",
+        "slice.weights > 0);",
         "false);",
         f"{NATIVE} -k definition",
     ),
