@@ -143,8 +143,8 @@ BUGS = (
     Mutant(
         "residual-left-out-where-nothing-is-saved",
         RUN,
-        "return plain && !args.residual.data && !args.places ?",
-        "return plain && !args.places ?",
+        "return plain(a) && !args.residual.data && !args.places ?",
+        "return plain(a) && !args.places ?",
         DRAWN,
     ),
     Mutant(
