@@ -4,12 +4,15 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/isa.h"
-#include "conv_bias_act/conv_problem.h"
+#include "conv_bias_act/conv_sequence.h"
 
 namespace {
+
+using Place = std::pair<int64_t, int64_t>;  // mbm::ConvPlace
 
 // K, C / groups, R, S, groups; address and the steps of outputs, inputs and taps.
 using ConvInts = std::vector<int64_t>;
@@ -22,7 +25,35 @@ mbm::ConvWeight conv_weight(const ConvInts& v, const ConvTaps& taps) {
   return {K, group * groups, R, S, groups, data, k_step, c_step, tap_step};
 }
 
+void bind_sequence(py::module_& m) {
+  // Convolutions run one after another. A place is an index into the addresses of a call, -1 for
+  // none, and an offset in bytes.
+  py::class_<mbm::ConvSequence>(m, "ConvSequence")
+      .def(py::init<int64_t>())
+      // weight: packed, as it is, bias; places: x, residual, y.
+      .def("add",
+           [](mbm::ConvSequence& self, const py::bytes& problem, const Addresses<3>& weight,
+              const std::array<Place, 3>& places) {
+             const auto place = [&places](size_t i) {
+               return mbm::ConvPlace{places.at(i).first, places.at(i).second};
+             };
+             const auto [packed, plain, bias] = weight;
+             self.add({mbm::read_block<mbm::ConvProblem>(problem), packed, plain, bias, place(0),
+                       place(1), place(2)});
+           })
+      .def("run", [](const mbm::ConvSequence& self, const std::vector<Address>& bases,
+                     int num_threads) {
+        py::gil_scoped_release release;
+        for (size_t i = 0; i < self.size(); ++i) {
+          const mbm::ConvForward args = self.args(i, bases);
+          mbm::check_weight(args, MBM_CALL(conv_kernel, args, self.winograd(i)));
+          MBM_CALL(conv_forward, args, self.winograd(i), num_threads);
+        }
+      });
+}
+
 void bind_conv_bias_act(py::module_& m) {
+  bind_sequence(m);
   m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
     return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd, 1, 1, 1, 1});
   });

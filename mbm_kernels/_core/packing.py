@@ -6,14 +6,16 @@ be missed: not `weight.data`, a NumPy view, another process, nor torch's fused o
 raise no version counter. The hash reads the weight once, at the bandwidth of the cache or memory it
 lies in, 2 to 3 times less than packing moves. Where weights are known to stay for several
 calls, as in a loop of decoding, `unchanged()` takes it once; one that this library made and nobody
-else holds is sealed, and never hashed.
+else holds is sealed, and never hashed; of one that its owner froze, address and version counter
+stand for the hash.
 """
 
+import functools
 import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +29,8 @@ from mbm_kernels._core import native, problem, torch_private
 Key = tuple[Any, ...]  # of the owner's id and `pack`, of a view its offset too
 _entries: dict[Key, "_Entry"] = {}
 _sealed: dict[int, "weakref.ref[Tensor]"] = {}  # by id(tensor)
+_frozen: dict[int, "weakref.ref[Tensor]"] = {}  # by id(tensor)
+_freezing = 0  # counts what may make a tensor frozen, or no longer
 Version = tuple[Any, ...]
 
 
@@ -41,13 +45,18 @@ _trusted = _Trusted()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
-    """What CPU tensors held: shapes, strides, dtypes and a hash of every byte; the ISA in use."""
+    """What CPU tensors held: shapes, strides, dtypes and a hash of every byte; the ISA in use.
+
+    Where all of them are frozen, `hashes` holds addresses and version counters instead.
+    """
 
     kinds: tuple[Any, ...]
     hashes: bytes
     check: Any  # knows tensors of these kinds at once (problem.guard); None where it cannot
     extents: bytes  # in bytes, as the native code takes them
     spans: tuple[tuple[int, int], ...]  # extents and the bytes of an element
+    frozen: bool
+    freezing: int  # when `frozen` was known
 
     def same(self, other: "State") -> bool:
         return self is other or (self.hashes == other.hashes and self.kinds == other.kinds)
@@ -61,9 +70,15 @@ def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
     """
     if _trusted.versions is None:
         check = None if last is None else last.check
-        if last is None or check is None or len(sources) != len(last.kinds) or not check(*sources):
+        known = last is not None and last.freezing == _freezing and len(sources) == len(last.kinds)
+        if last is None or check is None or not known or not check(*sources):
             return _made(sources, tuple([_kind(x) for x in sources]), None)
-        hashes = _hashes(sources, last.extents, last.spans)
+        if last.frozen:
+            hashes = _counters(sources)
+            if hashes != last.hashes:  # another tensor perhaps, which is not frozen
+                return _made(sources, last.kinds, None)
+        else:
+            hashes = _hashes(sources, last.extents, last.spans)
     else:
         versions = [version_of(x) for x in sources]
         hashes = struct.pack(f"{len(versions)}Q", *(v[1] for v in versions if v is not None))
@@ -77,9 +92,17 @@ def state_of(sources: Sequence[Tensor], last: State | None = None) -> State:
 def _made(sources: Sequence[Tensor], kinds: tuple[Any, ...], hashes: bytes | None) -> State:
     spans = tuple([(native.extent(x), x.element_size()) for x in sources])
     extents = struct.pack(f"{len(spans)}q", *(span[0] for span in spans))
+    freezing, frozen = _freezing, hashes is None and all(_is_frozen(x) for x in sources)
     if hashes is None:
-        hashes = _hashes(sources, extents, spans)
-    return State(kinds, hashes, problem.guard(sources), extents, spans)
+        hashes = _counters(sources) if frozen else _hashes(sources, extents, spans)
+    return State(kinds, hashes, problem.guard(sources), extents, spans, frozen, freezing)
+
+
+def _counters(sources: Sequence[Tensor]) -> bytes:
+    """Addresses and version counters, in place of hashes."""
+    found = [x.data_ptr() for x in sources]
+    found += [x._version for x in sources]
+    return struct.pack(f"{len(found)}Q", *found) + _isa()
 
 
 def _isa() -> bytes:
@@ -198,6 +221,42 @@ def seal(weight: Tensor) -> None:
     _sealed[key] = weakref.ref(weight, lambda _: drop(key, None))
 
 
+def freeze(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Says that these tensors of the CPU stay as they are, and returns those that can be frozen.
+
+    The caller answers for it that they are written by nothing that torch does not count, as
+    `tensor.data`, a NumPy view or a fused optimizer. What torch counts, and another tensor in the
+    place of one, is seen as before. A tensor made in inference mode has no counter, and its
+    contents are hashed at each call on.
+    """
+    global _freezing
+    found = [t for t in tensors if t.is_cpu and not t.is_inference()]
+    for tensor in found:
+        key = id(tensor)
+        _frozen[key] = weakref.ref(tensor, functools.partial(_thaw, key))
+    _freezing += 1
+    return found
+
+
+def thaw(tensors: Iterable[Tensor]) -> None:
+    """Undoes `freeze`."""
+    for tensor in tensors:
+        if _is_frozen(tensor):
+            _thaw(id(tensor))
+
+
+def _thaw(key: int, _: object = None) -> None:
+    """Of a tensor that has died too: another may get its address."""
+    global _freezing
+    _frozen.pop(key, None)
+    _freezing += 1
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    known = _frozen.get(id(tensor))
+    return known is not None and known() is tensor
+
+
 def _new_entry(key: Key, owner: Tensor) -> _Entry:
     drop = _entries.pop  # bound: at exit a module's names go before its weights
     known = _sealed.get(id(owner))
@@ -259,6 +318,7 @@ def forget(weight: Tensor) -> None:
     """
     base = torch_private.base(weight)
     owner = base if type(base) is Parameter else weight
+    thaw([owner])
     # A copy: another thread may add an entry, and the garbage collector drop one.
     for key in _entries.copy():
         if key[0] == id(owner):

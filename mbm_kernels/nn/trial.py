@@ -13,6 +13,7 @@ from torch import nn
 from mbm_kernels._core import dispatch
 
 K = TypeVar("K")
+_WATCHES = "_mbm_watches"
 
 
 @dataclass
@@ -44,6 +45,7 @@ def recorded(
             made.seen += seen
             return result
 
+        vars(watched)[_WATCHES] = True
         return watched
 
     before = {name: vars(owner).get(attribute) for name, (owner, attribute) in places.items()}
@@ -57,6 +59,11 @@ def recorded(
                 vars(owner).pop(attribute, None)
             else:
                 vars(owner)[attribute] = before[name]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether the forward on a module's instance is no other than its own, watched."""
+    return hasattr(vars(module).get("forward"), _WATCHES)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mbm_kernels._core import packing
 from mbm_kernels.nn import counterparts
-from mbm_kernels.ops.conv_bias_act import conv_bias_act
+from mbm_kernels.ops.conv_bias_act import backend_cpu
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
+from mbm_kernels.ops.conv_bias_act.op import OP, convolve, described
 
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
 
@@ -72,22 +73,46 @@ class Chain:
         if conv.padding_mode != "zeros":
             image = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = 0
+        options = (conv.stride, padding, conv.dilation, conv.groups, self.activation, self.pool)
         try:
-            return conv_bias_act(
-                image,
-                weight,
-                bias,
-                stride=conv.stride,
-                padding=padding,
-                dilation=conv.dilation,
-                groups=conv.groups,
-                residual=residual,
-                activation=self.activation,
-                max_pool=self.pool,
-                backend=self.backend,
-            )
+            return convolve((image, weight, bias, residual), options, self.backend)
         except (TypeError, ValueError):  # a residual that broadcasts; errors in PyTorch's words
             return self.stock(x, residual)
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All tensors that the weight and the bias come from."""
+        if self.norm is None:
+            return self.conv.weight, self.conv.bias
+        return _sources(self.conv, self.norm)
+
+    def settings(self) -> tuple[Any, ...]:
+        """What a call goes by beside its tensors and those of `sources`."""
+        conv, norm = self.conv, self.norm
+        options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+        return (*options, self.backend, None if norm is None else norm.eps)
+
+    def constant(self, x: Tensor, residual: Tensor | None) -> backend_cpu.Constant | None:
+        """This call for a weight and a bias that stay; None where "cpu" does not run it as it is.
+
+        Raises:
+            TypeError, ValueError: the tensors do not fit.
+        """
+        conv = self.conv
+        if conv.padding_mode != "zeros":
+            return None
+        weight, bias = self.folded() if self.norm is not None else self._copied()
+        options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        given = (x, weight, bias, residual)
+        call, _, problem = described(given, (*options, self.activation, self.pool), self.backend)
+        if call is None or problem is None or OP.choose(call) != "cpu":
+            return None
+        return backend_cpu.constant(problem, weight, bias)
+
+    @torch.no_grad()
+    def _copied(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.conv.weight.detach().clone(), self.conv.bias
+        packing.seal(weight)
+        return weight, None if bias is None else bias.detach().clone()
 
     def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same by PyTorch, module by module."""

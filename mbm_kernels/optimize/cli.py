@@ -40,6 +40,9 @@ Engines = Annotated[
 Measure = Annotated[
     bool, typer.Option("--measure", help="Time each call by every backend that runs it, too.")
 ]
+Freeze = Annotated[
+    bool, typer.Option("--freeze", help="Take weights for constants, as engines do.")
+]
 Html = Annotated[Path | None, typer.Option("--html", help="Write the report to this file, too.")]
 
 
@@ -52,6 +55,7 @@ def optimize(
     as_json: AsJson = False,
     html: Html = None,
     engines: Engines = False,
+    freeze: Freeze = False,
 ) -> None:
     """What a model's modules become, with what they gain, and which stay and why."""
     if engines and mode != "inference":
@@ -60,7 +64,7 @@ def optimize(
         )
     made, inputs = _called(model, batch, size)
     made.train(mode == "training")
-    report = optimize_model(made, mode=mode, policy=policy, sample_input=inputs)
+    report = optimize_model(made, mode=mode, policy=policy, sample_input=inputs, freeze=freeze)
     if engines:
         report.beside = beside_engines(made, inputs)
     if html is not None:

@@ -20,32 +20,78 @@ import torch
 from torch import Tensor, nn
 
 from mbm_kernels._core import torch_private, tracing
-from mbm_kernels.nn import counterparts
+from mbm_kernels.nn import counterparts, trial
 from mbm_kernels.optimize import outputs
 from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.sequence import Sequence
 
 PLAN = "_mbm_plan"
 # Of a first call, over the largest value: what no rounding explains.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
+@dataclass(frozen=True, eq=False)
+class Inlined:
+    """A container whose forward is part of another's: what must stay for that to be right."""
+
+    module: nn.Module
+    kind: type[nn.Module]  # of a fused one that which it had before
+    modules: tuple[nn.Module | None, ...]
+    plan: Plan | None  # of a fused one
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Inlined:
+        kind = module._mbm_own_class if isinstance(module, Fused) else type(module)
+        return cls(module, kind, tuple(module._modules.values()), vars(module).get(PLAN))
+
+    def why_not(self) -> str | None:
+        module = self.module
+        kind = type(module)
+        if vars(module).get(PLAN) is not self.plan:
+            return f"a {self.kind.__name__} in it was fused or unfused"
+        if (kind if self.plan is None else getattr(kind, "_mbm_own_class", None)) is not self.kind:
+            return f"the class of a {self.kind.__name__} in it was changed"
+        watched = kind is nn.Sequential and trial.is_watched(module)
+        if "forward" in vars(module) and not watched:
+            return f"the forward of a {self.kind.__name__} in it was replaced"
+        if counterparts.has_hooks(module):
+            return f"a hook sits on a {self.kind.__name__} in it"
+        if tuple(module._modules.values()) != self.modules:
+            return f"a {self.kind.__name__} in it has other modules"
+        if module.training:
+            return f"a {self.kind.__name__} in it is in training mode"
+        return None
+
+
 @dataclass(eq=False)
 class Plan:
     """A rewritten forward.
 
-    arguments: names of the tensors it takes. source: its text, in which the chains are attributes
-    of the module. inlined: the nn.Sequential whose modules it calls itself, and how many they are.
-    checked: the first call has compared it with the forward as written.
+    arguments: names of the tensors it takes. source: its text. attributes: what the text finds on
+    the module, beside what is there: chains, sequences of them, and modules that lie deep in it.
+    inlined: the containers whose modules it calls itself. fallback: a plan that may serve where
+    this one may not. checked: the first call has compared it with the forward as written.
     """
 
     arguments: tuple[str, ...]
     source: str
     names: dict[str, Any]  # of the source's globals
-    chains: dict[str, Chain]  # by attribute
-    inlined: tuple[tuple[nn.Module, int], ...]
+    attributes: dict[str, Any]
+    inlined: tuple[Inlined, ...]
+    fallback: Plan | None = None
     checked: bool = False
     refused: str | None = None
+    chains: tuple[Chain, ...] = field(init=False)
     _run: Callable[..., Any] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        found: list[Chain] = []
+        for value in self.attributes.values():
+            if isinstance(value, Chain):
+                found.append(value)
+            elif isinstance(value, Sequence):
+                found += value.chains
+        self.chains = tuple(found)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The arguments in order; None where they are not those that were traced."""
@@ -73,11 +119,9 @@ class Plan:
             return "gradients are recorded; call the model under torch.no_grad()"
         if torch_private.any_global_hook():
             return "a hook sits on all modules"
-        for inlined, count in self.inlined:
-            if len(inlined._modules) != count or counterparts.has_hooks(inlined):
-                return "one of its nn.Sequential has hooks or other modules"
-        for chain in self.chains.values():
-            reason = chain.why_not()
+        parts: tuple[Inlined | Chain, ...] = (*self.inlined, *self.chains)
+        for part in parts:
+            reason = part.why_not()
             if reason is not None:
                 return reason
         return None
@@ -112,7 +156,7 @@ class Fused(counterparts.RunsChains):
 
     def in_chains(self) -> set[nn.Module]:
         plan: Plan = vars(self)[PLAN]
-        return {module for chain in plan.chains.values() for module in chain.modules}
+        return {module for chain in plan.chains for module in chain.modules}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(protocol)[2]
@@ -120,18 +164,31 @@ class Fused(counterparts.RunsChains):
 
     def unfuse(self) -> None:
         """Makes the module what it was."""
-        vars(self).pop(PLAN, None)
-        for name in [n for n, v in vars(self).items() if isinstance(v, Chain)]:
-            del vars(self)[name]
+        _put(self, None)
         module: nn.Module = self
         module.__class__ = type(self)._mbm_own_class
 
 
 def fuse(module: nn.Module, plan: Plan) -> None:
-    """Gives a module the rewritten forward."""
-    vars(module)[PLAN] = plan
-    vars(module).update(plan.chains)
-    module.__class__ = _fused_class(type(module))
+    """Gives a module the rewritten forward; one that has another already, this one."""
+    _put(module, plan)
+    if not isinstance(module, Fused):
+        module.__class__ = _fused_class(type(module))
+
+
+def _put(module: nn.Module, plan: Plan | None) -> None:
+    """Makes `plan`, and what it finds on the module, take the place of the plan before."""
+    attributes = vars(module)
+    before: Plan | None = attributes.pop(PLAN, None)
+    while before is not None:
+        for name in before.attributes:
+            attributes.pop(name, None)
+        before = before.fallback
+    if plan is not None:
+        attributes[PLAN] = plan
+    while plan is not None:
+        attributes.update(plan.attributes)
+        plan = plan.fallback
 
 
 def _has_gradients(module: nn.Module, args: tuple[Any, ...]) -> bool:
@@ -146,14 +203,16 @@ def _forward(
     """The rewritten forward of a module where it may run, else its `own`."""
     plan: Plan | None = vars(module).get(PLAN)
     given = None if plan is None else plan.bound(args, kwargs)
-    if plan is None or given is None:
-        return own(module, *args, **kwargs)
-    if plan.why_not(module, given) is not None:
-        return own(module, *args, **kwargs)
-    return plan.run(module, given) if plan.checked else _first(module, own, plan, given)
+    if given is not None:
+        while plan is not None:
+            if plan.why_not(module, given) is None:
+                run = plan.run if plan.checked else functools.partial(_first, plan, own)
+                return run(module, given)
+            plan = plan.fallback
+    return own(module, *args, **kwargs)
 
 
-def _first(module: nn.Module, own: Callable[..., Any], plan: Plan, args: tuple[Any, ...]) -> Any:
+def _first(plan: Plan, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]) -> Any:
     """Both forwards, the class's own being right."""
     with torch.random.fork_rng(devices=[]):
         try:

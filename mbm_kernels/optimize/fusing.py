@@ -58,7 +58,7 @@ class Fusion:
         inlined: set[nn.Module] = set()
         for name, module in list(model.named_modules()):
             if isinstance(module, Fused):
-                inlined.update(m for m, _ in vars(module)[PLAN].inlined)
+                inlined.update(part.module for part in vars(module)[PLAN].inlined)
             elif module not in inlined and _may_hold_chains(module):
                 inlined.update(self._look_into(name, module, allowed))
 
@@ -93,7 +93,7 @@ class Fusion:
                     module,
                     attribute,
                 )
-                for attribute, chain in vars(module)[PLAN].chains.items()
+                for attribute, chain in vars(module)[PLAN].attributes.items()
             ]
         return traced.inlined
 

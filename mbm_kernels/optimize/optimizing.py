@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mbm_kernels._core import checks
 from mbm_kernels.nn import counterparts, trial
-from mbm_kernels.optimize import fusing, measure
+from mbm_kernels.optimize import fusing, linking, measure
 from mbm_kernels.optimize.candidates import Candidate, ModuleCandidate, kinds_of_calls
+from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.freezing import Frozen
 from mbm_kernels.optimize.judging import Judge
 from mbm_kernels.optimize.report import Report, Row
 
@@ -32,6 +35,7 @@ def optimize(
     filter_fn: Filter | None = None,
     strict: bool = False,
     ops: Collection[str] | None = None,
+    freeze: bool = False,
 ) -> Report:
     """Makes a model faster in place, and says what was changed, what was not, and why.
 
@@ -55,13 +59,19 @@ def optimize(
         strict: raises where a module of a supported type could not be changed, other than by
             `filter_fn`, `ops` or because PyTorch is faster; the model is as before then.
         ops: names of operations, of "conv_bias_act", "gru", "gru_cell", "cross_attention".
+        freeze: takes the weights of what is replaced for constants, until `revert`: packed weights
+            are used while addresses and torch's version counters of the weights stay the same,
+            instead of a hash of every byte at each call. Writes that torch does not count
+            (`weight.data`, NumPy, optimizers with fused=True) are not seen then; in-place
+            operations, `load_state_dict` and new parameters are. For mode "inference".
 
     Returns:
         A Report: print it; `.replaced`, `.kept`, `.notes`, `.revert()`.
 
     Raises:
         ValueError: a mode, policy or operation that there is not, a model in training mode with
-            mode "inference", policy "measured" without a sample, or by `strict`.
+            mode "inference", policy "measured" without a sample, `freeze` in mode "training", or by
+            `strict`.
         TypeError: `model` is no torch.nn.Module.
         Exception: whatever the model raises on the sample; it is as before then.
 
@@ -71,6 +81,9 @@ def optimize(
         report.revert()
     """
     _check(model, mode, sample_input, policy, ops)
+    if freeze and mode != "inference":
+        remedy = 'leave freeze out, or pass mode="inference"'
+        checks.fail("optimize", "freeze", freeze, "False where weights are trained", remedy)
     task = _Task(
         model=model,
         report=Report(mode, policy),
@@ -84,8 +97,11 @@ def optimize(
         if mode == "inference" and "conv_bias_act" in task.ops:
             task.fuse()
         task.swap()
+        task.link()
         if policy == "measured":
             task.measure()
+        if freeze:
+            task.freeze()
         if strict and task.failed:
             raise ValueError(
                 f"optimize: strict: got {'; '.join(task.failed)}; expected every module of a "
@@ -116,6 +132,8 @@ class _Task:
     filter_fn: Filter | None
     ops: tuple[str, ...]
     failed: list[str]
+    fused: list[fusing.FusedContainer] = field(default_factory=list)
+    apart: set[Chain] = field(default_factory=set)  # chains that PyTorch runs on the sample
 
     def allowed(self, name: str, module: nn.Module) -> bool:
         return self.filter_fn is None or bool(self.filter_fn(name, module))
@@ -134,12 +152,19 @@ class _Task:
             candidate.calls = []  # which hold activations
             if verdict.replaced:
                 self.report.replaced.append(verdict.row(candidate))
+                if verdict.backend == "torch":
+                    self.apart.add(candidate.chain)
             else:
                 fusion.drop(candidate)
                 if verdict.failed:
                     self.report.notes.append(f"{candidate.name}: not fused: {verdict.reason}")
         self.report.notes += [f"{f.name}: {reason}" for f, reason in refused.values()]
-        self.report._changes = [*fusion.finish()]
+        self.fused = fusion.finish()
+        self.report._changes = [*self.fused]
+
+    def link(self) -> None:
+        """Containers that call fused ones run all of that as one forward."""
+        self.report._changes += linking.link(self.model, self.fused, self.apart)
 
     def swap(self) -> None:
         """Modules become their counterparts; what is not kept of those is put back."""
@@ -193,6 +218,16 @@ class _Task:
             for row in self.report.replaced
         ]
         self.report.replaced.clear()
+
+    def freeze(self) -> None:
+        """Takes the weights of what is replaced for constants."""
+        found = {m for f in self.fused for _, chain in f.sites for m in chain.modules}
+        found |= {c.module for c in self.report._changes if isinstance(c, ModuleCandidate)}
+        if not self.report._changes:
+            return
+        frozen = Frozen([t for m in found for t in (*m.parameters(), *m.buffers())])
+        frozen.redo()
+        self.report._changes.append(frozen)
 
     def _why_not(self, name: str, module: nn.Module) -> tuple[str | None, bool]:
         """Why a module keeps its class before anything is tried, and whether `strict` minds."""
@@ -249,8 +284,6 @@ def arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _check(
     model: Any, mode: str, sample_input: Any, policy: str, ops: Collection[str] | None
 ) -> None:
-    from mbm_kernels._core import checks
-
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         checks.fail("optimize", "model", got, "a torch.nn.Module", "pass the model", TypeError)

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from mbm_kernels.nn import counterparts
 from mbm_kernels.optimize.chain import Chain, Pool, why_not_folded
-from mbm_kernels.optimize.fused import Plan
+from mbm_kernels.optimize.fused import Inlined, Plan
 from mbm_kernels.optimize.tracing import Traced
 
 Allowed = Callable[[str, nn.Module], bool]
@@ -313,23 +313,39 @@ def chain_of(container: nn.Module, site: Site, path: str) -> Chain:
     )
 
 
-def plan(traced: Traced, found: Sequence[tuple[Site, Chain]]) -> Plan:
-    """The forward in which each site is a call of its chain."""
+@dataclass
+class Rewritten:
+    """A container's graph in which each site is a node of its own: `chains` by such nodes."""
+
+    graph: torch.fx.Graph
+    chains: dict[Node, Chain]
+
+
+def rewritten(traced: Traced, found: Sequence[tuple[Site, Chain]]) -> Rewritten:
+    """The graph in which each site is a call of its chain; targets are attributes."""
     graph = torch.fx.Graph()
-    chains: dict[str, Chain] = {}
+    chains: dict[Node, Chain] = {}
     by_anchor = {site.anchor: (site, chain) for site, chain in found}
     within = {node for site, _ in found for node in site.nodes}
     copies: dict[Node, Node] = {}
     for node in traced.graph.nodes:
         if node in by_anchor:
             site, chain = by_anchor[node]
-            attribute = f"_mbm_chain_{len(chains)}"
-            chains[attribute] = chain
             args = [copies[site.conv.all_input_nodes[0]]]
             args += [] if site.residual is None else [copies[site.residual]]
-            copies[site.last] = graph.create_node("call_module", attribute, tuple(args))
+            target = f"_mbm_chain_{len(chains)}"
+            made = graph.create_node("call_module", target, tuple(args))
+            chains[made] = chain
+            copies[site.last] = made
         elif node not in within:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    code = graph.python_code("self")
-    inlined = tuple((m, len(m._modules)) for m in traced.inlined)
-    return Plan(traced.arguments, code.src, dict(code.globals), chains, inlined)
+    return Rewritten(graph, chains)
+
+
+def plan(traced: Traced, found: Sequence[tuple[Site, Chain]]) -> Plan:
+    """The forward in which each site is a call of its chain."""
+    made = rewritten(traced, found)
+    code = made.graph.python_code("self")
+    attributes = {str(node.target): chain for node, chain in made.chains.items()}
+    inlined = tuple(Inlined.of(m) for m in traced.inlined)
+    return Plan(traced.arguments, code.src, dict(code.globals), attributes, inlined)

@@ -2,7 +2,7 @@
 
 import pytest
 
-import mbm_kernels
+from mbm_kernels.ops.conv_bias_act.op import convolve
 
 
 @pytest.fixture
@@ -12,9 +12,12 @@ def runs(monkeypatch):
 
     seen = []
 
-    def watched(*args, **options):
-        seen.append(options)
-        return mbm_kernels.conv_bias_act(*args, **options)
+    names = ("stride", "padding", "dilation", "groups", "activation", "max_pool")
 
-    monkeypatch.setattr(chain, "conv_bias_act", watched)
+    def watched(tensors, options, backend):
+        given = dict(zip(names, options, strict=True))
+        seen.append({**given, "residual": tensors[3], "backend": backend})
+        return convolve(tensors, options, backend)
+
+    monkeypatch.setattr(chain, "convolve", watched)
     return seen

@@ -6,6 +6,7 @@ MBM_WINOGRAD=0; every other one is direct.
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -250,6 +251,41 @@ def fwd(
         return y, places, z
     y = y.to(p.dtype)
     return y[0] if p.unbatched else y, places, z
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A forward whose weight and bias stay, as csrc's ConvSequence takes it.
+
+    weight: addresses of the packed weight, of the weight as it is, and of the bias, 0 for none, in
+    the memory of `held`.
+    """
+
+    block: bytes
+    weight: tuple[int, int, int]
+    held: tuple[Tensor | None, ...]
+    y_shape: tuple[int, ...]
+    y_strides: tuple[int, ...]
+
+
+def constant(p: Problem, weight: Tensor, bias: Tensor | None) -> Constant | None:
+    """The forward of a problem, without saving, for a weight and a bias that nobody writes.
+
+    None where tensors must be cast or copied first.
+    """
+    plan = _native(p)
+    if not (plan.plain and plan.x.as_is and plan.bias_as_is):
+        return None
+    if p.residual_strides is not None and not plan.residual.as_is:
+        return None
+    packed = plain = None
+    if plan.plain_weight:
+        plain = _dense_weight(weight)
+    else:
+        packed = packing.packed(*plan.packer, weight)
+    held = (packed, plain, bias)
+    addresses = (native.address(packed), native.address(plain), native.address(bias))
+    return Constant(plan.block, addresses, held, plan.y_shape, plan.y.strides)
 
 
 def bwd(
