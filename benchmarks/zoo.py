@@ -40,7 +40,9 @@ HERE = Path(__file__).resolve().parent
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("inference", "training")
 POLICIES = ("auto", "measured")
-COLUMNS = ("model", "B", "replaced", "PyTorch's fastest", "ms", *POLICIES, "fastest engine")
+FROZEN = "frozen"  # "auto" with freeze=True
+FORMS = (*POLICIES, FROZEN)
+COLUMNS = ("model", "B", "replaced", "PyTorch's fastest", "ms", *FORMS, "fastest engine")
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 Call = Callable[[], object]
 
@@ -92,10 +94,13 @@ def forms(
         if compiled:
             fast = torch.compile(copy.deepcopy(model))
             yield f"compile {layout}", call_of(fast, inputs, mode), None
-        for policy in POLICIES:
-            ours = copy.deepcopy(model)
-            report = mbm_kernels.optimize(ours, mode=mode, policy=policy, sample_input=inputs)
-            yield f"{policy} {layout}", call_of(ours, inputs, mode), report
+        for form in FORMS if mode == "inference" else POLICIES:
+            ours, frozen = copy.deepcopy(model), form == FROZEN
+            policy = "auto" if frozen else form
+            report = mbm_kernels.optimize(
+                ours, mode=mode, policy=policy, sample_input=inputs, freeze=frozen
+            )
+            yield f"{form} {layout}", call_of(ours, inputs, mode), report
 
 
 def measure(
@@ -149,10 +154,11 @@ def parity(entry: Entry, mode: str) -> str:
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """PyTorch's fastest form over our fastest layout, by policy.
+    """PyTorch's fastest form over our fastest layout, by our form as far as it was timed.
 
     A model of which nothing was replaced is PyTorch's, and so is its time.
     """
+    timed = {name.partition(" ")[0] for name in row["ms"]}
 
     def taken(name: str, ms: float) -> float:
         as_it_was = row.get(f"replaced {name}") == 0
@@ -163,16 +169,21 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         forms = ((name, ms) for name, ms in row["ms"].items() if name.partition(" ")[0] in kinds)
         return min(taken(name, ms) for name, ms in forms)
 
-    return {policy: least("torch", "compile") / least(policy) for policy in POLICIES}
+    stock = least("torch", "compile")
+    return {form: stock / least(form) for form in FORMS if form in timed}
 
 
 def engine(row: dict[str, Any]) -> tuple[str, float] | None:
-    """The fastest engine and its time over that of our faster layout by "auto"."""
+    """The fastest engine and its time over that of our faster layout, frozen as its weights are; of
+    a row without that, by "auto"."""
     timed = {name: row["ms"][name] for name in row.get("engines", {}) if name in row["ms"]}
     if not timed:
         return None
     best = min(timed, key=timed.__getitem__)
-    ours = min(ms for name, ms in row["ms"].items() if name.partition(" ")[0] == "auto")
+    by_form: dict[str, list[float]] = {form: [] for form in FORMS}
+    for name, ms in row["ms"].items():
+        by_form.setdefault(name.partition(" ")[0], []).append(ms)
+    ours = min(by_form[FROZEN] or by_form["auto"])
     return best, timed[best] / ours
 
 
@@ -183,7 +194,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     stock = {n: ms for n, ms in row["ms"].items() if n.partition(" ")[0] in ("torch", "compile")}
     best = min(stock, key=stock.__getitem__)
     replaced, kept = row["replaced auto NCHW"], row["kept auto NCHW"]
-    found = [f"{value:.2f}" for value in ratios(row).values()]
+    of_forms = ratios(row)
+    found = [f"{of_forms[form]:.2f}" if form in of_forms else "" for form in FORMS]
     beside = engine(row)
     found.append("" if beside is None else f"{beside[0]} {beside[1]:.2f}")
     return [*head, f"{replaced} of {replaced + kept}", best, f"{stock[best]:.2f}", *found]
@@ -211,7 +223,7 @@ def main(
     for which in mode or MODES:
         table = Table(title=f"{machine.device()}: {which}, {threads} thread(s), warm heap")
         for name in COLUMNS:
-            table.add_column(name, justify="right" if name in ("B", "ms", *POLICIES) else "left")
+            table.add_column(name, justify="right" if name in ("B", "ms", *FORMS) else "left")
         for entry in (zoo_models.ENTRIES[n] for n in names or zoo_models.ENTRIES):
             if (package := entry.missing()) is not None:
                 console.print(f"{entry.name}: {package} is not installed", style="yellow")

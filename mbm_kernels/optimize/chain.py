@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mbm_kernels._core import packing
+from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.nn import counterparts
 from mbm_kernels.ops.conv_bias_act import backend_cpu
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
@@ -62,9 +63,28 @@ class Chain:
                 return f"the class or the forward of {key!r} was changed"
             if counterparts.has_hooks(module):
                 return f"a hook sits on {key!r}"
-        if self.norm is not None and self.norm.training:
-            return "its BatchNorm2d is in training mode"
+            if module.training:
+                return f"{key!r} is in training mode"
         return None
+
+    def watch(self, watch: Watch) -> None:
+        """Adds what `why_not` looks at."""
+        for module, (owner, key) in zip(self.modules, self.holders, strict=True):
+            watch.items(owner, (key,))
+            watch.module(module, "training")
+
+    def watch_constants(self, watch: Watch) -> None:
+        """Adds what a call goes by beside its tensors and the contents of `sources`."""
+        watch.attributes(self, "activation", "backend", "pool")
+        conv, norm = self.conv, self.norm
+        watch.attributes(conv, "stride", "padding", "dilation", "groups", "padding_mode")
+        for layer, names in ((conv, ("_parameters",)), (norm, ("_parameters", "_buffers"))):
+            if layer is not None:
+                watch.attributes(layer, *names, "weight", "bias", "running_mean", "running_var")
+                for name in names:
+                    watch.items(vars(layer)[name], (*vars(layer)[name],))
+        if norm is not None:
+            watch.attributes(norm, "eps")
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
@@ -84,12 +104,6 @@ class Chain:
         if self.norm is None:
             return self.conv.weight, self.conv.bias
         return _sources(self.conv, self.norm)
-
-    def settings(self) -> tuple[Any, ...]:
-        """What a call goes by beside its tensors and those of `sources`."""
-        conv, norm = self.conv, self.norm
-        options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-        return (*options, self.backend, None if norm is None else norm.eps)
 
     def constant(self, x: Tensor, residual: Tensor | None) -> backend_cpu.Constant | None:
         """This call for a weight and a bias that stay; None where "cpu" does not run it as it is.

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbm_kernels._core import torch_private, tracing
+from mbm_kernels._core import native, torch_private, tracing
+from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.nn import counterparts, trial
 from mbm_kernels.optimize import outputs
 from mbm_kernels.optimize.chain import Chain
@@ -62,6 +63,13 @@ class Inlined:
             return f"a {self.kind.__name__} in it is in training mode"
         return None
 
+    def watch(self, watch: Watch) -> None:
+        """Adds what `why_not` looks at."""
+        module = self.module
+        watch.module(module, "training", "_modules", PLAN)
+        watch.items(module._modules, module._modules)
+        watch.size(module._modules)
+
 
 @dataclass(eq=False)
 class Plan:
@@ -83,6 +91,8 @@ class Plan:
     refused: str | None = None
     chains: tuple[Chain, ...] = field(init=False)
     _run: Callable[..., Any] | None = field(default=None, init=False, repr=False)
+    # Sees any change of what `why_not` found right.
+    _watch: Watch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         found: list[Chain] = []
@@ -119,11 +129,18 @@ class Plan:
             return "gradients are recorded; call the model under torch.no_grad()"
         if torch_private.any_global_hook():
             return "a hook sits on all modules"
+        if self._watch is not None and self._watch.same():
+            return None
         parts: tuple[Inlined | Chain, ...] = (*self.inlined, *self.chains)
         for part in parts:
             reason = part.why_not()
             if reason is not None:
                 return reason
+        self._watch = None
+        if native.cpu_reason() is None:
+            self._watch = Watch()
+            for part in parts:
+                part.watch(self._watch)
         return None
 
     def run(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -135,7 +152,7 @@ class Plan:
         return self._run(module, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**vars(self), "_run": None}
+        state = {**vars(self), "_run": None, "_watch": None}
         modules = {k: v.__name__ for k, v in self.names.items() if isinstance(v, ModuleType)}
         state["names"] = {k: v for k, v in self.names.items() if k not in modules}
         return {**state, "_modules": modules}

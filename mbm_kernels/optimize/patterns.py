@@ -50,6 +50,9 @@ ACTIVATION_CALLS: dict[Any, tuple[str, dict[str, Any]]] = {
     F.tanh: ("tanh", {}),
     "tanh": ("tanh", {}),
 }
+# Of these the input comes out in eval mode; those of packages by name.
+DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPPED_PATHS = ("torchvision.ops.stochastic_depth.StochasticDepth", "timm.layers.drop.DropPath")
 POOL_CALLS = (F.max_pool2d, torch.max_pool2d)
 POOL_ARGUMENTS = {"kernel_size": None, "stride": None, "padding": 0} | {
     "dilation": 1,
@@ -172,7 +175,8 @@ class _Growth:
         kind = type(module)
         if node.kwargs or len(node.args) != 1 or "forward" in vars(module):
             return False
-        known = kind in (nn.Identity, nn.BatchNorm2d, nn.MaxPool2d, *ACTIVATION_MODULES)
+        dropout = _is_dropout(kind) and not module.training
+        known = dropout or kind in (nn.BatchNorm2d, nn.MaxPool2d, *ACTIVATION_MODULES)
         if not known or not self.allowed(f"{self.path}.{name}" if self.path else name, module):
             return False
         if counterparts.has_hooks(module):
@@ -183,7 +187,7 @@ class _Growth:
         elif isinstance(module, nn.MaxPool2d):
             keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
             takes = self._takes_pool(**{key: getattr(module, key) for key in keys})
-        elif kind is nn.Identity:
+        elif dropout:
             takes = True
         else:
             takes = self._takes_activation(ACTIVATION_MODULES[kind](module))
@@ -249,6 +253,10 @@ class _Growth:
             if reads and not _is_pure(between, self.modules):
                 return False
         return True
+
+
+def _is_dropout(kind: type[nn.Module]) -> bool:
+    return kind in DROPOUTS or f"{kind.__module__}.{kind.__qualname__}" in DROPPED_PATHS
 
 
 def _writes(node: Node, modules: dict[str, nn.Module]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mbm_kernels._core import dispatch, native, packing, problem, profiling
+from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.ops.conv_bias_act.backend_cpu import Constant
 from mbm_kernels.optimize.chain import Chain
 
@@ -55,7 +56,7 @@ class Sequence:
     def __call__(self, *given: Tensor) -> Any:
         for ready in self._ready:
             if ready.check(*given):
-                if ready.holds(self.steps):
+                if ready.holds():
                     return ready.run(given)
                 self._drop(ready)
                 break
@@ -111,9 +112,9 @@ class _Ready:
     kind: Any
     check: Any
     moment: tuple[Any, ...]
-    settings: tuple[Any, ...]
-    state: list[packing.State]  # one: replaced by an equal one of other versions
-    absent: tuple[bool, ...]  # of the sources
+    watch: Watch
+    sources: list[Tensor]  # what the weights come from
+    state: list[packing.State]  # theirs: one, replaced by an equal one
     call: Any  # csrc's ConvSequence
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shapes and strides
     scratch: int  # floats
@@ -126,9 +127,13 @@ class _Ready:
         constants = _constants(sequence, values)
         if check is None or constants is None:
             return None
-        sources, absent = _sources(sequence.steps)
+        chains = sequence.chains
+        sources = [t for chain in chains for t in chain.sources() if t is not None]
         if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources):
             return None
+        watch = Watch()
+        for chain in chains:
+            chain.watch_constants(watch)
         places, scratch = _places(sequence, constants)
         call = native.cpu().ConvSequence(sequence.inputs + len(sequence.outputs) + 1)
         for i, (step, found) in enumerate(zip(sequence.steps, constants, strict=True)):
@@ -139,23 +144,22 @@ class _Ready:
             kind=kind,
             check=check,
             moment=dispatch.moment(),
-            settings=_settings(sequence.steps),
+            watch=watch,
+            sources=sources,
             state=[packing.state_of(sources)],
-            absent=absent,
             call=call,
             outputs=tuple((c.y_shape, c.y_strides) for c in results),
             scratch=scratch,
             held=tuple(c.held for c in constants),
         )
 
-    def holds(self, steps: tuple[Step, ...]) -> bool:
+    def holds(self) -> bool:
         """Whether what it was made of is as it was, but for the inputs."""
-        if dispatch.moment() != self.moment or not _alone() or _settings(steps) != self.settings:
+        if dispatch.moment() != self.moment or not _alone() or not self.watch.same():
             return False
-        sources, absent = _sources(steps)
         known = self.state[0]
-        state = packing.state_of(sources, known)
-        if absent != self.absent or not state.same(known):
+        state = packing.state_of(self.sources, known)
+        if not state.same(known):
             return False
         self.state[0] = state
         return True
@@ -187,16 +191,6 @@ def _constants(sequence: Sequence, values: list[Tensor]) -> list[Constant] | Non
             return None
         found.append(constant)
     return found
-
-
-def _settings(steps: tuple[Step, ...]) -> tuple[Any, ...]:
-    return tuple([step.chain.settings() for step in steps])
-
-
-def _sources(steps: tuple[Step, ...]) -> tuple[list[Tensor], tuple[bool, ...]]:
-    """The tensors that all weights and biases come from, and which there are none of."""
-    given = [source for step in steps for source in step.chain.sources()]
-    return [t for t in given if t is not None], tuple([t is None for t in given])
 
 
 def _places(sequence: Sequence, constants: list[Constant]) -> tuple[list[tuple[int, int]], int]:

@@ -24,22 +24,29 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", zoo.MODES)
-def test_a_row_has_every_form_and_the_ratios_of_both_policies(mode):
+def test_a_row_has_every_form_and_the_its_ratios(mode):
     row = zoo.measure(SMALL, 2, mode, compiled=False, seconds=0.01)
-    assert set(row["ms"]) == {"torch NCHW", "auto NCHW", "measured NCHW"}
+    ours = zoo.FORMS if mode == "inference" else zoo.POLICIES  # nothing is frozen in training
+    assert set(row["ms"]) == {"torch NCHW", *(f"{form} NCHW" for form in ours)}
     assert row["parity"] == "ok"
     row["ms"] = {"torch NCHW": 6.0, "torch channels_last": 4.0, "auto NCHW": 2.0, "measured x": 8.0}
     assert zoo.ratios(row) == {"auto": 2.0, "measured": 0.5}
+    row["ms"]["frozen NCHW"] = 1.0
+    assert zoo.ratios(row) == {"auto": 2.0, "measured": 0.5, "frozen": 4.0}
 
 
 def test_engines_run_the_model_as_it_was(fakes):
     fakes(Fake("first"), Fake("slow", seconds=0.005), Fake("wrong", scale=2.0))
     row = zoo.measure(SMALL, 1, "inference", compiled=False, seconds=0.01, peers=True)
-    assert set(row["ms"]) == {"torch NCHW", "auto NCHW", "measured NCHW", "first", "slow"}
+    forms = {f"{form} NCHW" for form in ("torch", *zoo.FORMS)}
+    assert set(row["ms"]) == {*forms, "first", "slow"}
     assert "not the same model" in row["no_engines"]["wrong"]
     name, ratio = zoo.engine(row)
-    assert ratio == row["ms"][name] / row["ms"]["auto NCHW"]
+    assert ratio == row["ms"][name] / row["ms"]["frozen NCHW"]
     assert zoo.cells(row)[-1] == f"{name} {ratio:.2f}"
+    del row["ms"]["frozen NCHW"]  # a row from before there was that
+    assert zoo.engine(row) == (name, row["ms"][name] / row["ms"]["auto NCHW"])
+    assert zoo.cells(row)[-2] == ""
 
 
 def test_no_time_is_taken_of_a_wrong_model(monkeypatch):

@@ -23,11 +23,13 @@ tables are written from their papers with torch's own modules ([benchmarks](benc
 
 Each model ran as it is and as `optimize` makes it, all forms interleaved in one process on a heap
 that stays warm. *ms*: the median of PyTorch's fastest form, NCHW or channels_last. *auto*,
-*measured*: that time over the time of our faster layout by that policy; above 1 `optimize` made the
-model faster, and **bold** is a loss beyond 2 %. Training is a forward and a backward. Before any
-time is taken, outputs and gradients are held to PyTorch's in float64 by `check_parity`.
+*measured*: that time over the time of our faster layout by that policy; *frozen*: likewise by `auto`
+with `freeze=True`, which takes no hash of the weights at each call. Above 1 `optimize` made the model
+faster, and **bold** is a loss beyond 2 %. Training is a forward and a backward. Before any time is
+taken, outputs and gradients are held to PyTorch's in float64 by `check_parity`.
 
-*fastest engine*: ONNX Runtime, OpenVINO or MNN, and its time over that of *auto*.
+*fastest engine*: ONNX Runtime, OpenVINO or MNN, and its time over that of *frozen*, for an engine's
+weights are constants too; of rows from before there was that, over that of *auto*.
 
 *replaced*: how many of the modules that have a counterpart `auto` replaced, and why it kept others.
 `measured` times the whole model at last and puts everything back unless that is faster; a model of
@@ -64,7 +66,8 @@ def line(row: dict[str, Any]) -> list[str]:
     if "ms" not in row:
         return cells + [""] * (len(zoo.COLUMNS) - len(cells))
     model, batch, replaced, form, ms, *_, engine = cells
-    found = [*(ratio(value) for value in zoo.ratios(row).values()), engine]
+    ratios = zoo.ratios(row)
+    found = [*(ratio(ratios[form]) if form in ratios else "" for form in zoo.FORMS), engine]
     why = "; ".join(f"{count} {reason}" for reason, count in row.get("why", {}).items())
     return [model, batch, f"{replaced} ({why})" if why else replaced, form, ms, *found]
 

@@ -9,6 +9,7 @@ from mbm_kernels.ops.conv_bias_act.activations import TABLE as FUNCTIONS
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
 from tests.optimize.models import (
     Functional,
+    OfBlocks,
     ResNet,
     check,
     conv,
@@ -30,6 +31,19 @@ class TestFound:
         with torch.no_grad(), dispatch.observed():  # which wants each chain's own call
             model(x)
         assert sum(call["residual"] is not None for call in runs) == 2
+
+    def test_a_residual_after_dropout(self):
+        def forward(self, x):
+            return torch.relu(self.drop(self.norm(self.conv(x))) + x)
+
+        for drop in (nn.Dropout(0.3), nn.Dropout2d(0.3)):
+            model = OfBlocks(forward, conv=conv(), norm=nn.BatchNorm2d(4), drop=drop)
+            x = torch.randn(2, 4, 8, 8)
+            report = check(model, x, chains=1)
+            assert report.replaced[0].was == "Conv2d + BatchNorm2d + add + ReLU"
+            model.drop.train()
+            with torch.no_grad():
+                assert not torch.equal(model(x), model(x))
 
     def test_functions(self, runs):
         report = check(Functional(), torch.randn(2, 3, 8, 8), chains=3)
