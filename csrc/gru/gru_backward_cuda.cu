@@ -10,9 +10,11 @@ cudaError_t gru_cuda_bwd(const GruCudaBackward& args, int device, cudaStream_t s
   if (sizes.B == 0 || sizes.H == 0) return cudaSuccess;
   return gpu::on_device(device, sizes.dtype, [&](const gpu::Device&, auto zero) {
     using T = decltype(zero);
+    if (sizes.cluster == 0) return gru::group_bwd(args, stream);
     return gru::with_shape<T>(sizes.H, sizes.cluster, [&](auto units, auto blocks) {
       return gpu::launch(gru::gru_bwd_kernel<T, units, blocks>,
-                         gru::launch_of<gru::BackwardShape<T, units, blocks>>(sizes), stream, args);
+                         gru::launch_of<gru::BackwardCluster<T, units, blocks>>(sizes), stream,
+                         args);
     });
   });
 }

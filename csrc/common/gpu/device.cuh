@@ -58,6 +58,19 @@ MBM_DEVICE void cluster_barrier(const char*) {
 #endif
 }
 
+MBM_DEVICE void warp_barrier(const char*) { __syncwarp(); }
+
+MBM_DEVICE void store_flag(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+MBM_DEVICE void wait_flag(const char*, const uint32_t* flag, uint32_t value) {
+  uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  } while (found < value);
+}
+
 MBM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
 MBM_DEVICE void store_peer(float* p, int rank, float x) {
@@ -179,6 +192,7 @@ MBM_DEVICE T from_float(float x) {
 }
 
 MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
+MBM_DEVICE uint4 load_words_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 
 MBM_DEVICE void store_pair(void* p, uint32_t low, uint32_t high) {

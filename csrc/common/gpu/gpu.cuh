@@ -9,6 +9,10 @@
 //   cluster_rank() cluster_size()           a block's place in its cluster; 0 and 1 without one
 //   shared()                                the dynamic shared memory, aligned to 16 bytes
 //   block_barrier(site) cluster_barrier(site)   `site` names the barrier to the race checker
+//   warp_barrier(site)                      of a full warp
+//   store_flag(p, value)                    values of a flag in global memory rise; with release
+//   wait_flag(site, p, value)               for this value or a later one, with acquire; the blocks
+//                                           that wait and store are of one cooperative launch
 //   shuffle_xor(x, mask)                    of a full warp; orders no memory
 //   store_peer(p, rank, x)                  *p in another block of the cluster
 //   kHasClusters                            false for targets whose kernels of clusters are empty
@@ -21,6 +25,7 @@
 //   maximum(x, y)                           NaN where either is
 //   to_float(x) from_float<T>(x) store(p, i, x)   elements of any Dtype as float
 //   load_words(p) store_words(p, words)     16 bytes on a multiple of 16
+//   load_words_l2(p)                        likewise, past the first-level cache
 //   store_pair(p, low, high)                8 bytes on a multiple of 8
 //   store_bits(p, i, bits)                  an element of 16 bits, the low ones of a word
 #pragma once

@@ -39,6 +39,12 @@ inline char* shared() { return emulation::shared(); }
 inline void block_barrier(const char* site) { emulation::block_barrier(site); }
 inline void cluster_barrier(const char* site) { emulation::cluster_barrier(site); }
 
+inline void warp_barrier(const char* site) { emulation::warp_barrier(site); }
+inline void store_flag(uint32_t* flag, uint32_t value) { emulation::store_flag(flag, value); }
+inline void wait_flag(const char* site, const uint32_t* flag, uint32_t value) {
+  emulation::wait_flag(site, flag, value);
+}
+
 inline float as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
@@ -102,6 +108,7 @@ inline uint4 load_words(const void* p) {
   std::memcpy(&words, p, sizeof(words));
   return words;
 }
+inline uint4 load_words_l2(const void* p) { return load_words(p); }
 inline void store_words(void* p, uint4 words) { std::memcpy(p, &words, sizeof(words)); }
 
 inline void store_pair(void* p, uint32_t low, uint32_t high) {

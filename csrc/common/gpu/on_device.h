@@ -6,6 +6,17 @@
 
 namespace mbm::gpu {
 
+// visit(a zero of the element type).
+template <class Visit>
+cudaError_t with_dtype(Dtype dtype, const Visit& visit) {
+  switch (dtype) {
+    case Dtype::kFloat32: return visit(float{});
+    case Dtype::kBFloat16: return visit(bfloat16{});
+    case Dtype::kFloat16: return visit(float16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // launch(device's properties, a zero of the element type), with `device` the current one.
 template <class Launch>
 cudaError_t on_device(int device, Dtype dtype, const Launch& launch) {
@@ -13,12 +24,7 @@ cudaError_t on_device(int device, Dtype dtype, const Launch& launch) {
   if (guard.error() != cudaSuccess) return guard.error();
   Device found;
   if (const cudaError_t error = find_device(device, &found); error != cudaSuccess) return error;
-  switch (dtype) {
-    case Dtype::kFloat32: return launch(found, float{});
-    case Dtype::kBFloat16: return launch(found, bfloat16{});
-    case Dtype::kFloat16: return launch(found, float16{});
-  }
-  return cudaErrorInvalidValue;
+  return with_dtype(dtype, [&](auto zero) { return launch(found, zero); });
 }
 
 }  // namespace mbm::gpu
