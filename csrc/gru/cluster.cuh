@@ -24,19 +24,15 @@ template <class S>
 struct ClusterExchange {
   using T = typename S::Element;
   static constexpr int kThreads = S::kThreads;
-  // A row takes 64 bytes more than a multiple of 128, so that the loads of two rows at once meet no
-  // bank twice.
-  static constexpr int kRowBytes = S::kWidth * sizeof(T) + 64;
-  static constexpr int kStates = kRows * kRowBytes;
   static constexpr int kBytes =
-      2 * kStates + BlockMemory<S>::kBytes + 2 * sizeof(gpu::Mbarrier);  // of shared memory
+      2 * S::kVectors + BlockMemory<S>::kBytes + 2 * sizeof(gpu::Mbarrier);  // of shared memory
 
   char* states = gpu::shared();
-  BlockMemory<S> memory{states + 2 * kStates};
+  BlockMemory<S> memory{states + 2 * S::kVectors};
   gpu::Mbarrier* full = reinterpret_cast<gpu::Mbarrier*>(memory.held + S::kHeld);
 
   MBM_DEVICE T* row(int step, int b) const {
-    return reinterpret_cast<T*>(states + (step & 1) * kStates + b * kRowBytes);
+    return reinterpret_cast<T*>(states + (step & 1) * S::kVectors + b * S::kRowBytes);
   }
   // vector(row, k) of a step, for Resident.
   MBM_DEVICE auto vectors(int step) const {
@@ -52,7 +48,7 @@ struct ClusterExchange {
     }
   }
   MBM_DEVICE void expect(int step) const {
-    gpu::mbarrier_expect(full + (step & 1), kRows * (kRowBytes - 64));
+    gpu::mbarrier_expect(full + (step & 1), kRows * (S::kRowBytes - 64));
   }
   MBM_DEVICE void wait(int step) const {
     gpu::mbarrier_wait("states received", full + (step & 1), (step - 1) / 2 & 1);

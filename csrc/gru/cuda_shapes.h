@@ -73,6 +73,15 @@ gpu::Launch group_launch_of(const GruCudaSizes& sizes, int blocks) {
           true};
 }
 
+// launch(first of the directions that run at once), for all of them.
+template <class Launch>
+cudaError_t in_turns(const GruCudaSizes& sizes, const Launch& launch) {
+  cudaError_t error = cudaSuccess;
+  for (int first = 0; first < sizes.directions && error == cudaSuccess; first += sizes.at_once)
+    error = launch(first);
+  return error;
+}
+
 // Of gru_groups_cuda.cu and gru_groups_backward_cuda.cu, with the device the current one.
 // Units that a group holds, its blocks, and the blocks that run at once.
 struct GroupBlocks {

@@ -17,6 +17,16 @@ namespace mbm::gru {
 
 constexpr int kGroupUnits = gpu::kTileRows;  // of a block
 
+// Weights' registers beside those of addresses; in float32 the sums of 3 tiles take 48, and shared
+// memory of 163 KB still holds the rest for 1024 units.
+template <class T, int TILES>
+constexpr int kGroupRegisters = sizeof(T) == 2 ? 120
+                                : TILES == 1   ? 136
+                                               : 96;
+
+template <class T, int UNITS, int VECTORS, int TILES>
+using GroupShape = Shape<T, UNITS, UNITS / kGroupUnits, VECTORS, TILES, kGroupRegisters<T, TILES>>;
+
 // Which rows of which direction a group has.
 struct Group {
   int direction, index, all;  // of the groups of a direction
@@ -40,7 +50,7 @@ template <class S>
 struct GroupExchange {
   using T = typename S::Element;
   static constexpr int kThreads = S::kThreads;
-  static constexpr int kBytes = BlockMemory<S>::kBytes;  // of shared memory
+  static constexpr int kBytes = S::kVectors + BlockMemory<S>::kBytes;  // of shared memory
   static constexpr int64_t kTileStates = gru_cuda_tile_states(S::kWidth);
   static constexpr int64_t kFlags = gru_cuda_group_flags(S::kBlocks);
   static constexpr int kWarpDepth = S::kWarpChunks * gpu::kChunk<T>;
@@ -49,7 +59,7 @@ struct GroupExchange {
   const Group& group;
   T* states;        // [tiles of the direction, 2, 8, width]
   uint32_t* flags;  // of the group's blocks
-  BlockMemory<S> memory{gpu::shared()};
+  BlockMemory<S> memory{gpu::shared() + S::kVectors};
 
   MBM_DEVICE GroupExchange(const GruCudaSizes& sizes, const GruCudaThrough& through,
                            const Group& of)
@@ -65,17 +75,36 @@ struct GroupExchange {
     const int64_t tile = group.index + int64_t{at.tile} * group.all;
     return states + tile * kTileStates + ((at.step & 1) * kRows + b) * S::kWidth;
   }
-  // vector(row, k) of a turn, for Resident.
-  MBM_DEVICE auto vectors(Turn at) const {
-    return [this, at](int b, int k) { return gpu::load_words_l2(row(at, b) + k); };
+  MBM_DEVICE T* copied(int b) const {
+    return reinterpret_cast<T*>(gpu::shared() + b * S::kRowBytes);
+  }
+  // vector(row, k) of the turn received, for Resident.
+  MBM_DEVICE auto vectors() const {
+    return [this](int b, int k) { return gpu::load_words(copied(b) + k); };
   }
 
-  MBM_DEVICE void wait(Turn at) const {
+  // Waits for a turn's vectors and copies the warp's part of them into shared memory.
+  MBM_DEVICE void receive(Turn at) const {
     const int first = gpu::warp() * kWarpDepth;
     for (int k = gpu::lane() * S::kUnits; k < kWarpDepth; k += 32 * S::kUnits)
       gpu::wait_flag("states received", flags + (first + k) / S::kUnits % S::kBlocks,
                      number(at) + 1);
     gpu::warp_barrier("states received by lanes");
+    const int mine = first + gpu::lane_depth<T>();
+    const T* from = row(at, gpu::lane_row()) + mine;
+    T* to = copied(gpu::lane_row()) + mine;
+    constexpr int kBatch = 8;  // of a lane's loads on their way
+#pragma unroll
+    for (int start = 0; start < S::kWarpChunks; start += kBatch) {
+      uint4 words[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch && start + i < S::kWarpChunks; ++i)
+        words[i] = gpu::load_words_l2(from + (start + i) * gpu::kChunk<T>);
+#pragma unroll
+      for (int i = 0; i < kBatch && start + i < S::kWarpChunks; ++i)
+        gpu::store_words(to + (start + i) * gpu::kChunk<T>, words[i]);
+    }
+    gpu::warp_barrier("states copied");
   }
 
   // x, of place k of the depth, to all blocks; kQuad lanes with consecutive k share a store.

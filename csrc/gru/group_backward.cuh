@@ -8,11 +8,11 @@
 namespace mbm::gru {
 
 template <class T, int UNITS>
-using BackwardGroup = GroupExchange<Shape<T, UNITS, UNITS / kGroupUnits, 3, 1>>;
+using BackwardGroup = GroupExchange<GroupShape<T, UNITS, 3, 1>>;
 
 template <class T, int UNITS>
 MBM_DEVICE void run_backward(const GruCudaBackward& args, int of_direction, int index) {
-  using S = Shape<T, UNITS, UNITS / kGroupUnits, 3, 1>;
+  using S = GroupShape<T, UNITS, 3, 1>;
   const GruCudaSizes& sizes = args.sizes;
   const int H = static_cast<int>(sizes.H);
   const auto& direction = args.direction[of_direction];
@@ -38,8 +38,8 @@ MBM_DEVICE void run_backward(const GruCudaBackward& args, int of_direction, int 
         if (step < last) own[j].load(sizes, direction, t);
       }
       if (step > 0) {
-        exchange.wait(at);
-        resident.multiply(exchange.number(at), exchange.vectors(at));
+        exchange.receive(at);
+        resident.multiply(exchange.number(at), exchange.vectors());
         gpu::block_barrier("partial sums stored");
 #pragma unroll
         for (auto& unit : own)
@@ -67,10 +67,9 @@ MBM_DEVICE void run_backward(const GruCudaBackward& args, int of_direction, int 
 
 template <class T, int UNITS>
 MBM_KERNEL((BackwardGroup<T, UNITS>::kThreads), 1)
-gru_group_bwd_kernel(const GruCudaBackward args) {
+gru_group_bwd_kernel(const GruCudaBackward args, const int first_direction) {
   const int groups = args.sizes.groups, group = gpu::block() / (UNITS / kGroupUnits);
-  for (int i = group / groups; i < args.sizes.directions; i += args.sizes.at_once)
-    run_backward<T, UNITS>(args, i, group % groups);
+  run_backward<T, UNITS>(args, first_direction + group / groups, group % groups);
 }
 
 }  // namespace mbm::gru

@@ -11,11 +11,11 @@
 namespace mbm::gru {
 
 template <class T, int UNITS>
-using ForwardGroup = GroupExchange<Shape<T, UNITS, UNITS / kGroupUnits, 1, 3>>;
+using ForwardGroup = GroupExchange<GroupShape<T, UNITS, 1, 3>>;
 
 template <class T, int UNITS>
 MBM_DEVICE void run_forward(const GruCudaForward& args, int of_direction, int index) {
-  using S = Shape<T, UNITS, UNITS / kGroupUnits, 1, 3>;
+  using S = GroupShape<T, UNITS, 1, 3>;
   const GruCudaSizes& sizes = args.sizes;
   const int H = static_cast<int>(sizes.H);
   const auto& direction = args.direction[of_direction];
@@ -55,8 +55,8 @@ MBM_DEVICE void run_forward(const GruCudaForward& args, int of_direction, int in
         own[j].load_carried(sizes, direction.carried);
         own[j].load(sizes, direction.inputs, t);
       }
-      exchange.wait(at);
-      resident.multiply(exchange.number(at), exchange.vectors(at));
+      exchange.receive(at);
+      resident.multiply(exchange.number(at), exchange.vectors());
       gpu::block_barrier("partial sums stored");
       Gates gates[S::kOwn];
 #pragma unroll
@@ -83,10 +83,9 @@ MBM_DEVICE void run_forward(const GruCudaForward& args, int of_direction, int in
 
 template <class T, int UNITS>
 MBM_KERNEL((ForwardGroup<T, UNITS>::kThreads), 1)
-gru_group_fwd_kernel(const GruCudaForward args) {
+gru_group_fwd_kernel(const GruCudaForward args, const int first_direction) {
   const int groups = args.sizes.groups, group = gpu::block() / (UNITS / kGroupUnits);
-  for (int i = group / groups; i < args.sizes.directions; i += args.sizes.at_once)
-    run_forward<T, UNITS>(args, i, group % groups);
+  run_forward<T, UNITS>(args, first_direction + group / groups, group % groups);
 }
 
 }  // namespace mbm::gru

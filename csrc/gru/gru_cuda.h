@@ -19,7 +19,7 @@ struct GruCudaSizes {
   int directions;
   int cluster;             // blocks that share a row's units, or 0: groups; from gru_cuda_plan,
   int groups;              // of each direction, as all below; without clusters alone
-  int at_once;             // directions that run at once
+  int at_once;             // directions that a launch takes
   const int64_t* lengths;  // [B] or null; values outside 0..T count as the nearer of the two
   int64_t y_t, y_b;        // strides of y [T, B, H], in elements
 };

@@ -23,9 +23,11 @@ cudaError_t group_bwd(const GruCudaBackward& args, cudaStream_t stream) {
   return gpu::with_dtype(sizes.dtype, [&](auto zero) {
     using T = decltype(zero);
     return with_group_units<T>(sizes.H, [&](auto units) {
-      return gpu::launch(gru_group_bwd_kernel<T, units>,
-                         group_launch_of<BackwardGroup<T, units>>(sizes, units / kGroupUnits),
-                         stream, args);
+      return in_turns(sizes, [&](int first_direction) {
+        return gpu::launch(gru_group_bwd_kernel<T, units>,
+                           group_launch_of<BackwardGroup<T, units>>(sizes, units / kGroupUnits),
+                           stream, args, first_direction);
+      });
     });
   });
 }

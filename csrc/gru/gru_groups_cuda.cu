@@ -23,9 +23,11 @@ cudaError_t group_fwd(const GruCudaForward& args, cudaStream_t stream) {
   return gpu::with_dtype(sizes.dtype, [&](auto zero) {
     using T = decltype(zero);
     return with_group_units<T>(sizes.H, [&](auto units) {
-      return gpu::launch(gru_group_fwd_kernel<T, units>,
-                         group_launch_of<ForwardGroup<T, units>>(sizes, units / kGroupUnits),
-                         stream, args);
+      return in_turns(sizes, [&](int first_direction) {
+        return gpu::launch(gru_group_fwd_kernel<T, units>,
+                           group_launch_of<ForwardGroup<T, units>>(sizes, units / kGroupUnits),
+                           stream, args, first_direction);
+      });
     });
   });
 }

@@ -13,9 +13,12 @@ constexpr int kRows = gpu::kTileColumns;  // that a group takes at a time
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
 
+// Of weights, where a warp has the sums of so many tiles.
+constexpr int registers_beside(int tiles) { return tiles == 6 ? 96 : tiles == 9 ? 128 : 144; }
+
 // A product of TILES tiles for each 16 of a block's units, over a depth of VECTORS times UNITS, of
-// which H are there.
-template <class T, int UNITS, int BLOCKS, int VECTORS, int TILES>
+// which H are there. REGISTERS of weights a thread at most, or 0.
+template <class T, int UNITS, int BLOCKS, int VECTORS, int TILES, int REGISTERS = 0>
 struct Shape {
   using Element = T;
   static constexpr int kBlocks = BLOCKS;
@@ -31,12 +34,17 @@ struct Shape {
   static constexpr int kWarpChunks = kChunks / kDepthWarps;
   static constexpr int kWarpUnitTiles = kUnitTiles / kUnitWarps;
   static constexpr int kWarpTiles = kWarpUnitTiles * TILES;
-  // As many of a warp's chunks as leave registers for the rest; the others in shared memory.
-  static constexpr int kRegisters = kWarpTiles == 6 ? 96 : 144;  // of weights; 6 tiles: their sums
-  static constexpr int kRegisterChunks = least(kWarpChunks, kRegisters / (8 * kWarpTiles));
-  static constexpr int kHeldQuads = (kWarpChunks - kRegisterChunks) * kWarpTiles * 2;
+  // Of a warp's tiles of weights those that leave registers for the rest; the others in shared
+  // memory. Sums take registers too, in float32 4 times as many.
+  static constexpr int kRegisters = REGISTERS ? REGISTERS : registers_beside(kWarpTiles);
+  static constexpr int kInRegisters = least(kWarpChunks * kWarpTiles, kRegisters / 8);
+  static constexpr int kHeldQuads = (kWarpChunks * kWarpTiles - kInRegisters) * 2;
   static constexpr int kHeld = kHeldQuads * kThreads * 16;                 // bytes, as kPartial
   static constexpr int kOwn = (kUnits * kRows + kThreads - 1) / kThreads;  // units of a thread
+  // Of vectors in shared memory, in bytes: 64 more than a multiple of 128, so that the loads of two
+  // rows at once meet no bank twice.
+  static constexpr int kRowBytes = kWidth * sizeof(T) + 64;
+  static constexpr int kVectors = kRows * kRowBytes;
   static constexpr int kPitch = kUnits + 4;
   static constexpr int kTileFloats = kRows * kPitch;
   static constexpr int kPartial = kDepthWarps * TILES * kTileFloats * 4;
@@ -126,7 +134,7 @@ template <class S>
 struct Resident {
   using T = typename S::Element;
   const BlockMemory<S>& memory;
-  gpu::RowPair weights[S::kRegisterChunks][S::kWarpTiles];
+  gpu::RowPair weights[S::kInRegisters];
   int depth_warp = gpu::warp() % S::kDepthWarps, unit_warp = gpu::warp() / S::kDepthWarps;
 
   MBM_DEVICE int depth(int chunk) const {
@@ -135,10 +143,6 @@ struct Resident {
   MBM_DEVICE int first_unit(int i) const {
     return (unit_warp * S::kWarpUnitTiles + i) * gpu::kTileRows;
   }
-  MBM_DEVICE static int held(int chunk, int tile) {
-    return ((chunk - S::kRegisterChunks) * S::kWarpTiles + tile) * 2;
-  }
-
   // quad(tile of a unit, unit of the block, place in the depth): a lane's weights.
   template <class Quad>
   MBM_DEVICE Resident(const BlockMemory<S>& in, const Quad& quad) : memory(in) {
@@ -149,13 +153,19 @@ struct Resident {
         const int unit = first_unit(tile / S::kTiles) + gpu::lane_row();
         const uint4 low = quad(tile % S::kTiles, unit, depth(chunk));
         const uint4 high = quad(tile % S::kTiles, unit + 8, depth(chunk));
-        if (chunk < S::kRegisterChunks) {
-          weights[chunk][tile] = {low, high};
+        const int i = chunk * S::kWarpTiles + tile;
+        if (i < S::kInRegisters) {
+          weights[i] = {low, high};
         } else {
-          gpu::store_words(memory.held_quad(held(chunk, tile)), low);
-          gpu::store_words(memory.held_quad(held(chunk, tile) + 1), high);
+          gpu::store_words(memory.held_quad((i - S::kInRegisters) * 2), low);
+          gpu::store_words(memory.held_quad((i - S::kInRegisters) * 2 + 1), high);
         }
       }
+  }
+  MBM_DEVICE gpu::RowPair weight(int i) const {
+    if (i < S::kInRegisters) return weights[i];
+    return {gpu::load_words(memory.held_quad((i - S::kInRegisters) * 2)),
+            gpu::load_words(memory.held_quad((i - S::kInRegisters) * 2 + 1))};
   }
 
   // Stores the sums over this warp's part of the depth. vector(row, k): a lane's quad from k on.
@@ -166,16 +176,12 @@ struct Resident {
     };
     gpu::Sums<T> sums[S::kWarpTiles];
 #pragma unroll
-    for (int chunk = 0; chunk < S::kRegisterChunks; ++chunk)
-      gpu::add_chunk(sums, weights[chunk], vectors(chunk));
-#pragma unroll
-    for (int chunk = S::kRegisterChunks; chunk < S::kWarpChunks; ++chunk) {
-      gpu::RowPair loaded[S::kWarpTiles];
+    for (int chunk = 0; chunk < S::kWarpChunks; ++chunk) {
+      gpu::RowPair of_chunk[S::kWarpTiles];
 #pragma unroll
       for (int tile = 0; tile < S::kWarpTiles; ++tile)
-        loaded[tile] = {gpu::load_words(memory.held_quad(held(chunk, tile))),
-                        gpu::load_words(memory.held_quad(held(chunk, tile) + 1))};
-      gpu::add_chunk(sums, loaded, vectors(chunk));
+        of_chunk[tile] = weight(chunk * S::kWarpTiles + tile);
+      gpu::add_chunk(sums, of_chunk, vectors(chunk));
     }
 #pragma unroll
     for (int tile = 0; tile < S::kWarpTiles; ++tile)

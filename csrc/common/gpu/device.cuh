@@ -192,7 +192,14 @@ MBM_DEVICE T from_float(float x) {
 }
 
 MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
-MBM_DEVICE uint4 load_words_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+MBM_DEVICE uint4 load_words_l2(const void* p) {
+  uint4 words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(p)
+               : "memory");
+  return words;
+}
 MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 
 MBM_DEVICE void store_pair(void* p, uint32_t low, uint32_t high) {
