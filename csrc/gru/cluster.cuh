@@ -64,8 +64,10 @@ struct ClusterExchange {
     const uint4 words = gpu::quad_of_neighbours<T>(x);
     const int mine = gpu::lane() % gpu::kQuad<T>;
     auto* to = reinterpret_cast<uint4*>(row(step, b) + k - mine);
-    for (int rank = mine; rank < S::kBlocks; rank += gpu::kQuad<T>)
-      gpu::store_peer_async(to, full + (step & 1), rank, words);
+#pragma unroll
+    for (int first = 0; first < S::kBlocks; first += gpu::kQuad<T>)
+      if (first + gpu::kQuad<T> <= S::kBlocks || first + mine < S::kBlocks)
+        gpu::store_peer_async(to, full + (step & 1), first + mine, words);
   }
 };
 
