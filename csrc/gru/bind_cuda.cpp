@@ -15,7 +15,7 @@ using mbm::gpu::Place;
 // one direction alone.
 // clang-format off
 #define MBM_GRU_CUDA_PROBLEM(FIELD) \
-  FIELD(T) FIELD(B) FIELD(H) FIELD(dtype) FIELD(directions) FIELD(reverse) \
+  FIELD(T) FIELD(B) FIELD(H) FIELD(dtype) FIELD(tf32) FIELD(directions) FIELD(reverse) \
   FIELD(cluster) FIELD(groups) FIELD(at_once)
 // clang-format on
 
@@ -42,6 +42,7 @@ struct Problem {
     found.B = B;
     found.H = H;
     found.dtype = type();
+    found.tf32 = tf32 != 0;
     found.directions = static_cast<int>(directions);
     found.cluster = static_cast<int>(cluster);
     found.groups = static_cast<int>(groups);

@@ -33,7 +33,8 @@ MBM_DEVICE void run_forward(const GruCudaForward& args) {
   for (int i = gpu::thread(); i < kRows * UNITS; i += S::kThreads) {
     const int row = i / UNITS, u = i % UNITS, b = rows.b0 + row;
     const bool given = h0 != nullptr && u < H && b < sizes.B;
-    exchange.row(0, row)[u] = given ? h0[int64_t{b} * H + u] : gpu::from_float<T>(0.0f);
+    exchange.row(0, row)[u] =
+        given ? gpu::factor(h0[int64_t{b} * H + u]) : gpu::from_float<T>(0.0f);
   }
   ForwardUnit<S> own[S::kOwn];
 #pragma unroll

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "common/gpu/launch.h"
+#include "common/gpu/on_device.h"
 #include "gru/gru_cuda.h"
 
 namespace mbm::gru {
@@ -13,6 +13,13 @@ constexpr int kClusters[] = {16, 8, 4};
 
 template <int N>
 using Constant = std::integral_constant<int, N>;
+
+// visit(a zero of the type that products take).
+template <class Visit>
+cudaError_t with_factors(const GruCudaSizes& sizes, const Visit& visit) {
+  if (sizes.tf32 && sizes.dtype == gpu::Dtype::kFloat32) return visit(gpu::tf32{});
+  return gpu::with_dtype(sizes.dtype, visit);
+}
 
 // The least that holds H, 0 where none does.
 inline int held_units(int64_t H) {

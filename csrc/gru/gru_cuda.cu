@@ -60,22 +60,28 @@ int64_t gru_cuda_most_units(gpu::Dtype dtype) {
 
 cudaError_t gru_cuda_plan(const GruCudaSizes& sizes, int device, GruCudaPlan* found) {
   *found = {};
-  return gpu::on_device(device, sizes.dtype, [&](const gpu::Device& on, auto zero) {
-    found->cluster = find_cluster<decltype(zero)>(sizes, on);
-    return found->cluster != 0 ? cudaSuccess : find_groups(sizes, on, found);
+  return gpu::on_device(device, [&](const gpu::Device& on) {
+    const cudaError_t error = gru::with_factors(sizes, [&](auto zero) {
+      found->cluster = find_cluster<decltype(zero)>(sizes, on);
+      return cudaSuccess;
+    });
+    if (error != cudaSuccess || found->cluster != 0) return error;
+    return find_groups(sizes, on, found);
   });
 }
 
 cudaError_t gru_cuda_fwd(const GruCudaForward& args, int device, cudaStream_t stream) {
   const GruCudaSizes& sizes = args.sizes;
   if (sizes.B == 0 || sizes.H == 0) return cudaSuccess;
-  return gpu::on_device(device, sizes.dtype, [&](const gpu::Device&, auto zero) {
-    using T = decltype(zero);
+  return gpu::on_device(device, [&](const gpu::Device&) {
     if (sizes.cluster == 0) return gru::group_fwd(args, stream);
-    return gru::with_shape<T>(sizes.H, sizes.cluster, [&](auto units, auto blocks) {
-      return gpu::launch(gru::gru_fwd_kernel<T, units, blocks>,
-                         gru::launch_of<gru::ForwardCluster<T, units, blocks>>(sizes), stream,
-                         args);
+    return gru::with_factors(sizes, [&](auto zero) {
+      using T = decltype(zero);
+      return gru::with_shape<T>(sizes.H, sizes.cluster, [&](auto units, auto blocks) {
+        return gpu::launch(gru::gru_fwd_kernel<T, units, blocks>,
+                           gru::launch_of<gru::ForwardCluster<T, units, blocks>>(sizes), stream,
+                           args);
+      });
     });
   });
 }

@@ -16,6 +16,7 @@ constexpr int kGruCudaDirections = 2;  // at most
 struct GruCudaSizes {
   int64_t T, B, H;
   gpu::Dtype dtype;
+  bool tf32;  // products of float32 by tf32
   int directions;
   int cluster;             // blocks that share a row's units, or 0: groups; from gru_cuda_plan,
   int groups;              // of each direction, as all below; without clusters alone

@@ -6,7 +6,7 @@
 namespace mbm::gru {
 
 cudaError_t group_fwd_blocks(const GruCudaSizes& sizes, const gpu::Device& on, GroupBlocks* found) {
-  return gpu::with_dtype(sizes.dtype, [&](auto zero) {
+  return with_factors(sizes, [&](auto zero) {
     using T = decltype(zero);
     return with_group_units<T>(sizes.H, [&](auto units) {
       found->units = units;
@@ -20,7 +20,7 @@ cudaError_t group_fwd_blocks(const GruCudaSizes& sizes, const gpu::Device& on, G
 
 cudaError_t group_fwd(const GruCudaForward& args, cudaStream_t stream) {
   const GruCudaSizes& sizes = args.sizes;
-  return gpu::with_dtype(sizes.dtype, [&](auto zero) {
+  return with_factors(sizes, [&](auto zero) {
     using T = decltype(zero);
     return with_group_units<T>(sizes.H, [&](auto units) {
       return in_turns(sizes, [&](int first_direction) {

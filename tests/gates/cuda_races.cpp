@@ -159,7 +159,7 @@ Results run_gru(int64_t H, bool reverse, bool backward, bool by_groups) {
   const std::vector<int64_t> lengths = {5, 0, 3, 4, 5, 2, 1, 5, 4};
   std::vector<float> y(kT * units), h_n(units), reserve(4 * kT * units);
   mbm::GruCudaForward forward{};
-  forward.sizes = {kT, kB, H, {}, 1, 0, 0, 0, lengths.data(), units, H};
+  forward.sizes = {kT, kB, H, {}, false, 1, 0, 0, 0, lengths.data(), units, H};
   mbm::GruCudaPlan plan{};
   mbm::gru_cuda_plan(forward.sizes, 0, &plan);
   forward.sizes.cluster = plan.cluster, forward.sizes.groups = plan.groups;

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mbm_kernels
-from mbm_kernels._core import native
+from mbm_kernels._core import cuda_launch, native
 from mbm_kernels.ops.gru import layer_cuda, problem
 from mbm_kernels.ops.gru.bidirectional import problem as bidirectional_problem
 from mbm_kernels.testing import Case
@@ -45,8 +45,8 @@ class TestEmulated(Emulated, test_gru.TestGru):
             *((device, 512, True) for device in (H200, SMALL, SM_80)),
             *((device, 768, True) for device in (H200, SMALL, SM_80)),
             *((device, 1021, False) for device in (H200, SM_80)),
-            *((device, 1030, True) for device in (H200, SM_80)),
-            (H200, 2048, True),
+            (SM_80, 1030, True),
+            pytest.param(H200, 2048, True, marks=pytest.mark.slow),
         ],
     )
     def test_clusters_and_groups(self, backend, device, hidden, rounded):
@@ -86,6 +86,72 @@ class TestEmulatedBidirectional(Emulated, test_gru_bidirectional.TestGruBidirect
         with on(device):
             self.check_forward(inputs, backend)
             self.check_backward(inputs, backend)
+
+
+def rounded(x):
+    """To tf32, the nearest, ties away from zero."""
+    return ((x.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+class Tf32Linear(torch.autograd.Function):
+    """x w^T and its gradients as matrix instructions take them: factors rounded, sums are not."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return rounded(x) @ rounded(w).t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        grad = rounded(grad)
+        return grad @ rounded(w), grad.flatten(0, -2).t() @ rounded(x).flatten(0, -2)
+
+
+class Tf32Gru(test_gru.TestGru):
+    """The error rule against what cuDNN makes of float32 where it may use tf32."""
+
+    def stock(self, inputs, backend):
+        x, h, lengths, reverse = (inputs.get(n) for n in ("x", "h0", "lengths", "reverse"))
+        steps, batch, _ = x.shape
+        h = x.new_zeros(batch, inputs["w_hh"].size(1)) if h is None else h
+        b_ih, b_hh = (inputs.get(n, x.new_zeros(())) for n in ("b_ih", "b_hh"))
+        by_input = Tf32Linear.apply(x, inputs["w_ih"]) + b_ih
+        y = [torch.zeros_like(h)] * steps
+        for t in range(steps - 1, -1, -1) if reverse else range(steps):
+            by_state = Tf32Linear.apply(h, inputs["w_hh"]) + b_hh
+            (ir, iz, i_n), (hr, hz, hn) = by_input[t].chunk(3, 1), by_state.chunk(3, 1)
+            r, z = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
+            n = torch.tanh(i_n + r * hn)
+            valid = torch.ones(batch, 1) if lengths is None else (lengths > t)[:, None].float()
+            new = n + z * (h - n)
+            h, y[t] = torch.where(valid > 0, new, h), new * valid
+        return torch.stack(y), h
+
+
+@pytest.mark.parametrize("device", [H200, ONE_GROUP], ids=["clusters", "groups"])
+@pytest.mark.parametrize("case", Tf32Gru.cases, ids=str)
+def test_tf32_is_within_the_budget_of_stock_tf32(case, device):
+    pytest.importorskip("mbm_kernels._C_cuda_emulated")
+    suite = Tf32Gru()
+    inputs = suite.inputs(case, torch.float32)
+    with cuda_launch.emulated(tf32=True), on(device):
+        suite.check_forward(inputs, "cuda")
+        suite.check_backward(inputs, "cuda")
+        exact = suite.run(inputs, "torch")
+        assert not torch.equal(suite.run(inputs, "cuda")[0], exact[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden"), [(H200, 300), (H200, 700), (SM_80, 300), (SM_80, 1021)]
+)
+def test_tf32_of_many_units(device, hidden):
+    pytest.importorskip("mbm_kernels._C_cuda_emulated")
+    suite = Tf32Gru()
+    inputs = suite.inputs(Case("", sizes(2, 3, 3, hidden)), torch.float32)
+    with cuda_launch.emulated(tf32=True), on(device):
+        suite.check_forward(inputs, "cuda")
+        suite.check_backward(inputs, "cuda")
 
 
 def planned(device: Device, **changes: int) -> dict[str, int]:

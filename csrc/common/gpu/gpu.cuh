@@ -20,7 +20,10 @@
 //   mbarrier_expect(m, bytes)               arrives, and adds bytes to what the phase waits for
 //   mbarrier_wait(site, m, parity)          for the end of the phase of this parity, 0 the first
 //   store_peer_async(p, m, rank, words)     16 bytes, which m of the other block counts
-//   mma<T>(d, a, b)                         m16n8k16, elements where mma_layout.h says
+//   mma<T>(d, a, b)                         m16n8k16, m16n8k8 for tf32; elements where mma_layout.h
+//                                           says
+//   tf32                                    a float whose products are by matrix instructions
+//   factor(x)                               x as a product takes it: tf32 rounded to 10 bits
 //   reciprocal(x) exp(x)                    to 1 ulp and 2 ulp
 //   maximum(x, y)                           NaN where either is
 //   to_float(x) from_float<T>(x) store(p, i, x)   elements of any Dtype as float

@@ -17,14 +17,22 @@ cudaError_t with_dtype(Dtype dtype, const Visit& visit) {
   return cudaErrorInvalidValue;
 }
 
-// launch(device's properties, a zero of the element type), with `device` the current one.
+// launch(device's properties), with `device` the current one.
 template <class Launch>
-cudaError_t on_device(int device, Dtype dtype, const Launch& launch) {
+cudaError_t on_device(int device, const Launch& launch) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return guard.error();
   Device found;
   if (const cudaError_t error = find_device(device, &found); error != cudaSuccess) return error;
-  return with_dtype(dtype, [&](auto zero) { return launch(found, zero); });
+  return launch(found);
+}
+
+// launch(device's properties, a zero of the element type), likewise.
+template <class Launch>
+cudaError_t on_device(int device, Dtype dtype, const Launch& launch) {
+  return on_device(device, [&](const Device& found) {
+    return with_dtype(dtype, [&](auto zero) { return launch(found, zero); });
+  });
 }
 
 }  // namespace mbm::gpu

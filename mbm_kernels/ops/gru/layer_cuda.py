@@ -72,12 +72,12 @@ class _Launch:
     backward_states: int
 
     @classmethod
-    def of(cls, p: Problem) -> "_Launch":
+    def of(cls, p: Problem, tf32: bool) -> "_Launch":
         steps, batch, _ = p.x_shape
         if reason := why_not(p.device, p.dtype, H=p.hidden):  # traced, sizes were not known
             raise BackendUnavailableError(f"gru: backend 'cuda' cannot run: {reason}")
         values = _values(p.dtype, steps, batch, p.hidden)
-        values |= {"directions": p.directions, "reverse": int(p.reverse)}
+        values |= {"directions": p.directions, "reverse": int(p.reverse), "tf32": int(tf32)}
         found = _plan(p.device, values)
         values |= {name: found[name] for name in ("cluster", "groups", "at_once")}
         return cls(
@@ -91,6 +91,12 @@ class _Launch:
         if not self.by_groups:
             return None, None
         return like.new_zeros(self.flags, dtype=torch.int32), like.new_empty(states)
+
+
+def _launch(p: Problem) -> _Launch:
+    """By tf32 where PyTorch lets cuDNN's recurrences use it, as this call finds it."""
+    tf32 = p.dtype is torch.float32 and cuda_launch.rnn_tf32()
+    return derived(p, ("cuda", tf32), functools.partial(_Launch.of, tf32=tf32))
 
 
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -119,7 +125,7 @@ def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, T
         (F.linear(x, w_ih, b_ih).contiguous(), w_hh.contiguous(), _dense(b_hh))
         for w_ih, w_hh, b_ih, b_hh in _by_direction(weights)
     ]
-    launch = derived(p, "cuda", _Launch.of)
+    launch = _launch(p)
     through = launch.through(x, launch.states)
     carried = x.new_empty(state_shape, dtype=torch.float32) if launch.by_groups else None
     cuda_launch.module().gru_cuda_fwd(
@@ -152,7 +158,7 @@ def bwd(
         _rows, place = native.rows(grad_y, p.dtype)
         read = (_dense(h0), y, reserve.contiguous())  # alive, as _rows is, until the launch
         transposed = [w_hh.t().contiguous() for _, w_hh, *_ in layers]
-        launch = derived(p, "cuda", _Launch.of)
+        launch = _launch(p)
         through = launch.through(x, launch.backward_states)
         cuda_launch.module().gru_cuda_bwd(
             launch.block,
