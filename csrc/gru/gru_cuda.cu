@@ -45,6 +45,7 @@ cudaError_t find_groups(const GruCudaSizes& sizes, const gpu::Device& on, GruCud
   if (fit == 0) return cudaSuccess;
   found->at_once = fit < sizes.directions ? 1 : sizes.directions;
   const int64_t tiles = gru::tiles_of(sizes), width = forward.units;
+  if ((sizes.T + 2) * tiles > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;
   found->groups = static_cast<int>(std::min(tiles, fit / found->at_once));
   found->flags = sizes.directions * found->groups * gru_cuda_group_flags(found->needed);
   found->states = sizes.directions * tiles * gru_cuda_tile_states(width);

@@ -27,7 +27,7 @@ struct ForwardUnit {
       h = gpu::to_float(static_cast<const T*>(direction.h0)[at.b * sizes.H + at.u]);
   }
   MBM_DEVICE void load_carried(const GruCudaSizes& sizes, const float* from) {
-    if (at.inside) h = from[at.b * sizes.H + at.u];
+    h = at.inside ? from[at.b * sizes.H + at.u] : 0.0f;
   }
   MBM_DEVICE void store_carried(const GruCudaSizes& sizes, float* to) const {
     if (at.inside) to[at.b * sizes.H + at.u] = h;

@@ -41,7 +41,7 @@ def rnn_tf32() -> bool:
     """Whether PyTorch lets cuDNN round the factors of a recurrence's float32 products to tf32."""
     if _emulates:
         return _emulates_tf32
-    precision: str = torch.backends.cudnn.rnn.fp32_precision
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     return precision == "tf32"
 
 

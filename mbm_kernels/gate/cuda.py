@@ -5,7 +5,8 @@
 benchmarks/static/nvcc-<version>/<op>.json has the form of the Triton kernels' baselines; an entry's
 key is "kernel | target". Kernels with a reciprocal in their innermost loop also have a budget of
 instructions for each of its elements, two of which share one; kernels that wait for an mbarrier or
-a flag in their loop, one for each of its steps. Needs nvcc, no GPU; without nvcc there is nothing to hold.
+for flags in their loop, one for each of its steps. Needs nvcc, no GPU; without nvcc there is
+nothing to hold.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def nvcc() -> str | None:
 
 def kernel_name(mangled: str) -> str:
     """As `additive_attention_fwd<bfloat16, 20>`, of a template over a dtype and numbers."""
-    found = re.search(r"\d+([a-z]\w*?)_kernelI(f|6__half|13__nv_bfloat16|N\w*?4tf32E)((?:Li\d+E)*)E", mangled)
+    found = re.search(
+        r"\d+([a-z]\w*?)_kernelI(f|6__half|13__nv_bfloat16|N\w*?4tf32E)((?:Li\d+E)*)E", mangled
+    )
     if found is None:
         return mangled
     kinds = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
@@ -99,8 +102,8 @@ def loop_per_element(every: Sequence[Sequence[str]]) -> float:
 
 
 def loop_of_steps(every: Sequence[Sequence[str]]) -> int:
-    """Instructions of the longest loop that waits for an mbarrier, or else of the shortest that waits
-    for flags and stores its own; 0 where there is neither."""
+    """Instructions of the longest loop that waits for an mbarrier, or else of the shortest that
+    waits for flags and stores its own; 0 where there is neither."""
     found = [len(body) for body in every if count(body, "SYNCS.PHASECHK") and len(body) > 1]
     by_flags = [
         len(body) for body in every if count(body, "CCTL.IVALL") and count(body, "STG.E.STRONG")

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of gru and gru_bidirectional, emulated: their suites, then what runs where."""
+"""The CUDA C++ kernels of gru and gru_bidirectional, emulated: their suites, what runs where."""
 
 import pytest
 import torch
