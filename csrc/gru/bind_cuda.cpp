@@ -11,10 +11,12 @@ namespace {
 
 using mbm::gpu::Place;
 
-// `cluster` may be 0 where it is asked for; `reverse` is that of one direction alone.
+// `cluster`, `groups` and `at_once` are a plan's, 0 where one is asked for; `reverse` is that of
+// one direction alone.
 // clang-format off
 #define MBM_GRU_CUDA_PROBLEM(FIELD) \
-  FIELD(T) FIELD(B) FIELD(H) FIELD(dtype) FIELD(directions) FIELD(reverse) FIELD(cluster)
+  FIELD(T) FIELD(B) FIELD(H) FIELD(dtype) FIELD(tf32) FIELD(directions) FIELD(reverse) \
+  FIELD(cluster) FIELD(groups) FIELD(at_once)
 // clang-format on
 
 struct Problem {
@@ -27,6 +29,8 @@ struct Problem {
     mbm::check_field("H", H, 0, mbm::gru_cuda_most_units(type()));
     mbm::check_field("directions", directions, 1, mbm::kGruCudaDirections);
     mbm::check_field("cluster", cluster, 0, 16);
+    mbm::check_field("groups", groups, 0, B);
+    mbm::check_field("at_once", at_once, 0, directions);
   }
 
   mbm::gpu::Dtype type() const { return static_cast<mbm::gpu::Dtype>(dtype); }
@@ -38,8 +42,11 @@ struct Problem {
     found.B = B;
     found.H = H;
     found.dtype = type();
+    found.tf32 = tf32 != 0;
     found.directions = static_cast<int>(directions);
     found.cluster = static_cast<int>(cluster);
+    found.groups = static_cast<int>(groups);
+    found.at_once = static_cast<int>(at_once);
     found.lengths = optional_ptr<const int64_t>(lengths, B, "lengths");
     found.y_t = B * directions * H;
     found.y_b = directions * H;
@@ -56,22 +63,31 @@ struct Problem {
   }
 };
 
+using Through = Addresses<2>;                        // flags, states
 using Layer = Addresses<3>;                          // inputs, w_hh, b_hh
 using Rows = std::tuple<Address, int64_t, int64_t>;  // address, strides of t and b
+
+mbm::GruCudaThrough through_of(const Problem& p, const Through& given) {
+  if (p.cluster != 0) return {};
+  auto* flags = checked_ptr<uint32_t>(given[0], 1, "flags");
+  return {flags, mbm::gpu::writable(given[1], p.dtype, 1, "states")};
+}
 
 void check_layers(const Problem& p, size_t given) {
   mbm::check_field("layers", static_cast<int64_t>(given), p.directions, p.directions);
 }
 
-// states: h0, y, h_n, reserve, which hold all directions.
+// states: h0, y, h_n, reserve, carried, which hold all directions; through and carried are 0 with
+// clusters.
 void forward(const py::bytes& problem, Address lengths, const std::vector<Layer>& layers,
-             const Addresses<4>& states, const Place& place) {
+             const Addresses<5>& states, const Through& through, const Place& place) {
   const auto p = mbm::read_block<Problem>(std::string_view(problem));
   check_layers(p, layers.size());
-  const auto [h0, y, h_n, reserve] = states;
+  const auto [h0, y, h_n, reserve, carried] = states;
   const int64_t rows = p.T * p.B, state = p.B * p.H;
   mbm::GruCudaForward args{};
   args.sizes = p.sizes(lengths);
+  args.through = through_of(p, through);
   for (int i = 0; i < p.directions; ++i) {
     auto& to = args.direction[i];
     to.reverse = p.reversed(i);
@@ -83,6 +99,8 @@ void forward(const py::bytes& problem, Address lengths, const std::vector<Layer>
     to.h_n = const_cast<void*>(p.part(h_n, i * state, state, "h_n"));
     to.reserve =
         const_cast<void*>(p.optional_part(reserve, 4 * i * rows * p.H, 4 * rows * p.H, "reserve"));
+    if (p.cluster == 0)
+      to.carried = checked_ptr<float>(carried, p.directions * state, "carried") + i * state;
   }
   mbm::gpu::run(mbm::gru_cuda_fwd, args, place, "gru");
 }
@@ -90,7 +108,7 @@ void forward(const py::bytes& problem, Address lengths, const std::vector<Layer>
 // weights: w_hh transposed, by direction; saved: h0, y, reserve; found: carried, gates.
 void backward(const py::bytes& problem, Address lengths, const std::vector<Address>& weights,
               const Addresses<3>& saved, const Rows& grad_y, const Addresses<2>& found,
-              const Place& place) {
+              const Through& through, const Place& place) {
   const auto p = mbm::read_block<Problem>(std::string_view(problem));
   check_layers(p, weights.size());
   const auto [h0, y, reserve] = saved;
@@ -99,6 +117,7 @@ void backward(const py::bytes& problem, Address lengths, const std::vector<Addre
   float* carried = checked_ptr<float>(found[0], p.directions * state, "carried");
   mbm::GruCudaBackward args{};
   args.sizes = p.sizes(lengths);
+  args.through = through_of(p, through);
   for (int i = 0; i < p.directions; ++i) {
     auto& to = args.direction[i];
     to.reverse = p.reversed(i);
@@ -115,19 +134,28 @@ void backward(const py::bytes& problem, Address lengths, const std::vector<Addre
   mbm::gpu::run(mbm::gru_cuda_bwd, args, place, "gru");
 }
 
-// Blocks of the clusters that end first; 0 where the device has none.
-int cluster(const py::bytes& problem, int device) {
+// By the names of GruCudaPlan.
+py::dict plan(const py::bytes& problem, int device) {
   const auto p = mbm::read_block<Problem>(std::string_view(problem));
-  int found = 0;
-  mbm::gpu::check(mbm::gru_cuda_cluster(p.sizes(0), device, &found), "gru");
-  return found;
+  mbm::GruCudaPlan found{};
+  mbm::gpu::check(mbm::gru_cuda_plan(p.sizes(0), device, &found), "gru");
+  py::dict named;
+  named["cluster"] = found.cluster;
+  named["groups"] = found.groups;
+  named["at_once"] = found.at_once;
+  named["needed"] = found.needed;
+  named["resident"] = found.resident;
+  named["flags"] = found.flags;
+  named["states"] = found.states;
+  named["backward_states"] = found.backward_states;
+  return named;
 }
 
 void bind_gru(py::module_& m) {
   bind_problem_fields<Problem>(m);
   m.def("gru_cuda_most_units",
         [](int dtype) { return mbm::gru_cuda_most_units(static_cast<mbm::gpu::Dtype>(dtype)); });
-  m.def("gru_cuda_cluster", &cluster);
+  m.def("gru_cuda_plan", &plan);
   m.def("gru_cuda_fwd", &forward);
   m.def("gru_cuda_bwd", &backward);
 }

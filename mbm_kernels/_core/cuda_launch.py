@@ -16,6 +16,7 @@ import torch
 from mbm_kernels._core import dispatch, native
 
 _emulates = False
+_emulates_tf32 = False  # PyTorch's own setting is on by default, and says nothing of a CPU
 
 
 def why_not(device: Any, dtype: Any) -> str | None:
@@ -34,6 +35,14 @@ def why_not(device: Any, dtype: Any) -> str | None:
 
 def module() -> ModuleType:
     return emulation() if _emulates else native.cuda()
+
+
+def rnn_tf32() -> bool:
+    """Whether PyTorch lets cuDNN round the factors of a recurrence's float32 products to tf32."""
+    if _emulates:
+        return _emulates_tf32
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
 
 
 def max_cluster(device: torch.device) -> int:
@@ -61,14 +70,14 @@ def emulation() -> ModuleType:
 
 
 @contextmanager
-def emulated() -> Iterator[ModuleType]:
+def emulated(tf32: bool = False) -> Iterator[ModuleType]:
     """Within this context the cuda backends run on CPU tensors, in this process's every thread."""
-    global _emulates
-    before, found = _emulates, emulation()
-    _emulates = True
+    global _emulates, _emulates_tf32
+    before, found = (_emulates, _emulates_tf32), emulation()
+    _emulates, _emulates_tf32 = True, tf32
     dispatch.forget_choices()
     try:
         yield found
     finally:
-        _emulates = before
+        _emulates, _emulates_tf32 = before
         dispatch.forget_choices()

@@ -148,18 +148,27 @@ std::vector<Results> cell() {
   return found;
 }
 
-// Two clusters of 4, with rows that end early, both directions of time; units past one tile.
-Results run_gru(int64_t H, bool reverse, bool backward) {
+// Two clusters of 4, or one group of 4 blocks with two tiles, with rows that end early, both
+// directions of time; units past one tile.
+Results run_gru(int64_t H, bool reverse, bool backward, bool by_groups) {
   constexpr int64_t kT = 5, kB = 9;
+  if (by_groups) mbm::gpu::emulated_device() = {4, 227 * 1024, 1};
   const int64_t units = kB * H;
   Random random;
   const auto inputs = random.normal(3 * kT * units, 1.0f), w_hh = random.normal(3 * H * H, 0.2f);
   const std::vector<int64_t> lengths = {5, 0, 3, 4, 5, 2, 1, 5, 4};
   std::vector<float> y(kT * units), h_n(units), reserve(4 * kT * units);
   mbm::GruCudaForward forward{};
-  forward.sizes = {kT, kB, H, {}, 1, 4, lengths.data(), units, H};
-  forward.direction[0] = {reverse, inputs.data(), w_hh.data(), nullptr,
-                          nullptr, y.data(),      h_n.data(),  reserve.data()};
+  forward.sizes = {kT, kB, H, {}, false, 1, 0, 0, 0, lengths.data(), units, H};
+  mbm::GruCudaPlan plan{};
+  mbm::gru_cuda_plan(forward.sizes, 0, &plan);
+  forward.sizes.cluster = plan.cluster, forward.sizes.groups = plan.groups;
+  forward.sizes.at_once = plan.at_once;
+  std::vector<uint32_t> flags(plan.flags);
+  std::vector<float> states(backward ? plan.backward_states : plan.states), own(units);
+  forward.through = {flags.data(), states.data()};
+  forward.direction[0] = {reverse,  inputs.data(), w_hh.data(),    nullptr,   nullptr,
+                          y.data(), h_n.data(),    reserve.data(), own.data()};
   if (!backward) {
     mbm::gru_cuda_fwd(forward, 0, nullptr);
     return {y, h_n, reserve};
@@ -169,14 +178,15 @@ Results run_gru(int64_t H, bool reverse, bool backward) {
   std::vector<float> carried(units, 1.0f), gates(4 * kT * units);
   mbm::GruCudaBackward args{};
   args.sizes = forward.sizes;
+  args.through = forward.through;
   args.direction[0] = {reverse, grad_y.data(),  units,          H,           w_hh.data(), y.data(),
                        nullptr, reserve.data(), carried.data(), gates.data()};
   mbm::gru_cuda_bwd(args, 0, nullptr);
   return {carried, gates};
 }
 
-std::vector<Results> gru(bool backward) {
-  return {run_gru(37, false, backward), run_gru(64, true, backward)};
+std::vector<Results> gru(bool backward, bool by_groups) {
+  return {run_gru(37, false, backward, by_groups), run_gru(64, true, backward, by_groups)};
 }
 
 struct ConvCase {
@@ -275,8 +285,10 @@ const std::map<std::string, std::function<std::vector<Results>()>> kKernels = {
     {"conv_depthwise_bwd",
      [] { return std::vector<Results>{ConvRun<float>(kDepthwiseCase).gradients()}; }},
     {"gru_cell_fwd", [] { return cell(); }},
-    {"gru_fwd", [] { return gru(false); }},
-    {"gru_bwd", [] { return gru(true); }},
+    {"gru_fwd", [] { return gru(false, false); }},
+    {"gru_bwd", [] { return gru(true, false); }},
+    {"gru_group_fwd", [] { return gru(false, true); }},
+    {"gru_group_bwd", [] { return gru(true, true); }},
 };
 
 }  // namespace

@@ -25,10 +25,27 @@ int differences() {
   return found;
 }
 
+// In tf32.
+int wide_differences() {
+  using Traits = cute::MMA_Traits<cute::SM80_16x8x8_F32TF32TF32F32_TN>;
+  int found = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i)
+      found += Traits::ALayout{}(lane, i) != number(mbm::gpu::mma_place_of_wide_a(lane, i), 16);
+    for (int i = 0; i < 2; ++i) {
+      const auto [k, column] = mbm::gpu::mma_place_of_wide_b(lane, i);
+      found += Traits::BLayout{}(lane, i) != number({column, k}, 8);
+    }
+    for (int i = 0; i < 4; ++i)
+      found += Traits::CLayout{}(lane, i) != number(mbm::gpu::mma_place_of_d(lane, i), 16);
+  }
+  return found;
+}
+
 }  // namespace
 
 int main() {
   std::printf("%d\n", differences<cute::SM80_16x8x16_F32BF16BF16F32_TN>() +
-                          differences<cute::SM80_16x8x16_F32F16F16F32_TN>());
+                          differences<cute::SM80_16x8x16_F32F16F16F32_TN>() + wide_differences());
   return 0;
 }

@@ -22,17 +22,12 @@ def test_a_loop_is_counted_by_its_elements():
     assert cuda.loop_per_element(cuda.loops(instructions, labels)) == round(10 / 16, 2)
 
 
-# 768 units in 16 bits: a block's part of W_hh is 28 registers too many on sm_90.
-SPILL = {f"gru_fwd<{dtype}, 768, 16> | sm_90" for dtype in ("bfloat16", "float16")}
-
-
-def test_the_record_has_no_other_spills_and_keeps_the_budgets():
+def test_the_record_has_no_spills_and_keeps_the_budgets():
     files = sorted((ROOT / "benchmarks" / "static").glob("nvcc-*/*.json"))
     assert files
     for path in files:
         kernels = compare.read_baseline(path)["kernels"]
-        spill = {key for key, entry in kernels.items() if any(entry[x] for x in compare.SPILLS)}
-        assert spill == SPILL & set(kernels)
+        assert not {key for key, entry in kernels.items() if any(entry[x] for x in compare.SPILLS)}
         assert not cuda.over_budget(kernels)
 
 
@@ -48,8 +43,8 @@ def test_a_loop_of_steps_waits_for_an_mbarrier():
     ((_, (instructions, labels)),) = cuda.disassembled(sass).items()
     assert cuda.loop_of_steps(cuda.loops(instructions, labels)) == 3
     key = "gru_fwd<float16, 512, 16> | sm_90"
-    entry = {"loop_per_element": 0.0, "instructions_per_step": 331}
-    assert cuda.over_budget({key: entry}) == [f"{key}: 331 instructions a step of at most 330"]
+    entry = {"loop_per_element": 0.0, "instructions_per_step": 321}
+    assert cuda.over_budget({key: entry}) == [f"{key}: 321 instructions a step of at most 320"]
 
 
 def test_a_loop_of_windows_has_their_products():

@@ -14,6 +14,9 @@ namespace mbm::gpu {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
+struct tf32 {
+  float value;
+};
 
 MBM_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 MBM_DEVICE int warp() { return thread() / 32; }
@@ -56,6 +59,19 @@ MBM_DEVICE void cluster_barrier(const char*) {
 #else
   __syncthreads();
 #endif
+}
+
+MBM_DEVICE void warp_barrier(const char*) { __syncwarp(); }
+
+MBM_DEVICE void store_flag(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+MBM_DEVICE void wait_flag(const char*, const uint32_t* flag, uint32_t value) {
+  uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  } while (found < value);
 }
 
 MBM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -119,18 +135,20 @@ MBM_DEVICE void store_peer_async(uint4* p, Mbarrier* m, int rank, uint4 words) {
       : "memory");
 }
 
-#define MBM_MMA(type)                                                                 \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+#define MBM_MMA(depth, type)                                                          \
+  asm volatile("mma.sync.aligned.m16n8k" depth ".row.col.f32." type "." type          \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 template <class T>
 MBM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    MBM_MMA("bf16");
+  if constexpr (std::is_same_v<T, tf32>)
+    MBM_MMA("8", "tf32");
+  else if constexpr (std::is_same_v<T, bfloat16>)
+    MBM_MMA("16", "bf16");
   else
-    MBM_MMA("f16");
+    MBM_MMA("16", "f16");
 }
 
 #undef MBM_MMA
@@ -162,6 +180,7 @@ MBM_DEVICE float tanh(float x) { return tanhf(x); }
 MBM_DEVICE float erf(float x) { return erff(x); }
 
 MBM_DEVICE float to_float(float x) { return x; }
+MBM_DEVICE float to_float(tf32 x) { return x.value; }
 MBM_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 MBM_DEVICE float to_float(float16 x) { return __half2float(x); }
 
@@ -175,10 +194,29 @@ MBM_DEVICE T from_float(float x) {
   else if constexpr (std::is_same_v<T, float16>)
     return __float2half_rn(x);
   else
+    return T{x};
+}
+
+template <class T>
+MBM_DEVICE T factor(T x) {
+  if constexpr (std::is_same_v<T, tf32>) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x.value));
+    return {as_float(bits)};
+  } else {
     return x;
+  }
 }
 
 MBM_DEVICE uint4 load_words(const void* p) { return *static_cast<const uint4*>(p); }
+MBM_DEVICE uint4 load_words_l2(const void* p) {
+  uint4 words;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(p)
+               : "memory");
+  return words;
+}
 MBM_DEVICE void store_words(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 
 MBM_DEVICE void store_pair(void* p, uint32_t low, uint32_t high) {
@@ -191,6 +229,7 @@ MBM_DEVICE void store_bits(T* p, int64_t i, uint32_t bits) {
 }
 
 MBM_DEVICE void store(float* p, int64_t i, float x) { p[i] = x; }
+MBM_DEVICE void store(tf32* p, int64_t i, float x) { p[i].value = x; }
 MBM_DEVICE void store(bfloat16* p, int64_t i, float x) { p[i] = from_float<bfloat16>(x); }
 MBM_DEVICE void store(float16* p, int64_t i, float x) { p[i] = from_float<float16>(x); }
 

@@ -27,12 +27,6 @@ std::string dropped_site;
 Site reached_sites[kMostSites + 1];
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept: a stack is dear to make
 
-void give_turn_back() {
-  Thread* self = running;
-  CheckedThread::leave(owner);
-  self->fiber->leave();
-}
-
 void run_thread(void*) {
   const bool is_first = running->index == 0;
   if (is_first) note_write(&running->block->lifetime);
@@ -57,7 +51,7 @@ bool equal(const char* a, const char* b) {
 std::unique_ptr<Cluster> make_cluster(const Launch& launch, int64_t first) {
   auto cluster = std::make_unique<Cluster>();
   cluster->barrier.wanted = launch.cluster * launch.threads;
-  size_t fiber = kChecksRaces ? first * launch.threads : 0;
+  size_t fiber = kChecksRaces || launch.cooperative ? first * launch.threads : 0;
   for (int rank = 0; rank < launch.cluster; ++rank) {
     auto block = std::make_unique<Block>();
     block->index = first + rank;
@@ -91,7 +85,8 @@ bool take_turns(Cluster& cluster) {
   bool any = false;
   for (auto& block : cluster.blocks)
     for (Thread& thread : block->threads) {
-      if (thread.ended || (thread.barrier && thread.barrier->generation == thread.generation))
+      if (thread.ended || (thread.barrier && thread.barrier->generation == thread.generation) ||
+          (thread.flag && *thread.flag < thread.value))
         continue;
       any = true;
       running = &thread;
@@ -102,22 +97,34 @@ bool take_turns(Cluster& cluster) {
   return any;
 }
 
-void run_cluster(Cluster& cluster) {
-  while (take_turns(cluster)) {
+using Clusters = std::vector<std::unique_ptr<Cluster>>;
+
+// All of them in turns, from number `first` on.
+void run_clusters(Clusters& clusters, size_t first) {
+  for (bool any = true; any && !thrown;) {
+    any = false;
+    for (size_t i = first; i < clusters.size() && !thrown; ++i) any |= take_turns(*clusters[i]);
   }
   if (thrown) return;
-  for (auto& block : cluster.blocks)
-    for (Thread& thread : block->threads)
-      if (!thread.ended) {
-        const std::string what = "thread " + std::to_string(thread.index) + " of block " +
-                                 std::to_string(block->index) + " waits at the barrier \"" +
-                                 thread.site + "\", which others never reach";
-        thrown = std::make_exception_ptr(std::runtime_error(what));
-        return;
-      }
+  for (size_t i = first; i < clusters.size(); ++i)
+    for (auto& block : clusters[i]->blocks)
+      for (Thread& thread : block->threads)
+        if (!thread.ended) {
+          const std::string what = "thread " + std::to_string(thread.index) + " of block " +
+                                   std::to_string(block->index) + " waits at the barrier \"" +
+                                   thread.site + "\", which others never reach";
+          thrown = std::make_exception_ptr(std::runtime_error(what));
+          return;
+        }
 }
 
 }  // namespace
+
+void give_turn_back() {
+  Thread* self = running;
+  CheckedThread::leave(owner);
+  self->fiber->leave();
+}
 
 void acquire_all(void* token) {
   acquire(token);
@@ -161,14 +168,16 @@ bool is_dropped(const char* site) {
 }
 
 void launch(const Launch& launch, const std::function<void()>& kernel) {
-  std::vector<std::unique_ptr<Cluster>> clusters;  // to the checker all of them run at once
+  Clusters clusters;  // to the checker all of them run at once
   owner = CheckedThread::owner();
   body = &kernel;
   thrown = nullptr;
-  for (int64_t first = 0; first < launch.blocks; first += launch.cluster) {
-    clusters.push_back(make_cluster(launch, first));
-    run_cluster(*clusters.back());
-    if (thrown) break;
+  const int64_t at_once = launch.cooperative ? launch.blocks : launch.cluster;
+  for (int64_t first = 0; first < launch.blocks && !thrown; first += at_once) {
+    const size_t before = clusters.size();
+    for (int64_t block = first; block < first + at_once; block += launch.cluster)
+      clusters.push_back(make_cluster(launch, block));
+    run_clusters(clusters, before);
     if (!kChecksRaces) clusters.clear();
   }
   for (auto& cluster : clusters)

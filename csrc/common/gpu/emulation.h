@@ -1,5 +1,5 @@
 // CUDA's execution model on one host thread: a fiber for each CUDA thread, clusters one after
-// another. Kernels see it through host.h.
+// another, those of a cooperative launch in turns. Kernels see it through host.h.
 //
 // With MBM_CHECK_RACES and kernels built with -fsanitize=thread, each CUDA thread is a thread to
 // ThreadSanitizer too, and nothing but the emulated barriers orders memory: neither the fibers'
@@ -20,6 +20,7 @@ struct Launch {
   int cluster = 1;
   int threads = 0;
   size_t shared = 0;  // bytes
+  bool cooperative = false;
 };
 
 // Runs `kernel` once for each CUDA thread. Shared memory starts as NaN in every float.
@@ -34,6 +35,7 @@ int cluster_size();
 char* shared();
 void block_barrier(const char* site);
 void cluster_barrier(const char* site);
+void warp_barrier(const char* site);
 uint32_t shuffle_xor(uint32_t word, int mask);
 // Where `p`, of this block's shared memory, is in that of block `rank` of the cluster. Throws
 // std::logic_error where the block has ended or `p` is no shared memory.
@@ -51,7 +53,13 @@ void mbarrier_wait(const char* site, void* place, int parity);
 // wait for the phase; what else the thread did is not before that wait.
 void store_peer_async(void* p, const void* words, int bytes, void* place, int rank);
 
-// The barriers named `site` do nothing from now on; "" restores them all.
+// A flag in global memory: what the thread knew of before it stored a value happens before what
+// another does after a wait for this very value, which may have been passed by then. To the race
+// checker the values of a flag are told apart as far as 3 beyond one that somebody waits for.
+void store_flag(uint32_t* flag, uint32_t value);
+void wait_flag(const char* site, const uint32_t* flag, uint32_t value);
+
+// The barriers and waits named `site` do nothing from now on; "" restores them all.
 void drop(const std::string& site);
 // The sites reached since the process began, each with how often by one thread, in their order.
 std::vector<std::pair<std::string, int64_t>> sites();

@@ -35,6 +35,10 @@ void copy(uint32_t* to, const uint32_t* from, int count) {
   for (int i = 0; i < count; ++i) to[i] = from[i];
 }
 
+void* token_of(const uint32_t* flag, uint32_t value) {
+  return reinterpret_cast<char*>(const_cast<uint32_t*>(flag)) + value % sizeof(*flag);
+}
+
 void* token_of(Mbarrier& m, uint64_t generation) { return &m.barrier.tokens[generation & 1]; }
 
 }  // namespace
@@ -55,6 +59,10 @@ void block_barrier(const char* site) {
 
 void cluster_barrier(const char* site) {
   if (!is_dropped(site)) wait(current().cluster->barrier, site, true);
+}
+
+void warp_barrier(const char* site) {
+  if (!is_dropped(site)) wait(current().warps[running->index / 32].barrier, site, true);
 }
 
 uint32_t shuffle_xor(uint32_t word, int mask) {
@@ -119,6 +127,24 @@ void store_peer_async(void* p, const void* words, int bytes, void* place, int ra
   running->checked.enter();
   m.bytes -= bytes;
   end_phase(m);
+}
+
+void store_flag(uint32_t* flag, uint32_t value) {
+  release(token_of(flag, value));
+  *flag = value;
+}
+
+void wait_flag(const char* site, const uint32_t* flag, uint32_t value) {
+  if (is_dropped(site)) return;
+  Thread* self = running;
+  if (*flag < value) {
+    self->flag = flag;
+    self->value = value;
+    self->site = site;
+    give_turn_back();
+    self->flag = nullptr;
+  }
+  acquire_all(token_of(flag, value));
 }
 
 }  // namespace mbm::emulation

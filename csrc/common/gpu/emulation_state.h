@@ -26,6 +26,8 @@ struct Thread {
   Block* block = nullptr;
   const Barrier* barrier = nullptr;  // that it waits at
   uint64_t generation = 0;           // of the barrier, as it arrived
+  const uint32_t* flag = nullptr;    // that it waits for
+  uint32_t value = 0;                // of the flag, at least
   const char* site = "";
   bool ended = false;
   Fiber* fiber = nullptr;
@@ -81,6 +83,8 @@ struct Cluster {
 
 extern Thread* running;
 
+// Until the thread has a turn again.
+void give_turn_back();
 // The turn goes to others until the barrier's generation is over.
 void await(Barrier& barrier, uint64_t generation, const char* site);
 void wait(Barrier& barrier, const char* site, bool orders_memory);

@@ -27,7 +27,8 @@ struct Launch {
   int64_t blocks = 0;
   int cluster = 1;
   int threads = 0;
-  size_t shared = 0;  // bytes
+  size_t shared = 0;         // bytes
+  bool cooperative = false;  // all blocks run at once, or none does
 };
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -62,7 +63,9 @@ cudaError_t launch(void (*kernel)(Params...), const Launch& l, cudaStream_t, con
   if (l.cluster < 1 || l.cluster > device.widest_cluster() || l.blocks % l.cluster != 0)
     return cudaErrorInvalidConfiguration;
   if (l.shared > static_cast<size_t>(device.shared)) return cudaErrorInvalidValue;
-  emulation::launch({l.blocks, l.cluster, l.threads, l.shared}, [&] { kernel(args...); });
+  if (l.cooperative && l.blocks > device.multiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  emulation::launch({l.blocks, l.cluster, l.threads, l.shared, l.cooperative},
+                    [&] { kernel(args...); });
   return cudaSuccess;
 }
 
@@ -72,6 +75,13 @@ cudaError_t active_clusters(void (*)(Params...), const Launch& l, int* found) {
   const bool fits =
       l.cluster <= device.widest_cluster() && l.shared <= static_cast<size_t>(device.shared);
   *found = fits ? std::max(1, device.multiprocessors / l.cluster) : 0;
+  return cudaSuccess;
+}
+
+// As if each block needed a multiprocessor for itself.
+template <class... Params>
+cudaError_t active_blocks(void (*)(Params...), const Launch& l, const Device& device, int* found) {
+  *found = l.shared <= static_cast<size_t>(device.shared) ? device.multiprocessors : 0;
   return cudaSuccess;
 }
 
@@ -128,11 +138,19 @@ class LaunchConfig {
     config_.blockDim = dim3(static_cast<unsigned>(l.threads));
     config_.dynamicSmemBytes = l.shared;
     config_.stream = stream;
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim.x = static_cast<unsigned>(l.cluster);
-    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
-    config_.attrs = &cluster_;
-    config_.numAttrs = l.cluster > 1 ? 1 : 0;
+    config_.attrs = attributes_;
+    config_.numAttrs = 0;
+    if (l.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes_[config_.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(l.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (l.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes_[config_.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
@@ -141,7 +159,7 @@ class LaunchConfig {
 
  private:
   cudaLaunchConfig_t config_{};
-  cudaLaunchAttribute cluster_{};
+  cudaLaunchAttribute attributes_[2]{};
   cudaError_t error_ = cudaSuccess;
 };
 
@@ -160,6 +178,21 @@ cudaError_t active_clusters(void (*kernel)(Params...), const Launch& l, int* fou
   const LaunchConfig config(kernel, l, nullptr);
   if (config.error() != cudaSuccess) return config.error();
   return cudaOccupancyMaxActiveClusters(found, kernel, config.get());
+}
+
+// Blocks that run at once on a device that is otherwise idle; 0 where none can.
+template <class... Params>
+cudaError_t active_blocks(void (*kernel)(Params...), const Launch& l, const Device& device,
+                          int* found) {
+  *found = 0;
+  if (l.shared > static_cast<size_t>(device.shared)) return cudaSuccess;
+  const LaunchConfig config(kernel, l, nullptr);
+  if (config.error() != cudaSuccess) return config.error();
+  int of_one = 0;
+  const cudaError_t error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel, l.threads, l.shared);
+  *found = of_one * device.multiprocessors;
+  return error;
 }
 
 #endif

@@ -1,11 +1,13 @@
 // Tiles of products that a warp holds in registers: 16 rows of weights by 8 columns, both read
-// along the depth in chunks of 64 bytes. bfloat16 and float16 by mma, float32 by exact products on
-// the same tile.
+// along the depth in chunks of 64 bytes. bfloat16, float16 and tf32 by mma, float32 by exact
+// products on the same tile.
 //
 // Lane 4 g + q has rows g and g + 8 of the weights, and of a chunk the 16 bytes from 16 q on: that
 // reads both operands by 16 bytes, and a sum over the depth does not ask for the order in which mma
 // counts it.
 #pragma once
+
+#include <type_traits>
 
 #include "common/gpu/gpu.cuh"
 
@@ -24,7 +26,9 @@ MBM_DEVICE int lane_depth() {
   return lane() % 4 * kQuad<T>;
 }
 
+// Of a factor of 4 bytes.
 MBM_DEVICE uint32_t word_of(float x) { return as_word(x); }
+MBM_DEVICE uint32_t word_of(tf32 x) { return as_word(factor(x).value); }
 template <class T>
 MBM_DEVICE uint32_t word_of(T low, T high) {
   return bits_of(low) | bits_of(high) << 16;
@@ -45,7 +49,12 @@ MBM_DEVICE uint4 quad_of(const At& at) {
 template <class T>
 MBM_DEVICE uint4 load_quad(const T* row, int k, int width, bool by_words) {
   if (k >= width) return {0, 0, 0, 0};
-  if (by_words) return load_words(row + k);
+  if (by_words) {
+    const uint4 words = load_words(row + k);
+    if constexpr (!std::is_same_v<T, tf32>) return words;
+    return {word_of(tf32{as_float(words.x)}), word_of(tf32{as_float(words.y)}),
+            word_of(tf32{as_float(words.z)}), word_of(tf32{as_float(words.w)})};
+  }
   return quad_of<T>([&](int i) { return k + i < width ? row[k + i] : from_float<T>(0.0f); });
 }
 
@@ -139,7 +148,7 @@ MBM_DEVICE uint4 quad_of_neighbours(float x) {
   constexpr int kLanes = kQuad<T> / 4;  // to a word
   uint32_t word;
   if constexpr (kLanes == 1) {
-    word = word_of(x);
+    word = word_of(from_float<T>(x));
   } else {
     const uint32_t mine = bits_of(from_float<T>(x)), other = shuffle_xor(mine, 1);
     word = lane() & 1 ? other | mine << 16 : mine | other << 16;

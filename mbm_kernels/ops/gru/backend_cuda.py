@@ -1,4 +1,4 @@
-"""csrc/gru over a thread-block cluster, in one direction."""
+"""csrc/gru over thread-block clusters or groups of blocks, in one direction."""
 
 from mbm_kernels.ops.gru.layer_cuda import bwd as bwd
 from mbm_kernels.ops.gru.layer_cuda import fwd as fwd

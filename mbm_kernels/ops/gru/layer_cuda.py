@@ -6,6 +6,7 @@ product for each gradient. No value is read back from the device.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mbm_kernels._core import cuda_launch, native
+from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels._core.problem import derived
 from mbm_kernels.ops.gru import weight_gradients
 from mbm_kernels.ops.gru.problem import PER_DIRECTION, Problem, result_shapes
 
-# Units whose W_hh the registers and shared memory of a cluster's 16 blocks hold.
-MOST_UNITS = {torch.float32: 512, torch.bfloat16: 768, torch.float16: 768}
+# Units whose W_hh the registers and shared memory of a group of blocks hold.
+MOST_UNITS = {torch.float32: 1024, torch.bfloat16: 2048, torch.float16: 2048}
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -26,9 +28,15 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
         return reason
     most, hidden = MOST_UNITS.get(dtype, max(MOST_UNITS.values())), sizes.get("H", 0)
     if hidden > most:
-        return f"a cluster holds the weights of at most {most} units, not {hidden}; try triton"
-    if device is not None and cuda_launch.max_cluster(torch.device(device)) < 2:
-        return "it needs thread-block clusters, of compute capability 9.0 on; try triton"
+        return f"its blocks hold the weights of at most {most} units, not {hidden}; try triton"
+    if device is None or dtype is None:
+        return None
+    found = _plan(torch.device(device), _values(dtype, 1, 1, hidden))
+    if found["cluster"] == 0 and found["resident"] < found["needed"]:
+        return (
+            f"{hidden} units need {found['needed']} blocks that run at once, this device runs "
+            f"{found['resident']}; try triton"
+        )
     return None
 
 
@@ -37,15 +45,58 @@ def _fields() -> tuple[str, ...]:
     return tuple(cuda_launch.module().gru_cuda_problem_fields())
 
 
-def _block(p: Problem) -> bytes:
-    """What the kernels are told about a problem."""
-    steps, batch, _ = p.x_shape
-    values = {"T": steps, "B": batch, "H": p.hidden, "dtype": native.DTYPES.index(p.dtype)}
-    values |= {"directions": p.directions, "reverse": int(p.reverse), "cluster": 0}
-    device, _ = cuda_launch.place(p.device)
-    undecided = native.block(_fields(), values)
-    values["cluster"] = cuda_launch.module().gru_cuda_cluster(undecided, device)
-    return native.block(_fields(), values)
+def _values(dtype: torch.dtype, steps: int, batch: int, hidden: int) -> dict[str, int]:
+    """The fields of one direction whose plan is not known."""
+    undecided = dict.fromkeys(_fields(), 0)
+    sizes = {"T": steps, "B": batch, "H": hidden, "dtype": native.DTYPES.index(dtype)}
+    return {**undecided, **sizes, "directions": 1}
+
+
+def _plan(device: torch.device, values: dict[str, int]) -> dict[str, int]:
+    """What csrc's GruCudaPlan says of the fields."""
+    index, _ = cuda_launch.place(device)
+    found: dict[str, int] = cuda_launch.module().gru_cuda_plan(
+        native.block(_fields(), values), index
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the kernels are told about a problem, and the elements that they pass to one another."""
+
+    block: bytes
+    by_groups: bool
+    flags: int
+    states: int
+    backward_states: int
+
+    @classmethod
+    def of(cls, p: Problem, tf32: bool) -> "_Launch":
+        steps, batch, _ = p.x_shape
+        if reason := why_not(p.device, p.dtype, H=p.hidden):  # traced, sizes were not known
+            raise BackendUnavailableError(f"gru: backend 'cuda' cannot run: {reason}")
+        values = _values(p.dtype, steps, batch, p.hidden)
+        values |= {"directions": p.directions, "reverse": int(p.reverse), "tf32": int(tf32)}
+        found = _plan(p.device, values)
+        values |= {name: found[name] for name in ("cluster", "groups", "at_once")}
+        return cls(
+            native.block(_fields(), values),
+            found["cluster"] == 0,
+            *(found[name] for name in ("flags", "states", "backward_states")),
+        )
+
+    def through(self, like: Tensor, states: int) -> tuple[Tensor | None, Tensor | None]:
+        """Flags, at 0, and states of groups."""
+        if not self.by_groups:
+            return None, None
+        return like.new_zeros(self.flags, dtype=torch.int32), like.new_empty(states)
+
+
+def _launch(p: Problem) -> _Launch:
+    """By tf32 where PyTorch lets cuDNN's recurrences use it, as this call finds it."""
+    tf32 = p.dtype is torch.float32 and cuda_launch.rnn_tf32()
+    return derived(p, ("cuda", tf32), functools.partial(_Launch.of, tf32=tf32))
 
 
 def _by_direction(values: Sequence[Any]) -> list[Sequence[Any]]:
@@ -74,11 +125,15 @@ def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, T
         (F.linear(x, w_ih, b_ih).contiguous(), w_hh.contiguous(), _dense(b_hh))
         for w_ih, w_hh, b_ih, b_hh in _by_direction(weights)
     ]
+    launch = _launch(p)
+    through = launch.through(x, launch.states)
+    carried = x.new_empty(state_shape, dtype=torch.float32) if launch.by_groups else None
     cuda_launch.module().gru_cuda_fwd(
-        derived(p, "cuda", _block),
+        launch.block,
         native.address(lengths),
         [native.addresses(layer) for layer in layers],
-        native.addresses((h0, y, h_n, reserve if save else None)),
+        native.addresses((h0, y, h_n, reserve if save else None, carried)),
+        native.addresses(through),
         cuda_launch.place(p.device),
     )
     return y, h_n, reserve
@@ -103,13 +158,16 @@ def bwd(
         _rows, place = native.rows(grad_y, p.dtype)
         read = (_dense(h0), y, reserve.contiguous())  # alive, as _rows is, until the launch
         transposed = [w_hh.t().contiguous() for _, w_hh, *_ in layers]
+        launch = _launch(p)
+        through = launch.through(x, launch.backward_states)
         cuda_launch.module().gru_cuda_bwd(
-            derived(p, "cuda", _block),
+            launch.block,
             native.address(lengths),
             native.addresses(transposed),
             native.addresses(read),
             place,
             native.addresses((carried, gates)),
+            native.addresses(through),
             cuda_launch.place(p.device),
         )
     grad_x, found = None, []
