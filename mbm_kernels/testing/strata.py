@@ -136,6 +136,7 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("Winograd, pool", (2, 24, 24, 14, 15, 3), {"padding": 1, "max_pool": 2}),
         ("Winograd, no padding", (3, 16, 17, 9, 8, 3), {"activation": "gelu"}),
         ("Winograd, wide", (1, 72, 80, 30, 30, 3), {"padding": 1}),
+        ("Winograd, one tile", (1, 24, 24, 4, 4, 3), {"padding": 1}),
         ("Winograd, many tiles", (5, 16, 32, 40, 40, 3), {"padding": 1}),
         ("stem", (1, 3, 32, 24, 33, 3), {"padding": 1, "max_pool": 2, "activation": "relu"}),
         ("stem of 7x7", (1, 3, 24, 33, 34, 7), {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
