@@ -55,9 +55,19 @@ def contrastive_loss(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
                 },
             )
     # The largest logits come last.
-    growing = numbers(1300, 2) * torch.linspace(0.1, 3, 1300)[:, None]
-    image_text = {"image": growing, "text": numbers(1300, 2), "scale": torch.tensor(1.0)}
+    growing = numbers(1600, 2) * torch.linspace(0.1, 3, 1600)[:, None]
+    image_text = {"image": growing, "text": numbers(1600, 2), "scale": torch.tensor(1.0)}
     yield "infonce, several chunks", {**image_text, "bias": None, "kind": "infonce"}
+
+
+@strata
+def cross_attention(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
+    """The mean over heads of one batch element, which several threads add up."""
+    heads = [numbers(1, 3, rows, 33) for rows in (61, 67, 67)]
+    yield (
+        "mean weights, several threads",
+        {**dict(zip(("query", "key", "value"), heads, strict=True)), "need_weights": "mean"},
+    )
 
 
 def _gru_weights(numbers: Numbers, features: int, hidden: int, bias: bool, end: str = "") -> Inputs:
@@ -126,6 +136,7 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("Winograd, pool", (2, 24, 24, 14, 15, 3), {"padding": 1, "max_pool": 2}),
         ("Winograd, no padding", (3, 16, 17, 9, 8, 3), {"activation": "gelu"}),
         ("Winograd, wide", (1, 72, 80, 30, 30, 3), {"padding": 1}),
+        ("Winograd, one tile", (1, 24, 24, 4, 4, 3), {"padding": 1}),
         ("Winograd, many tiles", (5, 16, 32, 40, 40, 3), {"padding": 1}),
         ("stem", (1, 3, 32, 24, 33, 3), {"padding": 1, "max_pool": 2, "activation": "relu"}),
         ("stem of 7x7", (1, 3, 24, 33, 34, 7), {"padding": 3, "stride": 2, "max_pool": (3, 2, 1)}),
@@ -146,6 +157,7 @@ def conv_bias_act(numbers: Numbers) -> Iterator[tuple[str, Inputs]]:
         ("dilation", (1, 20, 33, 14, 13, 3), {"dilation": 2, "padding": 2}),
         ("5x5", (1, 24, 40, 12, 13, 5), {"padding": 2, "activation": "tanh"}),
         ("groups", (2, 24, 48, 10, 9, 3), {"groups": 3, "padding": 1}),
+        ("groups of two, pool", (1, 4, 48, 9, 14, 3), {"groups": 2, "padding": 1, "max_pool": 2}),
         ("groups, slices", (1, 128, 70, 5, 6, 3), {"groups": 2, "padding": 1}),
         ("dilation, slices", (1, 70, 20, 7, 8, 3), {"dilation": 2, "padding": 2, "max_pool": 2}),
     ]

@@ -79,6 +79,30 @@ def _depthwise_rows(given: Draws) -> Layer:
     }
 
 
+def _strided_groups(given: Draws) -> Layer:
+    groups = given.of(2, 3)
+    return {
+        "groups": groups,
+        "channels": groups * given.of(given.size(COLUMNS), given.between(1, 4)),
+        "outputs": groups * given.size(COLUMNS),
+        "kernel": given.of((3, 3), (5, 5), (2, 3), (7, 7)),
+        "stride": given.of(2, 2, (1, 2)),
+        "planes": True,
+    }
+
+
+def _strided_depthwise(given: Draws) -> Layer:
+    channels = 4 + given.size(COLUMNS)
+    return {
+        "groups": channels,
+        "channels": channels,
+        "outputs": channels,
+        "kernel": (given.of(3, 5, 7), given.of(3, 5, 7)),
+        "stride": given.of(2, 2, (1, 2)),
+        "planes": True,
+    }
+
+
 def _winograd(given: Draws) -> Layer:
     # From the channels on that the algorithm takes.
     channels, outputs = (max(16, given.size(COLUMNS)) for _ in range(2))
@@ -94,6 +118,9 @@ ALGORITHMS: dict[str, Callable[[Draws], Layer]] = {
     "depthwise": _depthwise,
     "depthwise rows": _depthwise_rows,
     "winograd": _winograd,
+    # Of planes that a stride takes apart, which the other two meet by chance.
+    "strided groups": _strided_groups,
+    "strided depthwise": _strided_depthwise,
 }
 EPILOGUES = ("plain", "residual", "pool", "residual and pool")
 STRATA["conv_bias_act"] = tuple(f"{a}, {e}" for a in ALGORITHMS for e in EPILOGUES)
@@ -132,6 +159,8 @@ def conv_bias_act(given: Draws) -> Inputs:
     weight *= (channels // groups * kernel[0] * kernel[1]) ** -0.5
     before = F.conv2d(x, weight, None, **options)
     residual = given.randn(*before.shape) if "residual" in epilogue else None
+    if layer.get("planes", False):
+        x, residual = given.keep(x), None if residual is None else given.keep(residual)
     if channels_last:
         x = given.keep(x.contiguous(memory_format=torch.channels_last))
         # Pixels read in place want all three so; else it is of any layout.
