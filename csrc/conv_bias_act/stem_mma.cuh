@@ -45,18 +45,20 @@ MBM_DEVICE void load_weights(const ConvCudaForward& args, int k0, MmaWeights& we
       }
 }
 
-// Pixels of 4 channels, 0 where there is none.
+// Pixels of 4 channels, 0 where there is none. T holds the values of a byte exactly.
 template <class T>
 MBM_DEVICE void load_pixels(const ConvCudaForward& args, int64_t b, int row0, int column0,
                             uint32_t* patch) {
   const auto& s = args.sizes;
-  const T* x = static_cast<const T*>(args.x.data) + b * args.x.b;
   for (int i = gpu::thread(); i < kMmaPatchRows * kMmaPatchColumns; i += kThreads) {
     const int row = row0 + i / kMmaPatchColumns, column = column0 + i % kMmaPatchColumns;
     const bool within = row >= 0 && row < s.Y && column >= 0 && column < s.X;
-    const T* pixel = x + row * args.x.y + column * args.x.x;
+    const int64_t pixel = b * args.x.b + row * args.x.y + column * args.x.x;
     const auto at = [&](int c) {
-      return within && c < s.C ? pixel[c * args.x.c] : gpu::from_float<T>(0.0f);
+      if (!within || c >= s.C) return gpu::from_float<T>(0.0f);
+      const int64_t i = pixel + c * args.x.c;
+      if (!s.x_bytes) return static_cast<const T*>(args.x.data)[i];
+      return gpu::from_float<T>(static_cast<float>(static_cast<const uint8_t*>(args.x.data)[i]));
     };
     patch[2 * i] = gpu::word_of<T>(at(0), at(1));
     patch[2 * i + 1] = gpu::word_of<T>(at(2), at(3));
