@@ -18,6 +18,7 @@ using mbm::gpu::Place;
   FIELD(conv_y) FIELD(conv_x) FIELD(out_y) FIELD(out_x)                                     \
   FIELD(pool_y) FIELD(pool_x) FIELD(pool_stride_y) FIELD(pool_stride_x) FIELD(pool_top)     \
   FIELD(pool_left) FIELD(activation) FIELD(depthwise) FIELD(dtype) FIELD(z_dtype)           \
+  FIELD(x_bytes)                                                                            \
   FIELD(x_b) FIELD(x_c) FIELD(x_y) FIELD(x_x)                                               \
   FIELD(residual_b) FIELD(residual_c) FIELD(residual_y) FIELD(residual_x)                   \
   FIELD(y_b) FIELD(y_c) FIELD(y_y) FIELD(y_x)                                               \
@@ -38,7 +39,7 @@ struct Problem {
     for (int64_t edge : {top, left, pool_top, pool_left})
       mbm::check_field("padding", edge, 0, int64_t{1} << 29);
     mbm::check_field("activation", activation, 0, static_cast<int64_t>(mbm::Activation::kTanh));
-    mbm::check_field("depthwise", depthwise, 0, 1);
+    for (int64_t flag : {depthwise, x_bytes}) mbm::check_field("a flag", flag, 0, 1);
     for (int64_t each : {dtype, z_dtype}) mbm::check_field("dtype", each, 0, 2);
   }
 
@@ -68,7 +69,8 @@ struct Problem {
             static_cast<mbm::Activation>(activation),
             depthwise != 0,
             static_cast<Dtype>(dtype),
-            narrow((depthwise ? 1 : C) * R * S)};
+            narrow((depthwise ? 1 : C) * R * S),
+            x_bytes != 0};
   }
   int64_t outputs() const { return B * K * out_y * out_x; }
   int64_t inputs() const { return B * C * Y * X; }
@@ -78,7 +80,9 @@ struct Problem {
     return mbm::gpu::optional_writable(address, dtype, count, name);
   }
   mbm::ConvCudaMap x(Address address) const {
-    return {mbm::gpu::writable(address, dtype, inputs(), "x"), x_b, x_c, x_y, x_x};
+    void* data = x_bytes ? checked_ptr<uint8_t>(address, inputs(), "x")
+                         : mbm::gpu::writable(address, dtype, inputs(), "x");
+    return {data, x_b, x_c, x_y, x_x};
   }
   mbm::ConvCudaSaved saved(Address places, Address z) const {
     return {optional_ptr<uint8_t>(places, outputs(), "places"),

@@ -57,6 +57,7 @@ int64_t conv_cuda_parts(const ConvCudaSizes& s) {
 
 cudaError_t conv_cuda_bwd(const ConvCudaBackward& args, int device, cudaStream_t stream) {
   if (!conv_cuda_takes(args.sizes) || args.sizes.B == 0) return cudaErrorInvalidValue;
+  if (args.sizes.x_bytes && args.grad_x.data != nullptr) return cudaErrorInvalidValue;
   return gpu::on_device(device, args.sizes.dtype, [&](const gpu::Device&, auto zero) {
     return launch_bwd<decltype(zero)>(args, stream);
   });

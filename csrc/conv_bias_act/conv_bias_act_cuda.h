@@ -26,7 +26,8 @@ struct ConvCudaSizes {
   Activation activation;
   bool depthwise;
   gpu::Dtype dtype;
-  int terms;  // of an output's sum: C R S, depthwise R S
+  int terms;     // of an output's sum: C R S, depthwise R S
+  bool x_bytes;  // x is uint8 and taken as its values; it has no gradient
 };
 
 struct ConvCudaMap {  // null data: not there
@@ -43,7 +44,7 @@ struct ConvCudaSaved {
 
 struct ConvCudaForward {
   ConvCudaSizes sizes;
-  ConvCudaMap x;         // [B, C, Y, X]
+  ConvCudaMap x;         // [B, C, Y, X], of bytes where sizes say so
   const void* weight;    // [K, C, R, S], depthwise [K, 1, R, S]; contiguous
   const void* bias;      // [K] or null
   ConvCudaMap residual;  // [B, K, Y', X']

@@ -58,7 +58,10 @@ template <class T>
 MBM_DEVICE float padded(const ConvCudaSizes& s, const ConvCudaMap& x, int64_t b, int c, int row,
                         int column) {
   const bool within = row >= 0 && row < s.Y && column >= 0 && column < s.X && c < s.C;
-  return within ? load_at<T>(x, b, c, row, column) : 0.0f;
+  if (!within) return 0.0f;
+  const int64_t at = offset(x, b, c, row, column);
+  return s.x_bytes ? static_cast<float>(static_cast<const uint8_t*>(x.data)[at])
+                   : load<T>(x.data, at);
 }
 
 // Whether lanes lie along channels in this map.

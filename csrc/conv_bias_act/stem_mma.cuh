@@ -8,6 +8,8 @@
 // instructions that the static gate counts. Limits: those, and the bytes of y.
 #pragma once
 
+#include <type_traits>
+
 #include "common/gpu/warp_product.cuh"
 #include "conv_bias_act/conv_epilogue.cuh"
 
@@ -45,22 +47,36 @@ MBM_DEVICE void load_weights(const ConvCudaForward& args, int k0, MmaWeights& we
       }
 }
 
-// Pixels of 4 channels, 0 where there is none.
-template <class T>
-MBM_DEVICE void load_pixels(const ConvCudaForward& args, int64_t b, int row0, int column0,
-                            uint32_t* patch) {
+// Pixels of 4 channels, 0 where there is none, of an x of T or of bytes, whose values T holds
+// exactly.
+template <class T, class X>
+MBM_DEVICE void load_pixels_of(const ConvCudaForward& args, int64_t b, int row0, int column0,
+                               uint32_t* patch) {
   const auto& s = args.sizes;
-  const T* x = static_cast<const T*>(args.x.data) + b * args.x.b;
+  const X* x = static_cast<const X*>(args.x.data) + b * args.x.b;
   for (int i = gpu::thread(); i < kMmaPatchRows * kMmaPatchColumns; i += kThreads) {
     const int row = row0 + i / kMmaPatchColumns, column = column0 + i % kMmaPatchColumns;
     const bool within = row >= 0 && row < s.Y && column >= 0 && column < s.X;
-    const T* pixel = x + row * args.x.y + column * args.x.x;
+    const X* pixel = x + row * args.x.y + column * args.x.x;
     const auto at = [&](int c) {
-      return within && c < s.C ? pixel[c * args.x.c] : gpu::from_float<T>(0.0f);
+      if (!within || c >= s.C) return gpu::from_float<T>(0.0f);
+      if constexpr (std::is_same_v<X, T>)
+        return pixel[c * args.x.c];
+      else
+        return gpu::from_float<T>(static_cast<float>(pixel[c * args.x.c]));
     };
     patch[2 * i] = gpu::word_of<T>(at(0), at(1));
     patch[2 * i + 1] = gpu::word_of<T>(at(2), at(3));
   }
+}
+
+template <class T>
+MBM_DEVICE void load_pixels(const ConvCudaForward& args, int64_t b, int row0, int column0,
+                            uint32_t* patch) {
+  if (args.sizes.x_bytes)
+    load_pixels_of<T, uint8_t>(args, b, row0, column0, patch);
+  else
+    load_pixels_of<T, T>(args, b, row0, column0, patch);
 }
 
 // Of 8 windows: the 4 rows of pixels under them. `from`: this lane's words in the first.

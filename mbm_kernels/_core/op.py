@@ -207,7 +207,8 @@ class Op:
         tensors = [
             a for a in (arguments.flat(args) if self.has_lists else args) if isinstance(a, Tensor)
         ]
-        device, dtype = tensors[0].device, tensors[0].dtype
+        device = tensors[0].device
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype)
         needs_grad = may_need_grad(tensors)
         sizes["training"] = int(needs_grad)
         if reason := no_kernel(tensors, self.saves_each):

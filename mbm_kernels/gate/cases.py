@@ -279,6 +279,7 @@ CASES = (
     StaticCase("contrastive_loss", "infonce", _contrastive_loss("infonce")),
     StaticCase("contrastive_loss", "siglip", _contrastive_loss("siglip")),
     StaticCase("gru", "T32 B32 H512", gru(32, 512)),
+    StaticCase("gru", "T32 B256 H512", gru(256, 512)),
     StaticCase("gru", "T32 B64 H1024 reversed lengths", gru(64, 1024, lengths=True)),
     StaticCase("gru", "T32 B32 H128", gru(32, 128)),
     StaticCase("gru", "T32 B32 H32 reversed lengths", gru(32, 32, lengths=True)),

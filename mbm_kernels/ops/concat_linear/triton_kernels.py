@@ -18,7 +18,7 @@ def add_product(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R", "inner"))
 def concat(
     x0, w0,  # [R, C0], [K, C0]: an input and its columns of the weight
     x1, w1,  # likewise, or None

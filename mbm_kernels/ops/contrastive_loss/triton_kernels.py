@@ -8,8 +8,12 @@ import triton.language as tl
 
 from mbm_kernels._core import triton_math
 
+# Images of a chunk, where they start, and programs that share them: no kernel is compiled anew for
+# them. B is the length of a row in memory, whose divisibility by 16 vectors need.
+CHUNK = ("M", "start", "P")
 
-@triton.jit
+
+@triton.jit(do_not_specialize=CHUNK)
 def infonce_statistics(
     products,  # float32 [M, B], of the images from `start` on
     scale,  # float32, one number
@@ -42,7 +46,7 @@ def infonce_statistics(
     tl.store(diagonal + r, tl.sum(chosen, 1), r < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def infonce_columns(
     part_top, part_total,  # float32 [P, B]
     top, total,  # float32 [B]
@@ -73,7 +77,7 @@ def infonce_columns(
     tl.store(total + c, count, c < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def infonce_gradients(
     products,  # float32 [M, B], of the images from `start` on
     scale,
@@ -118,7 +122,7 @@ def log1p(x):
     return tl.where(u == 1.0, x, tl.log(u) * (x / rounded))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def siglip(
     products,  # float32 [M, B], of the images from `start` on
     scale,

@@ -132,7 +132,7 @@ class _Native:
         out_channels, _, *kernel = p.weight_shape
         batch, channels, height, width = p.x_shape
         self.y_shape = (batch, out_channels, *p.out)
-        self.x = _Map.of(p.x_shape, p.x_strides, p.dtype)
+        self.x = _Map.of(p.x_shape, p.x_strides, torch.uint8 if p.x_bytes else p.dtype)
         self.y = _Map(self.y_shape, p.channels_last)
         self.grad_x = _Map(p.x_shape, p.x_channels_last)
         self.conv_shape = (batch, out_channels, *p.conv)

@@ -107,6 +107,7 @@ class _Native:
             "depthwise": int(_is_depthwise(p.groups, channels, out_channels)),
             "dtype": native.DTYPES.index(p.dtype),
             "z_dtype": native.DTYPES.index(p.z_dtype),
+            "x_bytes": int(p.x_bytes),
         }
         for name, strides in maps.items():
             values |= {f"{name}_{axis}": s for axis, s in zip("bcyx", strides, strict=True)}
@@ -123,12 +124,12 @@ def fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     plan = derived(p, "cuda", _Native)
-    y = x.new_empty_strided(plan.y_shape, plan.y)
+    y = weight.new_empty_strided(plan.y_shape, plan.y)
     places = z = None
     if save and p.saves_places:
-        places = x.new_empty(p.saved_shape, dtype=torch.uint8)
+        places = weight.new_empty(p.saved_shape, dtype=torch.uint8)
     if save and p.saves_z:
-        z = x.new_empty(p.saved_shape, dtype=p.z_dtype)
+        z = weight.new_empty(p.saved_shape, dtype=p.z_dtype)
     weight = weight.contiguous()  # alive until the launch, as the bias
     bias = None if bias is None else bias.contiguous()
     if y.numel():
@@ -158,9 +159,9 @@ def bwd(
         n and t is not None for n, t in zip(needs, tensors, strict=True)
     )
     grad_x = x.new_empty_strided(p.x_shape, plan.grad_x) if need_x else None
-    grad_z = x.new_empty_strided(plan.conv_shape, plan.grad_z) if need_residual else None
-    grad_weight = x.new_empty(p.weight_shape) if need_weight else None
-    grad_bias = x.new_empty(p.weight_shape[:1]) if need_bias else None
+    grad_z = weight.new_empty_strided(plan.conv_shape, plan.grad_z) if need_residual else None
+    grad_weight = weight.new_empty(p.weight_shape) if need_weight else None
+    grad_bias = weight.new_empty(p.weight_shape[:1]) if need_bias else None
     found = (grad_x, grad_z, grad_weight, grad_bias)
     if p.x_shape[0] == 0:
         for each in found:

@@ -71,6 +71,8 @@ def fwd(
     save: bool,
 ) -> tuple[Tensor, None, None]:
     stock = derived(p, "torch", _Stock)
+    if p.x_bytes:
+        x = x.to(p.dtype)
     if stock.convert:
         x = x.contiguous(memory_format=torch.channels_last)
     if stock.pad is not None:

@@ -52,6 +52,10 @@ class _Convolution(DropIn, ServedByStock):
     def _run(self, x: Tensor) -> Tensor:
         """A call that torch's own forward is not known to serve."""
         weight, bias = self._weights()
+        if (
+            isinstance(x, Tensor) and x.dtype == torch.uint8
+        ):  # torch's layers say why they refuse it
+            return self._conv_forward(x, weight, bias)
         image, kernel, explicit = self._image(x, weight)
         call, tensors, found = described((image, kernel, bias, None), explicit, self.backend)
         if found is None:
@@ -158,7 +162,10 @@ class ConvBiasAct(Conv2d):
 
     @tracing.leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, C, Y, X], residual of the convolution's shape -> [B, K, Y'', X'']."""
+        """x [B, C, Y, X], residual of the convolution's shape -> [B, K, Y'', X''].
+
+        x may be uint8, as of `mbm_kernels.conv_bias_act`.
+        """
         weight, bias = self._weights()
         x, padding = self._padded(x)
         head = (self.stride, padding, self.dilation, self.groups)

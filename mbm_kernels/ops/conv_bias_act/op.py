@@ -23,7 +23,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, save = rest
     p = problem.find(x, weight, bias, residual, *options)
-    y = x.new_empty(*x.shape[:-3], weight.shape[0], *p.out).contiguous(
+    y = weight.new_empty(*x.shape[:-3], weight.shape[0], *p.out).contiguous(
         memory_format=torch.channels_last if p.channels_last else torch.contiguous_format
     )
     places = y.new_empty(p.saved_shape if save and p.saves_places else (0,), dtype=torch.uint8)
@@ -80,8 +80,9 @@ def conv_bias_act(
         y = F.max_pool2d(act(z), *max_pool)
 
     Args:
-        x: [B, C, Y, X] or [C, Y, X], floating, NCHW or channels_last; the result has the same
-            layout (and, as in torch, is channels_last if `weight` is).
+        x: [B, C, Y, X] or [C, Y, X], NCHW or channels_last; the result has the same layout (and, as
+            in torch, is channels_last if `weight` is). Floating, or uint8, which every backend
+            takes as its values, 0 to 255: the result then is of `weight`'s dtype.
         weight: [K, C / groups, R, S].
         bias: [K].
         stride, dilation: int or pair for (Y, X). A stride past the padded input has one output.
@@ -172,10 +173,23 @@ def _checked(tensors: Tensors, options: Sequence[Any]) -> tuple[Tensors, Problem
     window = geometry.pool_taken(window, size)
     problem.check_operands(x, weight, bias, residual, size)
     x, weight, bias, residual = autocast.cast(x, weight, bias, residual)
-    named = (("x", x), ("weight", weight), ("bias", bias), ("residual", residual))
-    checks.same_floating(NAME, named)
+    _check_dtypes(x, (("weight", weight), ("bias", bias), ("residual", residual)))
     cast = (x, weight, bias, residual)
     return cast, problem.find(*cast, steps, edges, spread, groups, activation, window)
+
+
+def _check_dtypes(x: Tensor, others: tuple[tuple[str, Tensor | None], ...]) -> None:
+    if x.dtype == torch.uint8:
+        checks.same_floating(NAME, others)
+        weight = others[0][1]
+        assert weight is not None
+        checks.same_device(NAME, "x", x, "weight", weight)
+        return
+    if x.dtype not in checks.FLOATING:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.FLOATING)
+        expected = f"{allowed}, or uint8, which is taken as its values"
+        checks.fail(NAME, "x", x.dtype, expected, "convert it with .to(...)", TypeError)
+    checks.same_floating(NAME, (("x", x), *others))
 
 
 def _check_channels(x: Tensor, weight: Tensor, groups: int) -> None:

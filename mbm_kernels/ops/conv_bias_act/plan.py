@@ -18,10 +18,10 @@ def tf32_allowed() -> bool:
 
 
 class Plan:
-    """Sizes and choices that forward and backward share; x is [B, C, Y, X] here."""
+    """Sizes and choices that forward and backward share; x is [B, C, Y, X] here, of no bytes."""
 
     def __init__(self, p: Problem, x: Tensor, weight: Tensor):
-        self.x, self.weight = x, weight
+        self.x, self.weight = x.to(p.dtype), weight
         self.stride, self.padding, self.dilation = list(p.stride), list(p.padding), list(p.dilation)
         self.groups, self.conv, self.out, self.pool = p.groups, p.conv, p.out, p.pool
         self.B, self.K = p.x_shape[0], p.weight_shape[0]
@@ -37,9 +37,9 @@ class Plan:
             "pool_area": self.pool[0] * self.pool[1],
             "channels_last": int(self.channels_last),
             # Whether a pixel's channels are vectors of 16 bytes.
-            "vectors": int(x.stride(1) == 1 and x.size(1) % 8 == 0 and self.K % 8 == 0),
+            "vectors": int(self.x.stride(1) == 1 and x.size(1) % 8 == 0 and self.K % 8 == 0),
         }
-        self.tf32 = x.dtype == torch.float32 and tf32_allowed()
+        self.tf32 = p.dtype == torch.float32 and tf32_allowed()
 
     def way(self, what: str) -> str:
         """How "forward", "grad_x" or "grad_weight" goes: the first of its choices that can."""

@@ -31,7 +31,8 @@ class Problem:
     activation: str | None
     max_pool: tuple[int, ...] | None
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of all but bytes in x
+    x_bytes: bool  # x is uint8
     x_shape: tuple[int, ...]  # [B, C, Y, X]
     x_strides: tuple[int, ...]  # of the tensor as given, as those below
     weight_shape: tuple[int, ...]  # [K, C / groups, R, S]
@@ -124,7 +125,8 @@ def build(
         activation=activation,
         max_pool=window,
         device=x.device,
-        dtype=x.dtype,
+        dtype=weight.dtype,
+        x_bytes=x.dtype == torch.uint8,
         x_shape=x_shape,
         x_strides=x.stride(),
         weight_shape=tuple(weight.shape),

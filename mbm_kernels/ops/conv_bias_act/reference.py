@@ -40,8 +40,12 @@ def conv_bias_act(
 ) -> Tensor:
     """x [B, C, Y, X] or [C, Y, X], weight [K, C / groups, R, S] -> [B, K, Y', X'] or [K, Y', X'].
 
+    Bytes are taken as their values.
+
     Besides the public forms, padding may be (top, bottom, left, right) and max_pool six numbers.
     """
+    if x.dtype == torch.uint8:
+        x = x.to(weight.dtype)
     if x.dim() == 3:
         residual = None if residual is None else residual[None]
         args = (stride, padding, dilation, groups, residual, activation, max_pool)

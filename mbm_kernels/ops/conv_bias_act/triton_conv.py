@@ -15,6 +15,7 @@ from mbm_kernels.ops.conv_bias_act.triton_epilogue import (
     inside,
     pool_first,
     pool_next,
+    split_pixel,
 )
 
 
@@ -64,7 +65,7 @@ def gather_dot(
     return total
 
 
-@triton.jit
+@triton_math.launched
 def conv(
     x,  # [B, C, Y, X]
     weight,  # [K, C, R, S]
@@ -87,9 +88,7 @@ def conv(
     pid = tl.program_id(0)
     p = pid // blocks_k * BLOCK_P + tl.arange(0, BLOCK_P)
     k = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    b = p // (YO * XO)
-    i = p // XO % YO
-    j = p % XO
+    b, i, j = split_pixel(p, YO, XO)
     has_p = b < B
     has_k = k < K
     b = b.to(tl.int64)
@@ -108,9 +107,7 @@ def conv(
     for step in range(0, steps):
         if FLAT:
             n = step * BLOCK_C + tl.arange(0, BLOCK_C)
-            c = n % C
-            r = n // C // S
-            s = n // C % S
+            r, s, c = split_pixel(n, S, C)
             has_c = n < R * S * C
         else:
             c = step // (R * S) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -175,7 +172,7 @@ def finish(total, shift, residual, at, use):
     return v
 
 
-@triton.jit
+@triton_math.launched
 def conv_grad_weight(
     grad_z,  # [B, K, Y', X']
     x,  # [B, C, Y, X]
@@ -192,9 +189,7 @@ def conv_grad_weight(
     n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = pid // blocks_n % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     part = (pid // (blocks_n * blocks_k)).to(tl.int64)
-    c = n % C
-    r = n // C // S
-    s = n // C % S
+    r, s, c = split_pixel(n, S, C)
     has_n = n < R * S * C
     reach = c.to(tl.int64) * x_c + r * x_y + s * x_x
     total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
@@ -202,17 +197,15 @@ def conv_grad_weight(
     end = tl.minimum(start + chunk, B * YC * XC)
     for p0 in range(start, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        b = p // (YC * XC)
-        i = p // XC % YC
-        j = p % XC
         has_p = p < end
-        b = b.to(tl.int64)
-        from_at = b * grad_b + i.to(tl.int64) * grad_y + j * grad_x
+        b, i, j = split_pixel(p, YC, XC)
+        b64 = b.to(tl.int64)
+        from_at = b64 * grad_b + i.to(tl.int64) * grad_y + j * grad_x
         g_at = grad_z + from_at[:, None] + k.to(tl.int64)[None, :] * grad_k
         g = tl.load(g_at, has_p[:, None] & (k < K)[None, :], 0.0)
         row = i * STRIDE_Y - top
         column = j * STRIDE_X - left
-        at = b * x_b + row.to(tl.int64) * x_y + column * x_x
+        at = b64 * x_b + row.to(tl.int64) * x_y + column * x_x
         rows = row[:, None] + r[None, :]
         columns = column[:, None] + s[None, :]
         within = (rows | (Y - 1 - rows) | columns | (X - 1 - columns)) >= 0
@@ -223,7 +216,7 @@ def conv_grad_weight(
     tl.store(to, total, (k < K)[:, None] & has_n[None, :])
 
 
-@triton.jit
+@triton_math.launched
 def depthwise(
     x,  # [B, K, Y, X]
     weight,  # [K, 1, R, S]
@@ -239,9 +232,7 @@ def depthwise(
     pid = tl.program_id(0)
     p = pid // blocks_k * BLOCK_P + tl.arange(0, BLOCK_P)
     k = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    b = p // (YO * XO)
-    i = p // XO % YO
-    j = p % XO
+    b, i, j = split_pixel(p, YO, XO)
     has_p = b < B
     has_k = k < K
     b = b.to(tl.int64)
@@ -274,7 +265,7 @@ def depthwise(
     emit(best, best_z, place, to, across(p.to(tl.int64) * K, k64, K_LAST), use, y, places, z, ACT)
 
 
-@triton.jit
+@triton_math.launched
 def depthwise_grad_weight(
     grad_z,  # [B, K, Y', X']
     x,  # [B, K, Y, X]
@@ -299,17 +290,16 @@ def depthwise_grad_weight(
     end = tl.minimum(start + chunk, B * YC * XC)
     for p0 in range(start, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        b = p // (YC * XC)
-        i = p // XC % YC
-        j = p % XC
+        has_p = p < end
+        b, i, j = split_pixel(p, YC, XC)
         row = i * STRIDE_Y - top + tap // S
         column = j * STRIDE_X - left + tap % S
-        within = (p < end) & (row >= 0) & (row < Y) & (column >= 0) & (column < X)
+        within = has_p & (row >= 0) & (row < Y) & (column >= 0) & (column < X)
         use = inside(within, k < K, K_LAST)
-        b = b.to(tl.int64)
-        from_at = b * grad_b + i.to(tl.int64) * grad_y + j * grad_x
+        b64 = b.to(tl.int64)
+        from_at = b64 * grad_b + i.to(tl.int64) * grad_y + j * grad_x
         g = tl.load(grad_z + across(from_at, k64 * grad_k, K_LAST), use, 0.0)
-        at = b * x_b + row.to(tl.int64) * x_y + column * x_x
+        at = b64 * x_b + row.to(tl.int64) * x_y + column * x_x
         v = tl.load(x + across(at, k64 * x_k, K_LAST), use, 0.0)
         total += g.to(tl.float32) * v.to(tl.float32)
     to = parts + (part.to(tl.int64) * (R * S) + tap) * K + k

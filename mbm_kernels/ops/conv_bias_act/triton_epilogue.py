@@ -34,6 +34,20 @@ def along_channels(channels, K_LAST: tl.constexpr):
 
 
 @triton.jit
+def divide(n, by):
+    """n // by where neither is negative: unsigned division takes fewer instructions."""
+    return (tl.cast(n, tl.uint32) // tl.cast(by, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def split_pixel(p, rows, columns):
+    """Image, row and column of pixels counted in order."""
+    line = divide(p, columns)
+    b = divide(line, rows)
+    return b, line - b * rows, p - line * columns
+
+
+@triton.jit
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
 

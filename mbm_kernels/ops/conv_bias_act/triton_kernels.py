@@ -7,6 +7,7 @@ are counted in int32.
 import triton
 import triton.language as tl
 
+from mbm_kernels._core import triton_math
 from mbm_kernels.ops.conv_bias_act.triton_conv import (  # noqa: F401, launched by name
     conv,
     conv_grad_weight,
@@ -20,6 +21,7 @@ from mbm_kernels.ops.conv_bias_act.triton_epilogue import (
     grad_window,
     inside,
     pool_step,
+    split_pixel,
 )
 
 # The same function under the names of its tables.
@@ -29,7 +31,7 @@ conv_grad_x = conv  # without an epilogue
 depthwise_grad_x = depthwise
 
 
-@triton.jit
+@triton_math.launched
 def epilogue(
     u,  # [B, K, Y', X'], the convolution alone
     bias,  # [K] or None
@@ -48,9 +50,7 @@ def epilogue(
     pid = tl.program_id(0)
     p = pid // blocks_k * BLOCK_P + tl.arange(0, BLOCK_P)
     k = pid % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    b = p // (YO * XO)
-    i = p // XO % YO
-    j = p % XO
+    b, i, j = split_pixel(p, YO, XO)
     use = inside(b < B, k < K, K_LAST)
     top = i * STEP_Y - PAD_Y
     left = j * STEP_X - PAD_X
@@ -96,7 +96,7 @@ def pool_tap(
     return pool_step(best, best_z, place, v, r * POOL_X + s, use, ACT)
 
 
-@triton.jit
+@triton_math.launched
 def grad_epilogue(
     grad_y,  # [B, K, Y'', X'']
     places,  # uint8 [B, Y'', X'', K] or None
@@ -122,13 +122,11 @@ def grad_epilogue(
     end = tl.minimum(start + chunk, B * CY * CX)
     for p0 in range(start, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        b = p // (CY * CX)
-        i = p // CX % CY
-        j = p % CX
         has_b = p < end
-        b = b.to(tl.int64)
-        grad_at = b * grad_b + i.to(tl.int64) * grad_y_y + j * grad_y_x
-        code_at = (b * YO + i) * XO + j
+        b, i, j = split_pixel(p, CY, CX)
+        b64 = b.to(tl.int64)
+        grad_at = b64 * grad_b + i.to(tl.int64) * grad_y_y + j * grad_y_x
+        code_at = (b64 * YO + i) * XO + j
         g, place = grad_window(
             grad_y, places, z, across(grad_at, k64 * grad_k, K_LAST),
             across(code_at * K, k64, K_LAST),
@@ -136,7 +134,7 @@ def grad_epilogue(
         )
         total += g  # the cell's own windows: each window counts once
         if grad_z is not None:
-            first = b * z_b + (i * STEP_Y - PAD_Y).to(tl.int64) * z_y + (j * STEP_X - PAD_X) * z_x
+            first = b64 * z_b + (i * STEP_Y - PAD_Y).to(tl.int64) * z_y + (j * STEP_X - PAD_X) * z_x
             to = grad_z + across(first, k64 * z_k, K_LAST)
             for q in tl.static_range(STEP_Y * STEP_X):
                 store_pixel(

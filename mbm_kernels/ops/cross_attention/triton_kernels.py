@@ -7,6 +7,7 @@ Positions past a row's length are never read.
 import triton
 import triton.language as tl
 
+from mbm_kernels._core import triton_math
 from mbm_kernels._core.triton_math import dot, dot_attended, load_tile, rounded, store_tile
 
 
@@ -71,7 +72,7 @@ def row_sums(
     return largest, 1.0 / tl.sum(total, 1)
 
 
-@triton.jit
+@triton_math.launched
 def attend(
     query,  # [B, N, T, D]
     key,  # [B, N, S, D]
@@ -149,7 +150,7 @@ def attend(
     store_tile(context + head * T * E, total, t, e, T, E, E, 1)
 
 
-@triton.jit
+@triton_math.launched
 def mean_weights(
     query, key, lengths, mask, rows,
     weights,  # [B, T, S]
@@ -237,7 +238,7 @@ def attending(tile, w, mask):
     return tile
 
 
-@triton.jit
+@triton_math.launched
 def grad_queries(
     grad_context,  # strides of [B, N, T, E], or None
     grad_weights,  # strides of [B, N, T, S], or None
@@ -344,7 +345,7 @@ def grad_queries(
     store_tile(grad_query, by_query * scale, t, d, T, D, to_query_t, to_query_d)
 
 
-@triton.jit
+@triton_math.launched
 def grad_keys(
     grad_context, grad_weights, query, key, value, lengths, mask, heads, grad_key, grad_value, rows,
     N, T, S, D, E, scale, share, context_b, context_n, context_t, context_e,

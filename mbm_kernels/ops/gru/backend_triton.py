@@ -19,11 +19,17 @@ from mbm_kernels.ops.gru.problem import Problem
 # Up to this many units one program holds W_hh [3H, H] in registers and needs no barrier.
 ONE_PROGRAM = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
 MOST_PARTS = 8  # of the depth of a product, each of 16 at least
+BLOCK_U = 16  # units of a program, in each entry of launch.json
 COUNTER = 32  # int32 from one group's counter to the next: 128 bytes, a cache line each
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
+
+
+def _tf32(p: Problem) -> bool:
+    """Whether stock, cuDNN's GRU, would round float32 factors to tf32."""
+    return p.dtype == torch.float32 and torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _rows(name: str, p: Problem, *args: Any) -> None:
@@ -34,6 +40,7 @@ def _rows(name: str, p: Problem, *args: Any) -> None:
         dtype=p.dtype,
         sizes={"B": batch, "H": hidden},
         REVERSE=p.reverse,
+        TF32=_tf32(p),
         UNITS=max(power_of_two(hidden), 16),
     )
 
@@ -44,18 +51,18 @@ def _grid(name: str, p: Problem, *args: Any) -> None:
     machine = triton_launch.machine(p.device)
     most = machine.multiprocessors
     batch, hidden = p.state_shape
-
-    def grid(constants: dict[str, int]) -> tuple[int, int]:
-        programs = min(ceil_div(hidden, constants["BLOCK_U"]), most)
-        return programs, min(ceil_div(batch, constants["BLOCK_B"]), most // programs)
-
+    programs = min(ceil_div(hidden, BLOCK_U), most)
+    groups = most // programs
+    tf32 = _tf32(p)
     triton_launch.kernel("gru", name)(
-        grid,
+        lambda c: (programs, min(ceil_div(batch, c["BLOCK_B"]), groups)),
         *args,
         dtype=p.dtype,
-        sizes={"B": batch, "H": hidden, **vars(machine)},
+        # `rows`: that a group has at least.
+        sizes={"H": hidden, "rows": ceil_div(batch, groups), "tf32": tf32, **vars(machine)},
         cooperative=True,
         REVERSE=p.reverse,
+        TF32=tf32,
         UNITS=max(power_of_two(hidden), 16 * MOST_PARTS),
     )
 
@@ -87,9 +94,11 @@ def fwd(p: Problem, x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, T
         alone = (inputs, w_hh, b_hh, h0, lengths, y, h_n, kept)
         _rows("rows_forward", p, *alone, T, B, H, *w_hh.stride(), *start)
     else:
-        states = x.new_empty((2, B, H), dtype=torch.float32)
+        states, exact = x.new_empty(2, B, H), None
         _start(states[0], h0)
-        group = (inputs, w_hh, b_hh, lengths, y, h_n, kept, states, _counters(x))
+        if p.dtype != torch.float32:
+            exact = _start(x.new_empty((B, H), dtype=torch.float32), h0)
+        group = (inputs, w_hh, b_hh, lengths, y, h_n, kept, states, exact, _counters(x))
         _grid("grid_forward", p, *group, T, B, H, *w_hh.stride())
     return y, h_n, reserve
 

@@ -112,7 +112,7 @@ def rows_forward(
     h_n,  # [B, H]
     reserve,  # [T, B, 4H] or None; zeros where there are lengths
     T, B, H, w_hh_g, w_hh_h, h0_b, h0_h,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
+    REVERSE: tl.constexpr, TF32: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):
     """BLOCK_B rows, all units, all steps; UNITS >= H."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -129,7 +129,7 @@ def rows_forward(
             t = longest - 1 - i
         input_r, input_z, input_n = load_inputs(inputs, b, u, t, B, H)
         zero = tl.zeros((BLOCK_B, UNITS), tl.float32)
-        state_r, state_z, state_n = add_dots(h, w_r, w_z, w_n, zero, zero, zero)
+        state_r, state_z, state_n = add_dots(h, w_r, w_z, w_n, zero, zero, zero, TF32)
         active = (t < length)[:, None]
         h = advance(
             input_r, input_z, input_n, y, reserve, state_r + bias_r, state_z + bias_z,
@@ -145,7 +145,7 @@ def rows_backward(
     carried,  # float32 [B, H]: gradient of h_n in, of h0 out
     out,  # [T, B, 4H], see store_gradients; zeros where there are lengths
     T, B, H, w_hh_g, w_hh_h, h0_b, h0_h, grad_y_t, grad_y_b, grad_y_h,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
+    REVERSE: tl.constexpr, TF32: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.arange(0, UNITS)
@@ -161,9 +161,9 @@ def rows_backward(
             grad_y, y, h0, reserve, out, g, active, length, b, u, t, B, H,
             grad_y_t, grad_y_b, grad_y_h, h0_b, h0_h, REVERSE,
         )
-        g = dot(rounded(by_r, w_r.dtype), w_r, g)
-        g = dot(rounded(by_z, w_r.dtype), w_z, g)
-        g = dot(rounded(from_n, w_r.dtype), w_n, g)
+        g = dot(rounded(by_r, w_r.dtype), w_r, g, TF32)
+        g = dot(rounded(by_z, w_r.dtype), w_z, g, TF32)
+        g = dot(rounded(from_n, w_r.dtype), w_n, g, TF32)
     store_tile(carried, g, b, u, B, H, H, 1)
 
 
@@ -197,13 +197,29 @@ def load_weights(w, k, u, H, stride_k, stride_u):
     return tl.load(at, (k < H)[:, :, None] & (u < H)[None, None, :], 0.0)
 
 
+@triton.jit
+def sum_parts(part, PARTS: tl.constexpr):
+    """The sum over the first dimension; each element's parts meet in one thread.
+
+    tl.sum would leave the result in the layout of the products, each element in 8 threads.
+    """
+    tl.static_assert(PARTS == 8)
+    ROWS: tl.constexpr = part.shape[1]
+    UNITS: tl.constexpr = part.shape[2]
+    a, b = tl.split(tl.reshape(tl.permute(part, (1, 2, 0)), (ROWS, UNITS, 4, 2)))
+    a, b = tl.split(tl.reshape(a + b, (ROWS, UNITS, 2, 2)))
+    a, b = tl.split(a + b)
+    return a + b
+
+
 @triton_math.launched
 def grid_forward(
     inputs, w_hh, b_hh, lengths, y, h_n, reserve,
-    states,  # float32 [2, B, H]: h0 in the first; steps read one and write the other
+    states,  # [2, B, H]: h0 in the first; steps read one and write the other
+    exact,  # float32 [B, H]: the states that `states` rounds, a program's own units only; or None
     counters,  # int32 [groups, 32], zeros
     T, B, H, w_hh_g, w_hh_h,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr,
+    REVERSE: tl.constexpr, TF32: tl.constexpr, UNITS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """Program (p, group): blocks of BLOCK_U units p, p + programs, ... of blocks of rows.
@@ -221,6 +237,7 @@ def grid_forward(
         kept_r = load_weights(w_hh, k, u, H, w_hh_h, w_hh_g)
         kept_z = load_weights(w_hh + H * w_hh_g, k, u, H, w_hh_h, w_hh_g)
         kept_n = load_weights(w_hh + 2 * H * w_hh_g, k, u, H, w_hh_h, w_hh_g)
+        bias_r, bias_z, bias_n = load_biases(b_hh, u, H, BLOCK_U)
     for b0 in range(tl.program_id(1) * BLOCK_B, B, groups * BLOCK_B):
         b = b0 + tl.arange(0, BLOCK_B)
         length, longest = row_lengths(lengths, b, B, T)
@@ -233,6 +250,13 @@ def grid_forward(
             then = states + tl.cast(1 - i % 2, tl.int64) * B * H
             for u0 in range(first_u, H, programs * BLOCK_U):
                 u = u0 + tl.arange(0, BLOCK_U)
+                if exact is None:
+                    own = load_shared(now, b, u, B, H, H)
+                else:
+                    own = load_tile(exact, b, u, B, H, H, 1)
+                input_r, input_z, input_n = load_inputs(inputs, b, u, t, B, H)
+                if PARTS == 0:
+                    bias_r, bias_z, bias_n = load_biases(b_hh, u, H, BLOCK_U)
                 state_r = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
                 state_z = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
                 state_n = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
@@ -240,11 +264,11 @@ def grid_forward(
                     h = load_slices(now, b, k, B, H, H)
                     zero = tl.zeros((PARTS, BLOCK_B, BLOCK_U), tl.float32)
                     part_r, part_z, part_n = add_dots(
-                        h, kept_r, kept_z, kept_n, zero, zero, zero
+                        h, kept_r, kept_z, kept_n, zero, zero, zero, TF32
                     )
-                    state_r = tl.sum(part_r, 0)
-                    state_z = tl.sum(part_z, 0)
-                    state_n = tl.sum(part_n, 0)
+                    state_r = sum_parts(part_r, PARTS)
+                    state_z = sum_parts(part_z, PARTS)
+                    state_n = sum_parts(part_n, PARTS)
                 else:
                     for k0 in range(0, H, BLOCK_K):
                         k1 = k0 + tl.arange(0, BLOCK_K)
@@ -253,24 +277,25 @@ def grid_forward(
                             w_hh, k1, u, H, H, w_hh_h, w_hh_g, H * w_hh_g
                         )
                         state_r, state_z, state_n = add_dots(
-                            h, w_r, w_z, w_n, state_r, state_z, state_n
+                            h, w_r, w_z, w_n, state_r, state_z, state_n, TF32
                         )
-                # Loaded before the products, these make Triton compute the gates in the layout of
-                # the products' sums, each 8 times: NOTES.md.
-                own = load_shared(now, b, u, B, H, H)
-                input_r, input_z, input_n = load_inputs(inputs, b, u, t, B, H)
-                bias_r, bias_z, bias_n = load_biases(b_hh, u, H, BLOCK_U)
                 after = advance(
                     input_r, input_z, input_n, y, reserve, state_r + bias_r, state_z + bias_z,
                     state_n + bias_n, own, active, b, u, t, B, H,
                 )
                 store_tile(then, after, b, u, B, H, H, 1)
+                if exact is not None:
+                    store_tile(exact, after, b, u, B, H, H, 1)
             target += programs
             meet(counter, target)
         last = states + tl.cast(longest % 2, tl.int64) * B * H
         for u0 in range(first_u, H, programs * BLOCK_U):
             u = u0 + tl.arange(0, BLOCK_U)
-            store_tile(h_n, load_shared(last, b, u, B, H, H), b, u, B, H, H, 1)
+            if exact is None:
+                own = load_shared(last, b, u, B, H, H)
+            else:
+                own = load_tile(exact, b, u, B, H, H, 1)
+            store_tile(h_n, own, b, u, B, H, H, 1)
 
 
 @triton_math.launched
@@ -280,7 +305,7 @@ def grid_backward(
     out,  # [T, B, 4H], see store_gradients; zeros where there are lengths
     counters,
     T, B, H, w_hh_g, w_hh_h, h0_b, h0_h, grad_y_t, grad_y_b, grad_y_h,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr,
+    REVERSE: tl.constexpr, TF32: tl.constexpr, UNITS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):
     """As grid_forward; all units' gradients of the gates are read after each step's barrier."""
@@ -318,18 +343,18 @@ def grid_backward(
                 g = load_tile(carried, b, u, B, H, H, 1)
                 if PARTS > 0:
                     part = tl.zeros((PARTS, BLOCK_B, BLOCK_U), tl.float32)
-                    part = dot(load_slices(given, b, k, B, H, 4 * H), kept_r, part)
-                    part = dot(load_slices(given + H, b, k, B, H, 4 * H), kept_z, part)
-                    part = dot(load_slices(given + 2 * H, b, k, B, H, 4 * H), kept_n, part)
-                    g += tl.sum(part, 0)
+                    part = dot(load_slices(given, b, k, B, H, 4 * H), kept_r, part, TF32)
+                    part = dot(load_slices(given + H, b, k, B, H, 4 * H), kept_z, part, TF32)
+                    part = dot(load_slices(given + 2 * H, b, k, B, H, 4 * H), kept_n, part, TF32)
+                    g += sum_parts(part, PARTS)
                 else:
                     for k0 in range(0, H, BLOCK_K):
                         k1 = k0 + tl.arange(0, BLOCK_K)
                         w_r, w_z, w_n = load_gates(
                             w_hh, k1, u, H, H, w_hh_g, w_hh_h, H * w_hh_g
                         )
-                        g = dot(load_shared(given, b, k1, B, H, 4 * H), w_r, g)
-                        g = dot(load_shared(given + H, b, k1, B, H, 4 * H), w_z, g)
-                        g = dot(load_shared(given + 2 * H, b, k1, B, H, 4 * H), w_n, g)
+                        g = dot(load_shared(given, b, k1, B, H, 4 * H), w_r, g, TF32)
+                        g = dot(load_shared(given + H, b, k1, B, H, 4 * H), w_z, g, TF32)
+                        g = dot(load_shared(given + 2 * H, b, k1, B, H, 4 * H), w_n, g, TF32)
                 store_tile(carried, g, b, u, B, H, H, 1)
             tl.debug_barrier()

@@ -19,13 +19,19 @@ def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
     return triton_launch.why_not(device, dtype)
 
 
-def _launch(name: str, p: Problem, *args: Any) -> None:
+def _tf32(p: Problem) -> bool:
+    """Whether stock, which multiplies by cuBLAS, would round float32 factors to tf32."""
+    return p.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def _launch(name: str, p: Problem, *args: Any, **constexprs: Any) -> None:
     batch, hidden = p.state_shape
     triton_launch.kernel("gru_cell", name)(
         lambda c: (ceil_div(batch, c["BLOCK_B"]), ceil_div(hidden, c["BLOCK_U"])),
         *args,
         dtype=p.dtype,
         sizes={"B": batch, "H": hidden},
+        **constexprs,
     )
 
 
@@ -41,7 +47,7 @@ def fwd(p: Problem, x: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if B <= MOST_FUSED_ROWS:
         strides = (*x.stride(), *h.stride(), *w_ih.stride(), *w_hh.stride())
         given = (x, h, w_ih, w_hh, *biases, h_new, kept)
-        _launch("cell", p, *given, B, C, H, *strides)
+        _launch("cell", p, *given, B, C, H, *strides, TF32=_tf32(p))
     else:
         inputs, states = torch.mm(x, w_ih.t()), torch.mm(h, w_hh.t())
         _launch("gates", p, inputs, states, h, *biases, h_new, kept, B, H, *h.stride())

@@ -20,11 +20,11 @@ def load_gates(x, i, j, rows, columns, stride_i, stride_j, gate):
 
 
 @triton.jit
-def add_dots(x, w_r, w_z, w_n, by_r, by_z, by_n):
+def add_dots(x, w_r, w_z, w_n, by_r, by_z, by_n, TF32: tl.constexpr):
     """Each sum plus x times the gate's weights, x rounded to their type."""
     if x.dtype == tl.float32:
         x = rounded(x, w_r.dtype)
-    return dot(x, w_r, by_r), dot(x, w_z, by_z), dot(x, w_n, by_n)
+    return dot(x, w_r, by_r, TF32), dot(x, w_z, by_z, TF32), dot(x, w_n, by_n, TF32)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def cell(
     h_new,  # [B, H]
     reserve,  # [B, 4H] or None
     B, C, H, x_b, x_c, h_b, h_h, w_ih_g, w_ih_c, w_hh_g, w_hh_h,
-    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    TF32: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """BLOCK_B rows, BLOCK_U units: both products and the gates."""
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -122,12 +122,12 @@ def cell(
         k = k0 + tl.arange(0, BLOCK_K)
         part = load_tile(x, b, k, B, C, x_b, x_c)
         w_r, w_z, w_n = load_gates(w_ih, k, u, C, H, w_ih_c, w_ih_g, H * w_ih_g)
-        sum_r, sum_z, input_n = add_dots(part, w_r, w_z, w_n, sum_r, sum_z, input_n)
+        sum_r, sum_z, input_n = add_dots(part, w_r, w_z, w_n, sum_r, sum_z, input_n, TF32)
     for k0 in range(0, H, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         part = load_tile(h, b, k, B, H, h_b, h_h)
         w_r, w_z, w_n = load_gates(w_hh, k, u, H, H, w_hh_h, w_hh_g, H * w_hh_g)
-        sum_r, sum_z, state_n = add_dots(part, w_r, w_z, w_n, sum_r, sum_z, state_n)
+        sum_r, sum_z, state_n = add_dots(part, w_r, w_z, w_n, sum_r, sum_z, state_n, TF32)
     sum_r, sum_z, input_n = add_biases(b_ih, u, H, sum_r, sum_z, input_n)
     sum_r, sum_z, state_n = add_biases(b_hh, u, H, sum_r, sum_z, state_n)
     before = load_tile(h, b, u, B, H, h_b, h_h).to(tl.float32)

@@ -36,7 +36,7 @@ def logit_of(key):
     return bits.to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("R",))
 def tiles(
     hidden,  # [R, H]
     weight,  # [V, H]
