@@ -59,7 +59,10 @@ EMULATED = "_C_cuda_emulated"
 
 
 def find_ninja() -> str:
-    found = shutil.which("ninja")
+    """This interpreter's own first, whatever PATH says: two versions refuse each other's log, and
+    compile everything anew in turn."""
+    own = Path(sys.executable).with_name("ninja")
+    found = str(own) if own.exists() else shutil.which("ninja")
     if found:
         return found
     try:

@@ -37,7 +37,7 @@ class Chain:
     holders: tuple[tuple[dict[str, Any], str], ...]
     backend: str = "auto"
     kinds: tuple[type, ...] = field(init=False)
-    _folded: tuple[Any, packing.State, Tensor, Tensor] | None = field(
+    _folded: tuple[Any, packing.State, Tensor, Tensor | None] | None = field(
         default=None, init=False, repr=False
     )
 
@@ -87,6 +87,8 @@ class Chain:
             watch.attributes(norm, "eps")
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.dtype is torch.uint8:  # which PyTorch's convolution refuses
+            return self.stock(x, residual)
         weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
         conv, image = self.conv, x
         padding: Any = conv.padding
@@ -114,19 +116,13 @@ class Chain:
         conv = self.conv
         if conv.padding_mode != "zeros":
             return None
-        weight, bias = self.folded() if self.norm is not None else self._copied()
+        weight, bias = self.folded()
         options = (conv.stride, conv.padding, conv.dilation, conv.groups)
         given = (x, weight, bias, residual)
         call, _, problem = described(given, (*options, self.activation, self.pool), self.backend)
         if call is None or problem is None or OP.choose(call) != "cpu":
             return None
         return backend_cpu.constant(problem, weight, bias)
-
-    @torch.no_grad()
-    def _copied(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.conv.weight.detach().clone(), self.conv.bias
-        packing.seal(weight)
-        return weight, None if bias is None else bias.detach().clone()
 
     def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same by PyTorch, module by module."""
@@ -139,19 +135,19 @@ class Chain:
             y = TABLE[self.activation].fresh(y)
         return y if self.pool is None else F.max_pool2d(y, *self.pool)
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution with the BatchNorm in them.
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the convolution with the BatchNorm in them, or copies where there is
+        none, which nobody else writes.
 
         On a CPU they are kept while a hash of every byte that they come from, taken at each call,
         is the same; elsewhere they are made at each call.
         """
         conv, norm = self.conv, self.norm
-        assert norm is not None
-        sources = _sources(conv, norm)
-        if not sources[0].is_cpu:
-            return _fold(conv, norm)
+        sources = self.sources()
         given = [x for x in sources if x is not None]
-        form = (norm.eps, *[x is None for x in sources])
+        if not given[0].is_cpu:
+            return _fold(conv, norm)
+        form = (None if norm is None else norm.eps, *[x is None for x in sources])
         kept = self._folded
         state = packing.state_of(given, None if kept is None else kept[1])
         if kept is None or kept[0] != form or not state.same(kept[1]):
@@ -185,8 +181,11 @@ def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
     """In float64, rounded once."""
+    if norm is None:
+        bias = None if conv.bias is None else conv.bias.detach().clone()
+        return conv.weight.detach().clone(), bias
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None

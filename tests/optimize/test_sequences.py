@@ -229,6 +229,25 @@ class TestWeights:
             torch.testing.assert_close(model(x), expected)
             assert len(rest) == 50
 
+    def test_copies_are_shared_by_kinds_of_inputs(self):
+        model = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()).eval()
+        kinds = [torch.randn(size, 16, 9, 9) for size in (1, 2, 3)]
+        optimized(model, kinds[0])
+        with torch.no_grad():
+            for x in 3 * kinds:
+                model(x)
+        (sequence,) = sequences(model)
+        first, *others = (ready.held[0] for ready in sequence._ready)
+        assert len(others) == 2
+        for held in others:
+            assert native.addresses(held) == native.addresses(first)
+
+    def test_bytes_are_refused_as_by_torch(self):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+        optimized(model, torch.randn(1, 3, 8, 8))
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
 
 class TestFreeze:
     def test_takes_no_hash(self, network, monkeypatch):
