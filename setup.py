@@ -163,7 +163,9 @@ class NinjaFile:
         path = self.folder / "build.ninja"
         path.write_text("\n".join(self.lines) + "\n")
         flags = ["-v"] if verbose else ["--quiet"] if ninja_is_quiet() else []
-        subprocess.run([find_ninja(), "-f", str(path), *flags], check=True, cwd=ROOT)
+        # Of make's jobs ninja would want file descriptors that Python has closed.
+        alone = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+        subprocess.run([find_ninja(), "-f", str(path), *flags], check=True, cwd=ROOT, env=alone)
 
 
 def ninja_is_quiet() -> bool:

@@ -41,15 +41,15 @@ void bind_sequence(py::module_& m) {
              self.add({mbm::read_block<mbm::ConvProblem>(problem), packed, plain, bias, place(0),
                        place(1), place(2)});
            })
-      .def("run", [](const mbm::ConvSequence& self, const std::vector<Address>& bases,
-                     int num_threads) {
-        py::gil_scoped_release release;
-        for (size_t i = 0; i < self.size(); ++i) {
-          const mbm::ConvForward args = self.args(i, bases);
-          mbm::check_weight(args, MBM_CALL(conv_kernel, args, self.winograd(i)));
-          MBM_CALL(conv_forward, args, self.winograd(i), num_threads);
-        }
-      });
+      .def("run",
+           [](const mbm::ConvSequence& self, const std::vector<Address>& bases, int num_threads) {
+             py::gil_scoped_release release;
+             for (size_t i = 0; i < self.size(); ++i) {
+               const mbm::ConvForward args = self.args(i, bases);
+               mbm::check_weight(args, MBM_CALL(conv_kernel, args, self.winograd(i)));
+               MBM_CALL(conv_forward, args, self.winograd(i), num_threads);
+             }
+           });
 }
 
 void bind_conv_bias_act(py::module_& m) {

@@ -36,8 +36,7 @@ class Unchanged {
       if (name == look) {
         const bool in_dict = kind == Look::kItem || kind == Look::kSize;
         if (in_dict && !PyDict_Check(owner.ptr())) break;
-        parts_.push_back(
-            {kind, owner.ptr(), key.ptr(), absent ? nullptr : expected.ptr(), size});
+        parts_.push_back({kind, owner.ptr(), key.ptr(), absent ? nullptr : expected.ptr(), size});
         return;
       }
     throw std::invalid_argument("look: got " + look +

@@ -388,6 +388,11 @@ def watched() -> Iterator[list[str]]:
             _watching -= 1
 
 
+def is_watched() -> bool:
+    """Whether somebody wants to be told of each call's choice."""
+    return _watching > 0 or _watchers.observed is not None
+
+
 def note(backend: str) -> None:
     """Tells `watched` which backend a call takes."""
     if _watching > 0 and _watchers.seen is not None:

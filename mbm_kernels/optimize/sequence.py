@@ -54,12 +54,13 @@ class Sequence:
         return tuple(step.chain for step in self.steps)
 
     def __call__(self, *given: Tensor) -> Any:
-        for ready in self._ready:
-            if ready.check(*given):
-                if ready.holds():
-                    return ready.run(given)
-                self._drop(ready)
-                break
+        if _alone():
+            for ready in self._ready:
+                if ready.check(*given):
+                    if ready.holds():
+                        return ready.run(given)
+                    self._drop(ready)
+                    break
         return self._one_by_one(given)
 
     def _one_by_one(self, given: tuple[Tensor, ...]) -> Any:
@@ -98,7 +99,7 @@ class Sequence:
 
 def _alone() -> bool:
     """Whether nobody asks which backend each chain takes, or how long it runs."""
-    return dispatch._watching == 0 and not profiling.active()
+    return not (dispatch.is_watched() or profiling.active())
 
 
 def _kinds(tensors: Many[Tensor]) -> tuple[Any, ...]:
@@ -123,17 +124,18 @@ class _Ready:
     @classmethod
     def made(cls, sequence: Sequence, kind: Any, values: list[Tensor]) -> _Ready | None:
         """For inputs and results like these; None where it cannot stand for the chains."""
-        check = problem.guard(values[: sequence.inputs])
-        constants = _constants(sequence, values)
-        if check is None or constants is None:
-            return None
         chains = sequence.chains
         sources = [t for chain in chains for t in chain.sources() if t is not None]
         if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources):
             return None
-        watch = Watch()
+        # First of all, so that a write meanwhile is seen at the next call.
+        watch, state = Watch(), packing.state_of(sources)
         for chain in chains:
             chain.watch_constants(watch)
+        check = problem.guard(values[: sequence.inputs])
+        constants = _constants(sequence, values)
+        if check is None or constants is None:
+            return None
         places, scratch = _places(sequence, constants)
         call = native.cpu().ConvSequence(sequence.inputs + len(sequence.outputs) + 1)
         for i, (step, found) in enumerate(zip(sequence.steps, constants, strict=True)):
@@ -146,7 +148,7 @@ class _Ready:
             moment=dispatch.moment(),
             watch=watch,
             sources=sources,
-            state=[packing.state_of(sources)],
+            state=[state],
             call=call,
             outputs=tuple((c.y_shape, c.y_strides) for c in results),
             scratch=scratch,
@@ -155,7 +157,7 @@ class _Ready:
 
     def holds(self) -> bool:
         """Whether what it was made of is as it was, but for the inputs."""
-        if dispatch.moment() != self.moment or not _alone() or not self.watch.same():
+        if dispatch.moment() != self.moment or not self.watch.same():
             return False
         known = self.state[0]
         state = packing.state_of(self.sources, known)

@@ -23,10 +23,10 @@ tables are written from their papers with torch's own modules ([benchmarks](benc
 
 Each model ran as it is and as `optimize` makes it, all forms interleaved in one process on a heap
 that stays warm. *ms*: the median of PyTorch's fastest form, NCHW or channels_last. *auto*,
-*measured*: that time over the time of our faster layout by that policy; *frozen*: likewise by `auto`
-with `freeze=True`, which takes no hash of the weights at each call. Above 1 `optimize` made the model
-faster, and **bold** is a loss beyond 2 %. Training is a forward and a backward. Before any time is
-taken, outputs and gradients are held to PyTorch's in float64 by `check_parity`.
+*measured*: that time over the time of our faster layout by that policy; *frozen*: likewise by
+`auto` with `freeze=True`, which takes no hash of the weights at each call. Above 1 `optimize` made
+the model faster, and **bold** is a loss beyond 2 %. Training is a forward and a backward. Before
+any time is taken, outputs and gradients are held to PyTorch's in float64 by `check_parity`.
 
 *fastest engine*: ONNX Runtime, OpenVINO or MNN, and its time over that of *frozen*, for an engine's
 weights are constants too; of rows from before there was that, over that of *auto*.

@@ -85,9 +85,10 @@ class TestValues:
         with torch.no_grad():
             found = model(x)
             assert calls() == 1
-            with dispatch.observed():
-                one_by_one = model(x)
-        assert calls() == 0
+            with dispatch.observed() as seen:
+                one_by_one = [model(x) for _ in range(4)][-1]
+            assert len(seen) == 6  # each choice is told once
+            assert calls() == 0
         assert torch.equal(found, one_by_one)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert len(report.replaced) == 6
