@@ -52,9 +52,8 @@ class _Convolution(DropIn, ServedByStock):
     def _run(self, x: Tensor) -> Tensor:
         """A call that torch's own forward is not known to serve."""
         weight, bias = self._weights()
-        if (
-            isinstance(x, Tensor) and x.dtype == torch.uint8
-        ):  # torch's layers say why they refuse it
+        # Torch's layers say why they refuse bytes.
+        if isinstance(x, Tensor) and x.dtype == torch.uint8:
             return self._conv_forward(x, weight, bias)
         image, kernel, explicit = self._image(x, weight)
         call, tensors, found = described((image, kernel, bias, None), explicit, self.backend)
