@@ -135,30 +135,18 @@ inline void matmul_tn(int64_t I, int64_t J, int64_t E, const float* a, int64_t a
   matmul_sliced<true>(I, {J, E, a, a_stride, m, m_stride, out, out_stride, add});
 }
 
-constexpr int kLine = 16;             // floats of a cache line
 constexpr int kDotRows = kLanes / 4;  // kDotRows x 4 sums fill one sum_rows()
-
-// Memory that is read soon after a product: its lines are fetched beside the product's own. Rows of
-// some hundred elements are too short for the hardware to run ahead in.
-struct ReadNext {
-  const float* begin = nullptr;
-  int64_t size = 0;  // elements
-};
 
 // rows x kLanes / rows dot products over E. Rows of m past `left` read the last one again.
 template <int rows>
 inline void dot_tile(int64_t E, const float* a, int64_t a_stride, const float* m, int64_t m_stride,
-                     int64_t left, float* out, int64_t out_stride, ReadNext& ahead) {
+                     int64_t left, float* out, int64_t out_stride) {
   constexpr int columns = kLanes / rows;
   const float* mj[columns];
   for (int j = 0; j < columns; ++j) mj[j] = m + (j < left ? j : left - 1) * m_stride;
   vf sum[kLanes] = {};
   int64_t e = 0;
   for (; e + kLanes <= E; e += kLanes) {
-    if (ahead.size > 0) {
-      for (int j = 0; j < columns * kLanes; j += kLine) __builtin_prefetch(ahead.begin + j);
-      ahead = {ahead.begin + columns * kLanes, ahead.size - columns * kLanes};
-    }
     vf x[columns];
 #pragma GCC unroll 16
     for (int j = 0; j < columns; ++j) x[j] = load(mj[j] + e);
@@ -193,27 +181,25 @@ inline void dot_tile(int64_t E, const float* a, int64_t a_stride, const float* m
 
 template <int rows>
 inline void dot_rows(int64_t I, int64_t J, int64_t E, const float* a, int64_t a_stride,
-                     const float* m, int64_t m_stride, float* out, int64_t out_stride,
-                     ReadNext& ahead) {
+                     const float* m, int64_t m_stride, float* out, int64_t out_stride) {
   constexpr int columns = kLanes / rows;
   const int64_t whole = I / rows * rows;
   for (int64_t j = 0; j < J && whole > 0; j += columns)
     for (int64_t i = 0; i < whole; i += rows)
       dot_tile<rows>(E, a + i * a_stride, a_stride, m + j * m_stride, m_stride, J - j,
-                     out + i * out_stride + j, out_stride, ahead);
+                     out + i * out_stride + j, out_stride);
   if constexpr (rows > 1) {
     if (whole < I)
       dot_rows<rows / 2>(I - whole, J, E, a + whole * a_stride, a_stride, m, m_stride,
-                         out + whole * out_stride, out_stride, ahead);
+                         out + whole * out_stride, out_stride);
   }
 }
 
 // out[i, j] = sum_e a[i, e] m[j, e]: out [I, J], a [I, E], m [J, E], rows contiguous. Each tile of
 // m meets all of a, which ought to fit L1.
 inline void matmul_nt(int64_t I, int64_t J, int64_t E, const float* a, int64_t a_stride,
-                      const float* m, int64_t m_stride, float* out, int64_t out_stride,
-                      ReadNext ahead = {}) {
-  dot_rows<kDotRows>(I, J, E, a, a_stride, m, m_stride, out, out_stride, ahead);
+                      const float* m, int64_t m_stride, float* out, int64_t out_stride) {
+  dot_rows<kDotRows>(I, J, E, a, a_stride, m, m_stride, out, out_stride);
 }
 
 }  // namespace

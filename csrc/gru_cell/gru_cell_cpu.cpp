@@ -49,13 +49,9 @@ void forward_block(const GruCellForward& args, int64_t u0, int64_t n, float* sum
   }
   for (int64_t gate = 0; gate < 3; ++gate) {
     float* from_input = sums + gate * kUnits;
-    const float* w_ih = in.w_ih + (gate * H + u0) * in.C;
-    const float* w_hh = in.w_hh + (gate * H + u0) * H;
-    // What comes after the product of the state: the next gate, or the first of the next block.
-    const int64_t next = gate < 2 ? (gate + 1) * H + u0 : u0 + n;
-    const ReadNext after{in.w_ih + next * in.C, next < H || gate < 2 ? n * in.C : 0};
-    matmul_nt(in.B, n, in.C, in.x, in.x_stride_b, w_ih, in.C, from_input, step, {w_hh, n * H});
-    matmul_nt(in.B, n, H, in.h, H, w_hh, H, from_input + 3 * kUnits, step, after);
+    matmul_nt(in.B, n, in.C, in.x, in.x_stride_b, in.w_ih + (gate * H + u0) * in.C, in.C,
+              from_input, step);
+    matmul_nt(in.B, n, H, in.h, H, in.w_hh + (gate * H + u0) * H, H, from_input + 3 * kUnits, step);
   }
   for (int64_t b = 0; b < in.B; ++b, sums += step) {
     const vf hn = load(sums + 5 * kUnits) + load(bias + 3 * kUnits);
