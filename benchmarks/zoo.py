@@ -125,7 +125,7 @@ def measure(
     row["parity"] = parity(entry, mode)
     if row["parity"] == "ok":
         one = torch.get_num_threads() == 1
-        times = timing.interleave(
+        taken = timing.interleave(
             calls,
             seconds,
             min_rounds=MIN_ROUNDS,
@@ -133,7 +133,7 @@ def measure(
             sampler=timing.cpu_sample if one else timing.sample,
             settle_seconds=timing.SETTLE_SECONDS if row.get("engines") else 0.0,
         )
-        row["ms"] = {name: round(Summary.of(t).median_ms, 4) for name, t in times.items()}
+        row["ms"] = {name: round(Summary.of(t).median_ms, 4) for name, t in taken.items()}
     return row | {"seconds": round(time.perf_counter() - started)}
 
 
@@ -153,12 +153,16 @@ def parity(entry: Entry, mode: str) -> str:
     return "ok" if found.ok else next(str(r) for r in found.rows if not r.ok)
 
 
+def times(row: dict[str, Any], *forms: str) -> dict[str, float]:
+    """Milliseconds of these forms, in each layout that was timed."""
+    return {name: ms for name, ms in row["ms"].items() if name.partition(" ")[0] in forms}
+
+
 def ratios(row: dict[str, Any]) -> dict[str, float]:
     """PyTorch's fastest form over our fastest layout, by our form as far as it was timed.
 
     A model of which nothing was replaced is PyTorch's, and so is its time.
     """
-    timed = {name.partition(" ")[0] for name in row["ms"]}
 
     def taken(name: str, ms: float) -> float:
         as_it_was = row.get(f"replaced {name}") == 0
@@ -166,11 +170,10 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
         return found
 
     def least(*kinds: str) -> float:
-        forms = ((name, ms) for name, ms in row["ms"].items() if name.partition(" ")[0] in kinds)
-        return min(taken(name, ms) for name, ms in forms)
+        return min(taken(name, ms) for name, ms in times(row, *kinds).items())
 
     stock = least("torch", "compile")
-    return {form: stock / least(form) for form in FORMS if form in timed}
+    return {form: stock / least(form) for form in FORMS if times(row, form)}
 
 
 def engine(row: dict[str, Any]) -> tuple[str, float] | None:
@@ -180,10 +183,7 @@ def engine(row: dict[str, Any]) -> tuple[str, float] | None:
     if not timed:
         return None
     best = min(timed, key=timed.__getitem__)
-    by_form: dict[str, list[float]] = {form: [] for form in FORMS}
-    for name, ms in row["ms"].items():
-        by_form.setdefault(name.partition(" ")[0], []).append(ms)
-    ours = min(by_form[FROZEN] or by_form["auto"])
+    ours = min((times(row, FROZEN) or times(row, "auto")).values())
     return best, timed[best] / ours
 
 
@@ -191,7 +191,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     head = [row["model"], str(row["B"])]
     if "ms" not in row:
         return [*head, "", row["parity"]]
-    stock = {n: ms for n, ms in row["ms"].items() if n.partition(" ")[0] in ("torch", "compile")}
+    stock = times(row, "torch", "compile")
     best = min(stock, key=stock.__getitem__)
     replaced, kept = row["replaced auto NCHW"], row["kept auto NCHW"]
     of_forms = ratios(row)

@@ -193,6 +193,37 @@ def fuse(module: nn.Module, plan: Plan) -> None:
         module.__class__ = _fused_class(type(module))
 
 
+@dataclass(eq=False)
+class FusedForward:
+    """A module's rewritten forward, as a change that can be undone.
+
+    Where it took the place of another, that is the plan's fallback, and comes back.
+    """
+
+    name: str
+    module: nn.Module
+    plan: Plan | None = field(default=None, kw_only=True)
+    made: type[nn.Module] | None = field(default=None, init=False)
+
+    def why_not_undone(self) -> str | None:
+        if type(self.module) is self.made:
+            return None
+        return f"its class is another {type(self.module).__qualname__} now"
+
+    def undo(self) -> None:
+        assert self.plan is not None
+        assert isinstance(self.module, Fused)
+        if self.plan.fallback is None:
+            self.module.unfuse()
+        else:
+            fuse(self.module, self.plan.fallback)
+
+    def redo(self) -> None:
+        assert self.plan is not None
+        fuse(self.module, self.plan)
+        self.made = type(self.module)
+
+
 def _put(module: nn.Module, plan: Plan | None) -> None:
     """Makes `plan`, and what it finds on the module, take the place of the plan before."""
     attributes = vars(module)

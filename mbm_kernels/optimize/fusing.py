@@ -10,19 +10,15 @@ from torch import nn
 from mbm_kernels.optimize import patterns, tracing
 from mbm_kernels.optimize.candidates import ChainCandidate
 from mbm_kernels.optimize.chain import Chain
-from mbm_kernels.optimize.fused import PLAN, Fused, Plan, fuse
+from mbm_kernels.optimize.fused import PLAN, Fused, FusedForward
 
 
 @dataclass(eq=False)
-class FusedContainer:
-    """A container that runs chains, as a change that can be undone."""
+class FusedContainer(FusedForward):
+    """A container that runs chains."""
 
-    name: str
-    module: nn.Module
     traced: tracing.Traced
     sites: list[tuple[patterns.Site, Chain]]
-    plan: Plan | None = None
-    made: type[nn.Module] | None = None
 
     def fuse(self) -> None:
         """Gives the container a forward with its present chains."""
@@ -32,20 +28,6 @@ class FusedContainer:
             self.module.unfuse()
         self.plan = plan
         self.redo()
-
-    def why_not_undone(self) -> str | None:
-        if type(self.module) is self.made:
-            return None
-        return f"its class is another {type(self.module).__qualname__} now"
-
-    def undo(self) -> None:
-        assert isinstance(self.module, Fused)
-        self.module.unfuse()
-
-    def redo(self) -> None:
-        assert self.plan is not None
-        fuse(self.module, self.plan)
-        self.made = type(self.module)
 
 
 class Fusion:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence as Many
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch.fx
@@ -19,54 +19,18 @@ from torch.fx import Node
 
 from mbm_kernels.optimize import patterns, tracing
 from mbm_kernels.optimize.chain import Chain
-from mbm_kernels.optimize.fused import PLAN, Fused, Inlined, Plan, fuse
+from mbm_kernels.optimize.fused import PLAN, Fused, FusedForward, Inlined, Plan
 from mbm_kernels.optimize.fusing import FusedContainer
 from mbm_kernels.optimize.sequence import Sequence, Step
 
 
-@dataclass(eq=False)
-class Linked:
-    """A container with the forward of all that it calls, as a change that can be undone.
-
-    before: the plan that it had, which stays as its plan's fallback.
-    """
-
-    name: str
-    module: nn.Module
-    plan: Plan
-    before: Plan | None
-    made: type[nn.Module] | None = field(default=None, init=False)
-
-    @property
-    def calls(self) -> int:
-        """Calls of chains and of sequences of them."""
-        kinds = (Chain, Sequence)
-        return sum(isinstance(value, kinds) for value in self.plan.attributes.values())
-
-    def why_not_undone(self) -> str | None:
-        if type(self.module) is self.made:
-            return None
-        return f"its class is another {type(self.module).__qualname__} now"
-
-    def undo(self) -> None:
-        assert isinstance(self.module, Fused)
-        if self.before is None:
-            self.module.unfuse()
-        else:
-            fuse(self.module, self.before)
-
-    def redo(self) -> None:
-        fuse(self.module, self.plan)
-        self.made = type(self.module)
-
-
-def link(model: nn.Module, fused: Many[FusedContainer], apart: Set[Chain]) -> list[Linked]:
+def link(model: nn.Module, fused: Many[FusedContainer], apart: Set[Chain]) -> list[FusedForward]:
     """Links the outermost containers of a model that run chains or call those that do.
 
     apart: chains that PyTorch is known to run, which are in no sequence.
     """
     linker = _Linker({f.module: f for f in fused}, apart)
-    found: list[Linked] = []
+    found: list[FusedForward] = []
     done: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in done or not linker.holds_fused(module):
@@ -75,9 +39,8 @@ def link(model: nn.Module, fused: Many[FusedContainer], apart: Set[Chain]) -> li
         if plan is None:
             continue
         done.update(module.modules())
-        before = vars(module).get(PLAN)
-        plan.fallback = before
-        found.append(Linked(name or "(model)", module, plan, before))
+        plan.fallback = vars(module).get(PLAN)
+        found.append(FusedForward(name or "(model)", module, plan=plan))
     for linked in found:
         linked.redo()
     return found

@@ -10,7 +10,8 @@ from torch import nn
 
 import mbm_kernels
 from mbm_kernels._core import dispatch, native, packing
-from mbm_kernels.optimize.fused import PLAN, Fused
+from mbm_kernels.optimize.fused import PLAN
+from mbm_kernels.optimize.parity import stock_form
 from mbm_kernels.optimize.sequence import Sequence
 from tests.optimize.models import Block, OfBlocks, ResNet, assert_same_objects, state, warmed
 
@@ -105,7 +106,6 @@ class TestValues:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
     def test_of_results_used_twice(self, calls, memory):
-
         def forward(self, x):
             y = self.a(x).relu()
             z = self.b(y).relu()
@@ -129,11 +129,7 @@ class TestKinds:
         model, x, _expected = network
         optimized(model, x)
         kinds = [x, x[:1], x[..., :33], x.contiguous(memory_format=torch.channels_last)]
-        truth = copy.deepcopy(model)
-        truth.unfuse()
-        for module in truth.modules():
-            if isinstance(module, Fused):
-                module.unfuse()
+        truth = stock_form(copy.deepcopy(model))
         with torch.no_grad():
             for _ in range(4):
                 for given in kinds:
@@ -357,8 +353,7 @@ class TestUndone:
         model, x, _expected = network
         optimized(model, x)
         part = torch.randn(1, 16, 6, 6)
-        stock = copy.deepcopy(model.layer1[0])
-        stock.unfuse()
+        stock = stock_form(copy.deepcopy(model.layer1[0]))
         with torch.no_grad():
             torch.testing.assert_close(model.layer1[0](part), stock(part), rtol=1e-4, atol=1e-4)
 
@@ -375,10 +370,7 @@ class TestUndone:
             with torch.no_grad():
                 made.conv1.weight.mul_(2)
                 found = [made(x) for _ in range(4)]
-                truth = copy.deepcopy(made)
-                for module in truth.modules():
-                    if isinstance(module, Fused):
-                        module.unfuse()
+                truth = stock_form(copy.deepcopy(made))
                 for value in found:
                     torch.testing.assert_close(value, truth(x), rtol=1e-4, atol=1e-4)
                 calls()

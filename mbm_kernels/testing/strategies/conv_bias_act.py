@@ -44,12 +44,17 @@ def _pointwise(given: Draws) -> Layer:
     return sizes | {"kernel": (1, 1), "padding": 0, "channels_last": True}
 
 
-def _grouped(given: Draws) -> Layer:
+def _groups(given: Draws) -> Layer:
     groups = given.of(2, 3)
     return {
         "groups": groups,
         "channels": groups * given.of(given.size(COLUMNS), given.between(1, 4)),
         "outputs": groups * given.size(COLUMNS),
+    }
+
+
+def _grouped(given: Draws) -> Layer:
+    return _groups(given) | {
         "stride": given.of(1, 1, 2),
         "dilation": given.of(1, 1, 2),
         "channels_last": given.flag(),
@@ -80,11 +85,7 @@ def _depthwise_rows(given: Draws) -> Layer:
 
 
 def _strided_groups(given: Draws) -> Layer:
-    groups = given.of(2, 3)
-    return {
-        "groups": groups,
-        "channels": groups * given.of(given.size(COLUMNS), given.between(1, 4)),
-        "outputs": groups * given.size(COLUMNS),
+    return _groups(given) | {
         "kernel": given.of((3, 3), (5, 5), (2, 3), (7, 7)),
         "stride": given.of(2, 2, (1, 2)),
         "planes": True,
