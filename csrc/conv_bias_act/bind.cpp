@@ -5,6 +5,7 @@
 #include <array>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "common/isa.h"
@@ -25,31 +26,74 @@ mbm::ConvWeight conv_weight(const ConvInts& v, const ConvTaps& taps) {
   return {K, group * groups, R, S, groups, data, k_step, c_step, tap_step};
 }
 
+// B, C, pixels of an image, and whether it is channels_last.
+using Dense = std::tuple<int64_t, int64_t, int64_t, bool>;
+
+mbm::ConvPlace conv_place(const Place& place) { return {place.first, place.second}; }
+
+mbm::DenseMap dense_map(const Dense& sizes) {
+  const auto [batch, channels, pixels, channels_last] = sizes;
+  return {batch, channels, pixels, channels_last};
+}
+
+// One step, on the maps of a call.
+struct RunStep {
+  const mbm::ConvBases& at;
+  int num_threads;
+
+  void operator()(const mbm::ConvStep& step) const {
+    const mbm::ConvForward args = at.args(step);
+    const bool winograd = step.problem.winograd_forward != 0;
+    mbm::check_weight(args, MBM_CALL(conv_kernel, args, winograd));
+    MBM_CALL(conv_forward, args, winograd, num_threads);
+  }
+  void operator()(const mbm::MeansStep& step) const {
+    const auto* x = at.map<const float>(step.x, step.map.elements(), "x");
+    auto* y = at.map<float>(step.y, step.map.planes(), "means");
+    MBM_CALL(plane_means, step.map, x, y, num_threads);
+  }
+  void operator()(const mbm::ScaleStep& step) const {
+    const auto* x = at.map<const float>(step.x, step.map.elements(), "x");
+    const auto* factors = at.map<const float>(step.factors, step.map.planes(), "factors");
+    auto* y = at.map<float>(step.y, step.map.elements(), "y");
+    MBM_CALL(scale_planes, step.map, x, factors, step.gate, y, num_threads);
+  }
+};
+
 void bind_sequence(py::module_& m) {
-  // Convolutions run one after another. A place is an index into the addresses of a call, -1 for
-  // none, and an offset in bytes.
+  // Steps run one after another. A place is an index into the addresses of a call, -1 for none,
+  // and an offset in bytes.
   py::class_<mbm::ConvSequence>(m, "ConvSequence")
       .def(py::init<int64_t>())
       // weight: packed, as it is, bias; places: x, residual, y.
       .def("add",
            [](mbm::ConvSequence& self, const py::bytes& problem, const Addresses<3>& weight,
               const std::array<Place, 3>& places) {
-             const auto place = [&places](size_t i) {
-               return mbm::ConvPlace{places.at(i).first, places.at(i).second};
-             };
              const auto [packed, plain, bias] = weight;
-             self.add({mbm::read_block<mbm::ConvProblem>(problem), packed, plain, bias, place(0),
-                       place(1), place(2)});
+             self.add(mbm::ConvStep{mbm::read_block<mbm::ConvProblem>(problem), packed, plain, bias,
+                                    conv_place(places[0]), conv_place(places[1]),
+                                    conv_place(places[2])});
            })
-      .def("run",
-           [](const mbm::ConvSequence& self, const std::vector<Address>& bases, int num_threads) {
-             py::gil_scoped_release release;
-             for (size_t i = 0; i < self.size(); ++i) {
-               const mbm::ConvForward args = self.args(i, bases);
-               mbm::check_weight(args, MBM_CALL(conv_kernel, args, self.winograd(i)));
-               MBM_CALL(conv_forward, args, self.winograd(i), num_threads);
-             }
-           });
+      // places: x, means.
+      .def("add_means",
+           [](mbm::ConvSequence& self, const Dense& sizes, const std::array<Place, 2>& places) {
+             self.add(
+                 mbm::MeansStep{dense_map(sizes), conv_place(places[0]), conv_place(places[1])});
+           })
+      // places: x, factors, y.
+      .def("add_scale",
+           [](mbm::ConvSequence& self, const Dense& sizes, bool hardsigmoid,
+              const std::array<Place, 3>& places) {
+             const auto gate = hardsigmoid ? mbm::Gate::kHardsigmoid : mbm::Gate::kNone;
+             self.add(mbm::ScaleStep{dense_map(sizes), gate, conv_place(places[0]),
+                                     conv_place(places[1]), conv_place(places[2])});
+           })
+      .def("run", [](const mbm::ConvSequence& self, const std::vector<Address>& addresses,
+                     int num_threads) {
+        const mbm::ConvBases at = self.at(addresses);
+        py::gil_scoped_release release;
+        for (const auto& step : self.steps()) std::visit(RunStep{at, num_threads}, step);
+      });
 }
 
 void bind_conv_bias_act(py::module_& m) {

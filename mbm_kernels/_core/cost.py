@@ -77,20 +77,39 @@ def machine_sizes() -> dict[str, int]:
     }
 
 
+# How much slower than the kernel's, called among others, PyTorch's form may be predicted before it
+# is taken. On 350 drawn convolutions (benchmarks/study_sequences.py) 0.8 costs least.
+AMONG_OTHERS = 0.8
+
+
 @dataclass(frozen=True)
 class Predicted:
     """Nanoseconds of a call by the kernel and by PyTorch, and the gain below which PyTorch stays.
 
-    Errors of prediction are why a margin is needed; it is fitted with the constants.
+    Errors of prediction are why a margin is needed; it is fitted with the constants. call_ns: how
+    much of the kernel's time goes to the call, whatever the sizes.
     """
 
     cpu_ns: float
     torch_ns: float
     margin: float
+    call_ns: float = 0.0
 
     @property
     def kernel_wins(self) -> bool:
         return self.cpu_ns * self.margin < self.torch_ns
+
+    @property
+    def kernel_wins_among_others(self) -> bool:
+        """Whether the kernel is faster where others run before and after it in one native call.
+
+        It needs no call of its own there, and PyTorch's form, which would part the others, does.
+        """
+        return self.gain_among_others > AMONG_OTHERS
+
+    @property
+    def gain_among_others(self) -> float:
+        return (self.torch_ns + self.call_ns) / max(self.cpu_ns - self.call_ns, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +132,7 @@ class Table:
         if known is None:
             return None
         model, problem = work_of(op), {**sizes, **self.machine, "threads": threads}
-        times = []
+        times, call = [], 0.0
         for backend in BACKENDS:
             work: Work = getattr(model, backend)(problem)
             units = units_of(known[backend], work.kernel)
@@ -122,7 +141,8 @@ class Table:
             times.append(total(units, work))
             if backend == "cpu":
                 margin = units_of(self.margins[op][which], work.kernel)
-        return None if margin is None else Predicted(times[0], times[1], margin)
+                call = units.get("calls", 0.0) * work.amounts.get("calls", 0.0)
+        return None if margin is None else Predicted(times[0], times[1], margin, call)
 
 
 @functools.cache

@@ -206,6 +206,19 @@ def select(
     return chosen
 
 
+def select_among_others(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
+) -> str:
+    """As `select`, of a call that runs in one native call with others (cost.Predicted)."""
+    chosen = _choose(op, backend, device, dtype, sizes)
+    auto = backend == default(op) == "auto" and _disabled_depth == 0
+    if chosen != "torch" or not auto or device.type != "cpu" or dtype is not torch.float32:
+        return chosen
+    found = predicted(op, sizes)
+    wins = found is not None and found.kernel_wins_among_others
+    return "cpu" if wins and why_not(op, "cpu", device, dtype, **sizes) is None else chosen
+
+
 def _choose(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, sizes: dict[str, int]
 ) -> str:

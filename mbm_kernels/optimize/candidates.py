@@ -14,6 +14,7 @@ from mbm_kernels.nn import counterparts
 from mbm_kernels.nn.trial import Call
 from mbm_kernels.optimize import errors, outputs
 from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.sequence import Sequence
 
 Forward = Callable[..., Any]
 
@@ -124,7 +125,7 @@ class ChainCandidate(Candidate):
         self.chain.backend = backend
 
     def forms(self) -> tuple[Forward, Forward]:
-        return self.chain, self.chain.stock
+        return Sequence.of(self.chain), self.chain.stock
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {}

@@ -9,22 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels._core import packing
+from mbm_kernels._core import dispatch, packing
 from mbm_kernels._core.unchanged import Watch
-from mbm_kernels.nn import counterparts
 from mbm_kernels.ops.conv_bias_act import backend_cpu
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
 from mbm_kernels.ops.conv_bias_act.op import OP, convolve, described
+from mbm_kernels.optimize.held import OfModules
 
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
 
 
 @dataclass(eq=False)
-class Chain:
+class Chain(OfModules):
     """The modules of one place in a container's forward, and what their functions were.
 
-    name: the convolution's path in the model. holders: of each module, the dictionary that its
-    container finds it in, and its key there.
+    name: the convolution's path in the model.
     """
 
     name: str
@@ -33,16 +32,10 @@ class Chain:
     residual: bool
     activation: str | None
     pool: Pool | None
-    modules: tuple[nn.Module, ...]
-    holders: tuple[tuple[dict[str, Any], str], ...]
     backend: str = "auto"
-    kinds: tuple[type, ...] = field(init=False)
     _folded: tuple[Any, packing.State, Tensor, Tensor | None] | None = field(
         default=None, init=False, repr=False
     )
-
-    def __post_init__(self) -> None:
-        self.kinds = tuple(type(m) for m in self.modules)
 
     @property
     def was(self) -> str:
@@ -53,25 +46,6 @@ class Chain:
         names += [TABLE[self.activation].module] if self.activation is not None else []
         names += ["MaxPool2d"] if self.pool is not None else []
         return " + ".join(names)
-
-    def why_not(self) -> str | None:
-        """Why its modules must run one by one, as they stand now; None where they need not."""
-        for module, kind, (owner, key) in zip(self.modules, self.kinds, self.holders, strict=True):
-            if owner.get(key) is not module:
-                return f"{key!r} was replaced by another module"
-            if type(module) is not kind or "forward" in vars(module):
-                return f"the class or the forward of {key!r} was changed"
-            if counterparts.has_hooks(module):
-                return f"a hook sits on {key!r}"
-            if module.training:
-                return f"{key!r} is in training mode"
-        return None
-
-    def watch(self, watch: Watch) -> None:
-        """Adds what `why_not` looks at."""
-        for module, (owner, key) in zip(self.modules, self.holders, strict=True):
-            watch.items(owner, (key,))
-            watch.module(module, "training")
 
     def watch_constants(self, watch: Watch) -> None:
         """Adds what a call goes by beside its tensors and the contents of `sources`."""
@@ -86,7 +60,10 @@ class Chain:
         if norm is not None:
             watch.attributes(norm, "eps")
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
+    ) -> Tensor:
+        """The chain's result; backend: another than its own."""
         if x.dtype is torch.uint8:  # which PyTorch's convolution refuses
             return self.stock(x, residual)
         weight, bias = (self.conv.weight, self.conv.bias) if self.norm is None else self.folded()
@@ -97,7 +74,7 @@ class Chain:
             padding = 0
         options = (conv.stride, padding, conv.dilation, conv.groups, self.activation, self.pool)
         try:
-            return convolve((image, weight, bias, residual), options, self.backend)
+            return convolve((image, weight, bias, residual), options, backend or self.backend)
         except (TypeError, ValueError):  # a residual that broadcasts; errors in PyTorch's words
             return self.stock(x, residual)
 
@@ -107,22 +84,29 @@ class Chain:
             return self.conv.weight, self.conv.bias
         return _sources(self.conv, self.norm)
 
-    def constant(self, x: Tensor, residual: Tensor | None) -> backend_cpu.Constant | None:
-        """This call for a weight and a bias that stay; None where "cpu" does not run it as it is.
-
-        Raises:
-            TypeError, ValueError: the tensors do not fit.
-        """
+    def native(self, x: Tensor, residual: Tensor | None) -> backend_cpu.Constant | None:
+        """This call for a weight and a bias that stay; None where "cpu" is not what runs it among
+        others, or reads what must be copied first."""
         conv = self.conv
-        if conv.padding_mode != "zeros":
+        if conv.padding_mode != "zeros" or x.dtype is not torch.float32 or not x.is_cpu:
             return None
         weight, bias = self.folded()
         options = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        given = (x, weight, bias, residual)
-        call, _, problem = described(given, (*options, self.activation, self.pool), self.backend)
-        if call is None or problem is None or OP.choose(call) != "cpu":
+        tensors = (x, weight, bias, residual)
+        try:
+            call, _, problem = described(tensors, (*options, self.activation, self.pool), "auto")
+        except (TypeError, ValueError):  # PyTorch runs it, or a residual broadcasts
             return None
-        return backend_cpu.constant(problem, weight, bias)
+        if call is None or problem is None:
+            return None
+        chosen = dispatch.select_among_others(
+            OP.name,
+            self.backend,
+            problem.device,
+            problem.dtype,
+            {**problem.sizes, "training": 0},
+        )
+        return backend_cpu.constant(problem, weight, bias) if chosen == "cpu" else None
 
     def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same by PyTorch, module by module."""

@@ -24,6 +24,7 @@ from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.nn import counterparts, trial
 from mbm_kernels.optimize import outputs
 from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.held import OfModules
 from mbm_kernels.optimize.sequence import Sequence
 
 PLAN = "_mbm_plan"
@@ -89,19 +90,23 @@ class Plan:
     fallback: Plan | None = None
     checked: bool = False
     refused: str | None = None
-    chains: tuple[Chain, ...] = field(init=False)
+    parts: tuple[OfModules, ...] = field(init=False)  # what stands for modules
     _run: Callable[..., Any] | None = field(default=None, init=False, repr=False)
     # Sees any change of what `why_not` found right.
     _watch: Watch | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        found: list[Chain] = []
+        found: list[OfModules] = []
         for value in self.attributes.values():
             if isinstance(value, Chain):
                 found.append(value)
             elif isinstance(value, Sequence):
-                found += value.chains
-        self.chains = tuple(found)
+                found += value.parts
+        self.parts = tuple(found)
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Chain))
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """The arguments in order; None where they are not those that were traced."""
@@ -131,7 +136,7 @@ class Plan:
             return "a hook sits on all modules"
         if self._watch is not None and self._watch.same():
             return None
-        parts: tuple[Inlined | Chain, ...] = (*self.inlined, *self.chains)
+        parts: tuple[Inlined | OfModules, ...] = (*self.inlined, *self.parts)
         for part in parts:
             reason = part.why_not()
             if reason is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbm_kernels import explaining
+from mbm_kernels._core import dispatch
 from mbm_kernels._core.errors import BackendUnavailableError
 from mbm_kernels.nn import counterparts
 from mbm_kernels.nn.trial import Call
@@ -114,7 +114,7 @@ def _folds(candidate: Candidate) -> bool:
     return isinstance(candidate, ChainCandidate) and candidate.chain.norm is not None
 
 
-def _chosen(candidate: Candidate) -> list[Any]:
+def _chosen(candidate: Candidate) -> list[dispatch.Observed]:
     """What `auto` chose in the sample's calls, each kind of problem once."""
     calls: list[Call] = [call for call, _ in candidate.calls]
     return explaining.distinct(calls)
@@ -122,7 +122,13 @@ def _chosen(candidate: Candidate) -> list[Any]:
 
 def _backend_taken(candidate: Candidate) -> str:
     """The kernels' backend if any of the calls takes one, else "torch"."""
-    return next((c.chosen for c in _chosen(candidate) if c.chosen != "torch"), "torch")
+    seen = _chosen(candidate)
+    found = [c.chosen for c in seen]
+    if isinstance(candidate, ChainCandidate):  # which runs among others
+        found += [
+            dispatch.select_among_others(c.op, c.asked, c.device, c.dtype, c.sizes) for c in seen
+        ]
+    return next((backend for backend in found if backend != "torch"), "torch")
 
 
 def _predicted(candidate: Candidate) -> Verdict:
@@ -130,7 +136,8 @@ def _predicted(candidate: Candidate) -> Verdict:
     taken = _backend_taken(candidate)
     rows = [explaining.row_of(candidate.name, call) for call in seen]
     if taken != "torch":
-        return Verdict(True, taken, _gain(rows))
+        among = all(call.chosen == "torch" for call in seen)
+        return Verdict(True, taken, _gain_among_others(seen) if among else _gain(rows))
     if not rows:
         return _kept(STOCK_SERVES)
     row = next((r for r in rows if r.op == candidate.op), rows[0])
@@ -145,3 +152,8 @@ def _gain(rows: list[explaining.Row]) -> str:
     stock = sum(row.predicted_ms.get("torch", 0.0) for row in rows)
     ours = sum(row.predicted_ms.get(row.backend, 0.0) for row in rows)
     return f"predicted {stock / ours:.2f}x" if ours > 0 else "known to win on this device"
+
+
+def _gain_among_others(seen: list[dispatch.Observed]) -> str:
+    gains = [p.gain_among_others for c in seen if (p := dispatch.predicted(c.op, c.sizes))]
+    return f"in one native call with its neighbours, predicted {max(gains):.2f}x"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence as Many
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +16,25 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from mbm_kernels.optimize import patterns, tracing
+from mbm_kernels.optimize import gating, patterns, tracing
 from mbm_kernels.optimize.chain import Chain
 from mbm_kernels.optimize.fused import PLAN, Fused, FusedForward, Inlined, Plan
 from mbm_kernels.optimize.fusing import FusedContainer
+from mbm_kernels.optimize.gating import Scale, Squeeze
 from mbm_kernels.optimize.sequence import Sequence, Step
 
 
-def link(model: nn.Module, fused: Many[FusedContainer], apart: Set[Chain]) -> list[FusedForward]:
-    """Links the outermost containers of a model that run chains or call those that do.
-
-    apart: chains that PyTorch is known to run, which are in no sequence.
-    """
-    linker = _Linker({f.module: f for f in fused}, apart)
+def link(
+    model: nn.Module, fused: Many[FusedContainer], allowed: patterns.Allowed
+) -> list[FusedForward]:
+    """Links the outermost containers of a model that run chains or call those that do."""
+    linker = _Linker({f.module: f for f in fused}, allowed)
     found: list[FusedForward] = []
     done: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in done or not linker.holds_fused(module):
             continue
-        plan = linker.plan(module)
+        plan = linker.plan(name, module)
         if plan is None:
             continue
         done.update(module.modules())
@@ -62,8 +61,8 @@ class _Part:
 
 
 class _Linker:
-    def __init__(self, fused: dict[nn.Module, FusedContainer], apart: Set[Chain]):
-        self.fused, self.apart = fused, apart
+    def __init__(self, fused: dict[nn.Module, FusedContainer], allowed: patterns.Allowed):
+        self.fused, self.allowed = fused, allowed
         self.parts: dict[nn.Module, _Part | None] = {}
         self.in_chains = {m for f in fused.values() for _, c in f.sites for m in c.modules}
 
@@ -90,7 +89,7 @@ class _Linker:
             return None
         return _Part(traced.graph, traced.arguments, {}, traced.inlined)
 
-    def plan(self, module: nn.Module) -> Plan | None:
+    def plan(self, name: str, module: nn.Module) -> Plan | None:
         part = self.part(module)
         if part is None:
             return None
@@ -100,7 +99,7 @@ class _Linker:
         if not writing.chains:
             return None
         writing.graph.output(result)
-        graph, found = _grouped(writing.graph, writing.chains, self.apart)
+        graph, found = _Grouping(writing, name, self.allowed).grouped()
         attributes = {**found, **writing.leaves(graph)}
         code = graph.python_code("self")
         inlined = tuple(Inlined.of(m) for m in writing.inlined)
@@ -168,53 +167,100 @@ def _nodes(node: Node) -> list[Node]:
     return [a for a in node.args if isinstance(a, Node)]
 
 
-def _grouped(
-    graph: torch.fx.Graph, chains: dict[Node, Chain], apart: Set[Chain]
-) -> tuple[torch.fx.Graph, dict[str, Chain | Sequence]]:
-    """The graph with a node for each run of chains that nothing stands between, and what those and
-    the chains apart are, by their targets."""
-    made = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    found: dict[str, Chain | Sequence] = {}
-    run: list[Node] = []
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A step and what it reads; within: nodes that are part of it beside its own."""
 
-    def close() -> None:
-        if run:
-            target = f"_mbm_sequence_{len(found)}"
-            found[target] = _write(made, target, run, chains, copies)
-            run.clear()
+    what: Chain | Squeeze | Scale
+    reads: tuple[Node, ...]
+    within: tuple[Node, ...] = ()
 
-    for node in graph.nodes:
-        chain = chains.get(node)
-        if chain is not None and chain not in apart:
-            run.append(node)
-            continue
-        close()
-        copies[node] = made.node_copy(node, copies.__getitem__)
+
+class _Grouping:
+    """A graph with one node for each run of steps that nothing stands between."""
+
+    def __init__(self, writing: _Writing, name: str, allowed: patterns.Allowed):
+        self.written, self.chains = writing.graph, writing.chains
+        self.modules = dict(writing.root.named_modules(remove_duplicate=False))
+        self.name, self.allowed = name, allowed
+        self.graph = torch.fx.Graph()
+        self.copies: dict[Node, Node] = {}
+        self.found: dict[str, Sequence] = {}
+        self.of_one_pixel: set[Node] = set()
+
+    def grouped(self) -> tuple[torch.fx.Graph, dict[str, Sequence]]:
+        """The graph, and its sequences by their targets."""
+        steps = {node: self._step(node) for node in self.written.nodes}
+        within = {n for found in steps.values() if found is not None for n in found.within}
+        run: dict[Node, _Found] = {}
+        for node, found in steps.items():
+            if found is not None:
+                run[node] = found
+            elif node not in within:
+                self._close(run)
+                self._copy(node)
+        return self.graph, self.found
+
+    def _step(self, node: Node) -> _Found | None:
+        """What a node is in a sequence; None: a node that is in none."""
+        chain = self.chains.get(node)
         if chain is not None:
-            target = f"_mbm_alone_{len(found)}"
-            copies[node].target, found[target] = target, chain
-    return made, found
+            found = _Found(chain, tuple(_nodes(node)))
+            if len(found.reads) == 1 and found.reads[0] in self.of_one_pixel:
+                self.of_one_pixel.add(node)
+            return found
+        squeeze = gating.squeeze_of(node, self.modules)
+        if squeeze is not None and self._may_change(node):
+            self.of_one_pixel.add(node)
+            return _Found(squeeze, tuple(_nodes(node)))
+        scale = gating.scale_of(node, self.modules)
+        if scale is None:
+            return None
+        what, reads, gate = scale
+        if sum(read in self.of_one_pixel for read in reads) != 1:
+            return None
+        if gate is not None and not self._may_change(gate):
+            return None
+        return _Found(what, reads, () if gate is None else (gate,))
 
+    def _may_change(self, node: Node) -> bool:
+        """Whether the filter lets a node's module be replaced; functions are nobody's."""
+        if node.op != "call_module":
+            return True
+        path = f"{self.name}.{node.target}" if self.name else str(node.target)
+        return self.allowed(path, self.modules[str(node.target)])
 
-def _write(
-    graph: torch.fx.Graph,
-    target: str,
-    run: list[Node],
-    chains: dict[Node, Chain],
-    copies: dict[Node, Node],
-) -> Sequence:
-    """Adds a run of chains to the graph; returns its sequence."""
-    outside = [a for node in run for a in node.all_input_nodes if a not in run]
-    inputs = list(dict.fromkeys(outside))
-    numbers = {node: i for i, node in enumerate((*inputs, *run))}
-    steps = []
-    for node in run:
-        x, *rest = (numbers[a] for a in _nodes(node))
-        steps.append(Step(chains[node], x, rest[0] if rest else None))
-    outputs = [node for node in run if any(user not in run for user in node.users)]
-    found = graph.create_node("call_module", target, tuple(copies[i] for i in inputs))
-    for i, node in enumerate(outputs):
-        picked = graph.call_function(operator.getitem, (found, i)) if len(outputs) > 1 else found
-        copies[node] = picked
-    return Sequence(tuple(steps), len(inputs), tuple(numbers[node] for node in outputs))
+    def _copy(self, node: Node) -> None:
+        self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+
+    def _close(self, run: dict[Node, _Found]) -> None:
+        """Writes the run so far: as a sequence where there is a chain in it, else as it was."""
+        if any(isinstance(found.what, Chain) for found in run.values()):
+            self._write(run)
+        else:
+            for node, found in run.items():
+                for part in (*found.within, node):
+                    self._copy(part)
+        run.clear()
+
+    def _write(self, run: dict[Node, _Found]) -> None:
+        outside = [a for found in run.values() for a in found.reads if a not in run]
+        inputs = list(dict.fromkeys(outside))
+        numbers = {node: i for i, node in enumerate((*inputs, *run))}
+        steps = []
+        for found in run.values():
+            x, *rest = (numbers[a] for a in found.reads)
+            steps.append(Step(found.what, x, rest[0] if rest else None))
+        within = {n for found in run.values() for n in found.within}
+        own = {*run, *within}
+        outputs = [node for node in run if any(user not in own for user in node.users)]
+        target = f"_mbm_sequence_{len(self.found)}"
+        made = self.graph.create_node("call_module", target, tuple(self.copies[i] for i in inputs))
+        for i, node in enumerate(outputs):
+            several = len(outputs) > 1
+            self.copies[node] = (
+                self.graph.call_function(operator.getitem, (made, i)) if several else made
+            )
+        self.found[target] = Sequence(
+            tuple(steps), len(inputs), tuple(numbers[node] for node in outputs)
+        )

@@ -14,7 +14,6 @@ from mbm_kernels._core import checks
 from mbm_kernels.nn import counterparts, trial
 from mbm_kernels.optimize import fusing, linking, measure
 from mbm_kernels.optimize.candidates import Candidate, ModuleCandidate, kinds_of_calls
-from mbm_kernels.optimize.chain import Chain
 from mbm_kernels.optimize.freezing import Frozen
 from mbm_kernels.optimize.judging import Judge
 from mbm_kernels.optimize.report import Report, Row
@@ -133,7 +132,6 @@ class _Task:
     ops: tuple[str, ...]
     failed: list[str]
     fused: list[fusing.FusedContainer] = field(default_factory=list)
-    apart: set[Chain] = field(default_factory=set)  # chains that PyTorch runs on the sample
 
     def allowed(self, name: str, module: nn.Module) -> bool:
         return self.filter_fn is None or bool(self.filter_fn(name, module))
@@ -152,8 +150,6 @@ class _Task:
             candidate.calls = []  # which hold activations
             if verdict.replaced:
                 self.report.replaced.append(verdict.row(candidate))
-                if verdict.backend == "torch":
-                    self.apart.add(candidate.chain)
             else:
                 fusion.drop(candidate)
                 if verdict.failed:
@@ -164,7 +160,7 @@ class _Task:
 
     def link(self) -> None:
         """Containers that call fused ones run all of that as one forward."""
-        self.report._changes += linking.link(self.model, self.fused, self.apart)
+        self.report._changes += linking.link(self.model, self.fused, self.allowed)
 
     def swap(self) -> None:
         """Modules become their counterparts; what is not kept of those is put back."""

@@ -14,8 +14,10 @@ from torch import nn
 from torch.fx import Node
 
 from mbm_kernels.nn import counterparts
+from mbm_kernels.optimize import gating
 from mbm_kernels.optimize.chain import Chain, Pool, why_not_folded
 from mbm_kernels.optimize.fused import Inlined, Plan
+from mbm_kernels.optimize.held import holder
 from mbm_kernels.optimize.tracing import Traced
 
 Allowed = Callable[[str, nn.Module], bool]
@@ -50,6 +52,13 @@ ACTIVATION_CALLS: dict[Any, tuple[str, dict[str, Any]]] = {
     F.tanh: ("tanh", {}),
     "tanh": ("tanh", {}),
 }
+# Classes of packages that compute the same, by name.
+PACKAGES_ACTIVATIONS = {
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations.HardSwish": "hardswish",
+}
 # Of these the input comes out in eval mode; those of packages by name.
 DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DROPPED_PATHS = ("torchvision.ops.stochastic_depth.StochasticDepth", "timm.layers.drop.DropPath")
@@ -77,11 +86,12 @@ class Site:
     addition: Node | None = None  # of the residual
     activation: str | None = None
     pool: Pool | None = None
+    gates: bool = False  # its result goes to a product of maps (gating.py)
     stopped: list[str] = field(default_factory=list)  # why a module after it is not in it
 
     @property
     def is_chain(self) -> bool:
-        return any((self.norm, self.residual, self.activation, self.pool))
+        return any((self.norm, self.residual, self.activation, self.pool, self.gates))
 
     @property
     def anchor(self) -> Node:
@@ -111,6 +121,7 @@ def sites(container: nn.Module, traced: Traced, path: str, allowed: Allowed) -> 
             site.stopped.append(reason)
         else:
             _Growth(site, modules, order, taken, path, allowed).grow()
+            site.gates = conv.kernel_size == (1, 1) and gating.gates(site.last, modules)
         taken.update(site.nodes)
         found.append(site)
     return found
@@ -176,7 +187,8 @@ class _Growth:
         if node.kwargs or len(node.args) != 1 or "forward" in vars(module):
             return False
         dropout = _is_dropout(kind) and not module.training
-        known = dropout or kind in (nn.BatchNorm2d, nn.MaxPool2d, *ACTIVATION_MODULES)
+        activation = _activation_of(kind)
+        known = dropout or activation or kind in (nn.BatchNorm2d, nn.MaxPool2d)
         if not known or not self.allowed(f"{self.path}.{name}" if self.path else name, module):
             return False
         if counterparts.has_hooks(module):
@@ -190,7 +202,8 @@ class _Growth:
         elif dropout:
             takes = True
         else:
-            takes = self._takes_activation(ACTIVATION_MODULES[kind](module))
+            assert activation is not None
+            takes = self._takes_activation(activation(module))
         if takes:
             self.site.modules.append((name, module))
         return takes
@@ -256,7 +269,17 @@ class _Growth:
 
 
 def _is_dropout(kind: type[nn.Module]) -> bool:
-    return kind in DROPOUTS or f"{kind.__module__}.{kind.__qualname__}" in DROPPED_PATHS
+    return kind in DROPOUTS or _full_name(kind) in DROPPED_PATHS
+
+
+def _activation_of(kind: type[nn.Module]) -> Callable[[Any], str | None] | None:
+    """What gives the name of the activation that a class is; None: it is none of ours."""
+    name = PACKAGES_ACTIVATIONS.get(_full_name(kind))
+    return ACTIVATION_MODULES.get(kind) if name is None else lambda _module: name
+
+
+def _full_name(kind: type[nn.Module]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _writes(node: Node, modules: dict[str, nn.Module]) -> bool:
@@ -305,10 +328,6 @@ def chain_of(container: nn.Module, site: Site, path: str) -> Chain:
     """The chain of a site."""
     conv: Any = site.modules[0][1]
     name = f"{path}.{site.conv.target}" if path else str(site.conv.target)
-    holders = []
-    for target, _ in site.modules:
-        owner, _, key = target.rpartition(".")
-        holders.append((container.get_submodule(owner)._modules, key))
     return Chain(
         name=name,
         conv=conv,
@@ -317,7 +336,7 @@ def chain_of(container: nn.Module, site: Site, path: str) -> Chain:
         activation=site.activation,
         pool=site.pool,
         modules=tuple(module for _, module in site.modules),
-        holders=tuple(holders),
+        holders=tuple(holder(container, target) for target, _ in site.modules),
     )
 
 

@@ -1,11 +1,13 @@
 """Chains that follow each other in a forward, run in one call of the native code.
 
 Between two of them there is no Python then, and no tensor: what one leaves for another lies in
-scratch memory, which is used again as soon as nothing reads it any more.
+scratch memory, which is used again as soon as nothing reads it any more. The squeezes and scales of
+squeeze-and-excitation (gating.py) may stand among them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,29 +19,56 @@ from mbm_kernels._core import dispatch, native, packing, problem, profiling
 from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.ops.conv_bias_act.backend_cpu import Constant
 from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.gating import NativeMeans, NativeScale, Scale, Squeeze
+from mbm_kernels.optimize.held import OfModules
 
 _CPU = torch.device("cpu")
 _LINE = 64  # bytes: maps start at a cache line
 MOST_READY = 4  # kinds of inputs
 MOST_SEEN = 64
 
+Native = Constant | NativeMeans | NativeScale
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One chain; x and residual are numbers of values: the inputs, then the results in order."""
+    """One of a sequence; x and other are numbers of values: the inputs, then the results in order.
 
-    chain: Chain
+    other: a chain's residual, or what a scale multiplies x by.
+    """
+
+    what: Chain | Squeeze | Scale
     x: int
-    residual: int | None
+    other: int | None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.x,) if self.other is None else (self.x, self.other)
+
+    def native(self, values: Many[Tensor], y: Tensor | None = None) -> Native | None:
+        """What the native code is told of it, y being its result; None where it does not run it."""
+        x, other = values[self.x], None if self.other is None else values[self.other]
+        if isinstance(self.what, Chain):
+            found = self.what.native(x, other)
+            as_is = found is not None and (y is None or y.stride() == found.y_strides)
+            return found if as_is else None
+        return None if y is None else self.what.native(x, other, y)
+
+    def one_by_one(self, values: Many[Tensor]) -> Tensor:
+        """Its result, by the kernel that it runs among others."""
+        x, other = values[self.x], None if self.other is None else values[self.other]
+        if isinstance(self.what, Chain) and self.what.native(x, other) is not None:
+            return self.what(x, other, "cpu")
+        return self.what(x, other)
 
 
 @dataclass(eq=False)
 class Sequence:
     """Steps on `inputs` tensors; `outputs` are the numbers of the values that it returns.
 
-    The native call stands for the chains one by one where each would run "cpu", for the kind of
-    inputs that it was made for, and while a hash of every byte of what the weights come from is
-    the same.
+    The native calls stand for the steps one by one where chains run "cpu" among others, for the
+    kind of inputs that they were made for, and while a hash of every byte of what the weights come
+    from is the same.
     """
 
     steps: tuple[Step, ...]
@@ -49,9 +78,20 @@ class Sequence:
     # Kinds of calls that none was ready for, and whether that was tried.
     _seen: dict[Any, bool] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def of(cls, chain: Chain) -> Sequence:
+        """A chain by itself."""
+        residual = 1 if chain.residual else None
+        return cls((Step(chain, 0, residual),), 2 if chain.residual else 1, (1 + chain.residual,))
+
     @property
     def chains(self) -> tuple[Chain, ...]:
-        return tuple(step.chain for step in self.steps)
+        return tuple(step.what for step in self.steps if isinstance(step.what, Chain))
+
+    @property
+    def parts(self) -> tuple[OfModules, ...]:
+        """What stands for modules."""
+        return tuple(step.what for step in self.steps)
 
     def __call__(self, *given: Tensor) -> Any:
         if _alone():
@@ -66,14 +106,12 @@ class Sequence:
     def _one_by_one(self, given: tuple[Tensor, ...]) -> Any:
         values = list(given)
         for step in self.steps:
-            residual = None if step.residual is None else values[step.residual]
-            values.append(step.chain(values[step.x], residual))
+            values.append(step.one_by_one(values))
         self._look_at(values)
-        found = tuple([values[i] for i in self.outputs])
-        return found[0] if len(found) == 1 else found
+        return _results(values, self.outputs)
 
     def _look_at(self, values: list[Tensor]) -> None:
-        """Makes the native call ready when a kind of inputs comes for the second time."""
+        """Makes native calls ready when a kind of inputs comes for the second time."""
         if not _alone():
             return
         kind = (_kinds(values[: self.inputs]), dispatch.moment())
@@ -97,6 +135,12 @@ class Sequence:
         return {**vars(self), "_ready": (), "_seen": {}}
 
 
+def _results(values: Many[Tensor], outputs: tuple[int, ...]) -> Any:
+    if len(outputs) == 1:
+        return values[outputs[0]]
+    return tuple([values[i] for i in outputs])
+
+
 def _alone() -> bool:
     """Whether nobody asks which backend each chain takes, or how long it runs."""
     return not (dispatch.is_watched() or profiling.active())
@@ -108,40 +152,34 @@ def _kinds(tensors: Many[Tensor]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ready:
-    """A native call for one kind of inputs."""
+    """What runs for one kind of inputs: native calls, and steps alone where PyTorch is faster."""
 
     kind: Any
     check: Any
     moment: tuple[Any, ...]
     watch: Watch
-    sources: list[Tensor]  # what the weights come from
+    sources: list[Tensor]  # what the weights of native calls come from
     state: list[packing.State]  # theirs: one, replaced by an equal one
-    call: Any  # csrc's ConvSequence
-    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # shapes and strides
-    scratch: int  # floats
-    held: tuple[Any, ...]  # memory that the native code reads
+    runs: tuple[_Call | _Alone, ...]
+    blank: tuple[None, ...]
+    outputs: tuple[int, ...]
 
     @classmethod
     def made(cls, sequence: Sequence, kind: Any, values: list[Tensor]) -> _Ready | None:
-        """For inputs and results like these; None where it cannot stand for the chains."""
-        chains = sequence.chains
+        """For inputs and results like these; None where they cannot be told from others."""
+        natives = _natives(sequence, values)
+        taken = [s.what for s, n in zip(sequence.steps, natives, strict=True) if n is not None]
+        chains = [what for what in taken if isinstance(what, Chain)]
         sources = [t for chain in chains for t in chain.sources() if t is not None]
-        if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources):
+        check = problem.guard(values[: sequence.inputs])
+        plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources)
+        if check is None or not plain:
             return None
-        # First of all, so that a write meanwhile is seen at the next call.
+        # Before the weights are read, so that a write meanwhile is seen at the next call.
         watch, state = Watch(), packing.state_of(sources)
         for chain in chains:
             chain.watch_constants(watch)
-        check = problem.guard(values[: sequence.inputs])
-        constants = _constants(sequence, values)
-        if check is None or constants is None:
-            return None
-        places, scratch = _places(sequence, constants)
-        call = native.cpu().ConvSequence(sequence.inputs + len(sequence.outputs) + 1)
-        for i, (step, found) in enumerate(zip(sequence.steps, constants, strict=True)):
-            at = (step.x, step.residual, sequence.inputs + i)
-            call.add(found.block, found.weight, [(-1, 0) if v is None else places[v] for v in at])
-        results = [constants[i - sequence.inputs] for i in sequence.outputs]
+        runs = _runs(sequence, _natives(sequence, values))
         return cls(
             kind=kind,
             check=check,
@@ -149,10 +187,9 @@ class _Ready:
             watch=watch,
             sources=sources,
             state=[state],
-            call=call,
-            outputs=tuple((c.y_shape, c.y_strides) for c in results),
-            scratch=scratch,
-            held=tuple(c.held for c in constants),
+            runs=runs,
+            blank=(None,) * len(sequence.steps),
+            outputs=sequence.outputs,
         )
 
     def holds(self) -> bool:
@@ -167,59 +204,138 @@ class _Ready:
         return True
 
     def run(self, given: tuple[Tensor, ...]) -> Any:
-        found = [
-            torch.empty_strided(shape, strides, dtype=torch.float32, device=_CPU)
-            for shape, strides in self.outputs
-        ]
+        values: list[Any] = [*given, *self.blank]
+        threads = self.moment[2]
+        for run in self.runs:
+            run(values, threads)
+        return _results(values, self.outputs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """A step that PyTorch runs, and the number of its result."""
+
+    step: Step
+    y: int
+
+    def __call__(self, values: list[Any], _threads: int) -> None:
+        step = self.step
+        other = None if step.other is None else values[step.other]
+        values[self.y] = step.what(values[step.x], other)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """Steps in one native call; inputs and outputs are numbers of values."""
+
+    call: Any  # csrc's ConvSequence
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]  # with shapes and strides
+    scratch: int  # floats
+    held: tuple[Any, ...]  # memory that the native code reads
+
+    @classmethod
+    def made(cls, first: int, steps: Many[Step], natives: Many[Native], kept: set[int]) -> _Call:
+        """first: the number of the first step's result. kept: values that others read."""
+        own = range(first, first + len(steps))
+        read = dict.fromkeys(v for step in steps for v in step.reads)
+        inputs = tuple(v for v in read if v not in own)
+        outputs = tuple(v for v in own if v in kept)
+        places, scratch = _places(first, steps, natives, inputs, outputs)
+        call = native.cpu().ConvSequence(len(inputs) + len(outputs) + 1)
+        for number, step, found in zip(own, steps, natives, strict=True):
+            maps = (step.x, step.other, number)
+            found.add_to(call, [(-1, 0) if v is None else places[v] for v in maps])
+        of = [natives[v - first] for v in outputs]
+        return cls(
+            call,
+            inputs,
+            tuple((v, n.y_shape, n.y_strides) for v, n in zip(outputs, of, strict=True)),
+            scratch,
+            tuple(n.held for n in natives),
+        )
+
+    def __call__(self, values: list[Any], threads: int) -> None:
+        for number, shape, strides in self.outputs:
+            values[number] = torch.empty_strided(shape, strides, dtype=torch.float32, device=_CPU)
         scratch = native.empty((self.scratch,)) if self.scratch else None
-        tensors = (*given, *found)
-        addresses = [t.data_ptr() for t in tensors]
+        addresses = [values[v].data_ptr() for v in self.inputs]
+        addresses += [values[v].data_ptr() for v, _, _ in self.outputs]
         addresses.append(0 if scratch is None else scratch.data_ptr())
-        self.call.run(addresses, self.moment[2])
-        return found[0] if len(found) == 1 else tuple(found)
+        self.call.run(addresses, threads)
 
 
-def _constants(sequence: Sequence, values: list[Tensor]) -> list[Constant] | None:
-    """Of each step; None where one does not run "cpu" or reads what it must copy first."""
-    found = []
-    for i, step in enumerate(sequence.steps):
-        residual = None if step.residual is None else values[step.residual]
-        try:
-            constant = step.chain.constant(values[step.x], residual)
-        except (TypeError, ValueError):  # PyTorch ran it, or a residual broadcasts
-            return None
-        result = values[sequence.inputs + i]
-        if constant is None or result.stride() != constant.y_strides:
-            return None
-        found.append(constant)
-    return found
+def _natives(sequence: Sequence, values: list[Tensor]) -> list[Native | None]:
+    """What the native code is told of each step."""
+    first = sequence.inputs
+    return [s.native(values, values[first + i]) for i, s in enumerate(sequence.steps)]
 
 
-def _places(sequence: Sequence, constants: list[Constant]) -> tuple[list[tuple[int, int]], int]:
+def _runs(sequence: Sequence, natives: list[Native | None]) -> tuple[_Call | _Alone, ...]:
+    """Native calls of as many steps as follow each other, each of a chain at least."""
+    first = sequence.inputs
+    steps = sequence.steps
+    found: list[_Call | _Alone] = []
+    begin = 0
+    while begin < len(steps):
+        end = begin
+        while end < len(steps) and natives[end] is not None:
+            end += 1
+        if any(isinstance(step.what, Chain) for step in steps[begin:end]):
+            outside = {v for step in (*steps[:begin], *steps[end:]) for v in step.reads}
+            kept = outside | {*sequence.outputs}
+            ready = [n for n in natives[begin:end] if n is not None]
+            found.append(_Call.made(first + begin, steps[begin:end], ready, kept))
+        else:
+            end = max(end, begin + 1)
+            found += [_Alone(steps[i], first + i) for i in range(begin, end)]
+        begin = end
+    return tuple(found)
+
+
+def _places(
+    first: int,
+    steps: Many[Step],
+    natives: Many[Native],
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+) -> tuple[dict[int, tuple[int, int]], int]:
     """Where each value lies, as csrc's ConvPlace, and the floats of scratch memory.
 
     The addresses of a call are those of the inputs, of the outputs, and of the scratch memory.
     """
-    first = sequence.inputs
-    last_use = {}
-    for i, step in enumerate(sequence.steps):
-        last_use.update({v: i for v in (step.x, step.residual) if v is not None})
-    places = [(i, 0) for i in range(first)]
+    last_use = {v: i for i, step in enumerate(steps) for v in step.reads}
+    places = {v: (i, 0) for i, v in enumerate((*inputs, *outputs))}
+    scratch = len(places)
     in_use: dict[int, tuple[int, int]] = {}  # of values in scratch: start and end in bytes
     size = 0
-    for i, constant in enumerate(constants):
+    for i, found in enumerate(natives):
         value = first + i
         in_use = {v: span for v, span in in_use.items() if last_use.get(v, -1) >= i}
-        if value in sequence.outputs:
-            places.append((first + sequence.outputs.index(value), 0))
+        if value in places:
             continue
-        batch, channels, height, width = constant.y_shape
-        needed = -(-4 * batch * channels * height * width // _LINE) * _LINE
-        start = _gap(sorted(in_use.values()), needed)
+        needed = -(-4 * math.prod(found.y_shape) // _LINE) * _LINE
+        start = _start(steps[i], found, i, in_use, last_use)
+        if start is None:
+            start = _gap(sorted(in_use.values()), needed)
         in_use[value] = (start, start + needed)
-        places.append((first + len(sequence.outputs), start))
+        places[value] = (scratch, start)
         size = max(size, start + needed)
     return places, size // 4
+
+
+def _start(
+    step: Step,
+    found: Native,
+    i: int,
+    in_use: dict[int, tuple[int, int]],
+    last_use: dict[int, int],
+) -> int | None:
+    """Where a scale's map lies, which nothing reads after it: its result takes its place."""
+    if not isinstance(found, NativeScale) or step.other is None:
+        return None
+    x = step.other if found.swapped else step.x
+    return in_use[x][0] if x in in_use and last_use[x] == i else None
 
 
 def _gap(taken: list[tuple[int, int]], needed: int) -> int:

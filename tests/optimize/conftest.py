@@ -3,6 +3,7 @@
 import pytest
 
 from mbm_kernels.ops.conv_bias_act.op import convolve
+from mbm_kernels.optimize import sequence
 
 
 @pytest.fixture
@@ -21,3 +22,23 @@ def runs(monkeypatch):
 
     monkeypatch.setattr(chain, "convolve", watched)
     return seen
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many sequences ran in one native call, as a function."""
+    counted = []
+    right = sequence._Ready.run
+
+    def run(self, given):
+        counted.append(self)
+        return right(self, given)
+
+    monkeypatch.setattr(sequence._Ready, "run", run)
+
+    def count():
+        found = len(counted)
+        counted.clear()
+        return found
+
+    return count

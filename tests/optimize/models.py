@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mbm_kernels
+from mbm_kernels.optimize.fused import PLAN
+from mbm_kernels.optimize.sequence import Sequence
 
 
 class Block(nn.Module):
@@ -143,3 +145,17 @@ def check(model, *inputs, chains=None):
 
 def leaves(value):
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def optimized(model, x, runs=4, **options):
+    """The model, every chain by "cpu", called until its sequences are ready."""
+    report = mbm_kernels.optimize(model, policy="always", sample_input=x, **options)
+    with torch.no_grad():
+        for _ in range(runs):
+            model(x)
+    return report
+
+
+def sequences(model):
+    plan = vars(model)[PLAN]
+    return [value for value in plan.attributes.values() if isinstance(value, Sequence)]

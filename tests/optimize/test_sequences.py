@@ -10,10 +10,17 @@ from torch import nn
 
 import mbm_kernels
 from mbm_kernels._core import dispatch, native, packing
-from mbm_kernels.optimize.fused import PLAN
 from mbm_kernels.optimize.parity import stock_form
-from mbm_kernels.optimize.sequence import Sequence
-from tests.optimize.models import Block, OfBlocks, ResNet, assert_same_objects, state, warmed
+from tests.optimize.models import (
+    Block,
+    OfBlocks,
+    ResNet,
+    assert_same_objects,
+    optimized,
+    sequences,
+    state,
+    warmed,
+)
 
 
 class Scaled(nn.Module):
@@ -27,42 +34,6 @@ class Scaled(nn.Module):
     def forward(self, x):
         x = self.first(x)
         return self.second(x * self.scale) + x.mean()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How many sequences ran in one native call, as a function."""
-    from mbm_kernels.optimize import sequence
-
-    counted = []
-    right = sequence._Ready.run
-
-    def run(self, given):
-        counted.append(self)
-        return right(self, given)
-
-    monkeypatch.setattr(sequence._Ready, "run", run)
-
-    def count():
-        found = len(counted)
-        counted.clear()
-        return found
-
-    return count
-
-
-def optimized(model, x, runs=4, **options):
-    """The model, every chain by "cpu", called until its sequences are ready."""
-    report = mbm_kernels.optimize(model, policy="always", sample_input=x, **options)
-    with torch.no_grad():
-        for _ in range(runs):
-            model(x)
-    return report
-
-
-def sequences(model):
-    plan = vars(model)[PLAN]
-    return [value for value in plan.attributes.values() if isinstance(value, Sequence)]
 
 
 @pytest.fixture
@@ -234,7 +205,7 @@ class TestWeights:
             for x in 3 * kinds:
                 model(x)
         (sequence,) = sequences(model)
-        first, *others = (ready.held[0] for ready in sequence._ready)
+        first, *others = (ready.runs[0].held[0] for ready in sequence._ready)
         assert len(others) == 2
         for held in others:
             assert native.addresses(held) == native.addresses(first)

@@ -267,6 +267,10 @@ class Constant:
     y_shape: tuple[int, ...]
     y_strides: tuple[int, ...]
 
+    def add_to(self, call: Any, places: Sequence[tuple[int, int]]) -> None:
+        """As the next step of a ConvSequence; places: of x, of the residual and of y."""
+        call.add(self.block, self.weight, places)
+
 
 def constant(p: Problem, weight: Tensor, bias: Tensor | None) -> Constant | None:
     """The forward of a problem, without saving, for a weight and a bias that nobody writes.

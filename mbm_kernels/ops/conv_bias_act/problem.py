@@ -141,7 +141,8 @@ def build(
         residual_channels_last=residual is not None and geometry.is_channels_last(residual),
         sizes=_dispatch_sizes(x_shape, weight, steps, spread, groups, activation, window)
         | {
-            "layout": int(geometry.is_channels_last(x)),
+            # A map of one pixel is both.
+            "layout": int(geometry.is_channels_last(x) or x.stride(-3) == 1),
             "conv_y": conv[0],
             "conv_x": conv[1],
             "unpadded": int(not any(edges)),
