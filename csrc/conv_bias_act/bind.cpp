@@ -36,6 +36,23 @@ mbm::DenseMap dense_map(const Dense& sizes) {
   return {batch, channels, pixels, channels_last};
 }
 
+void run_means(const mbm::DenseMap& map, Address x, Address means, int num_threads) {
+  const auto* from = checked_ptr<const float>(x, map.elements(), "x");
+  MBM_CALL(plane_means, map, from, checked_ptr<float>(means, map.planes(), "means"), num_threads);
+}
+
+void run_scale(const mbm::DenseMap& map, mbm::Gate gate, Address x, Address factors, Address y,
+               int num_threads) {
+  const auto* from = checked_ptr<const float>(x, map.elements(), "x");
+  const auto* by = checked_ptr<const float>(factors, map.planes(), "factors");
+  MBM_CALL(scale_planes, map, from, by, gate, checked_ptr<float>(y, map.elements(), "y"),
+           num_threads);
+}
+
+mbm::Gate gate_of(bool hardsigmoid) {
+  return hardsigmoid ? mbm::Gate::kHardsigmoid : mbm::Gate::kNone;
+}
+
 // One step, on the maps of a call.
 struct RunStep {
   const mbm::ConvBases& at;
@@ -48,15 +65,10 @@ struct RunStep {
     MBM_CALL(conv_forward, args, winograd, num_threads);
   }
   void operator()(const mbm::MeansStep& step) const {
-    const auto* x = at.map<const float>(step.x, step.map.elements(), "x");
-    auto* y = at.map<float>(step.y, step.map.planes(), "means");
-    MBM_CALL(plane_means, step.map, x, y, num_threads);
+    run_means(step.map, at[step.x], at[step.y], num_threads);
   }
   void operator()(const mbm::ScaleStep& step) const {
-    const auto* x = at.map<const float>(step.x, step.map.elements(), "x");
-    const auto* factors = at.map<const float>(step.factors, step.map.planes(), "factors");
-    auto* y = at.map<float>(step.y, step.map.elements(), "y");
-    MBM_CALL(scale_planes, step.map, x, factors, step.gate, y, num_threads);
+    run_scale(step.map, step.gate, at[step.x], at[step.factors], at[step.y], num_threads);
   }
 };
 
@@ -84,8 +96,7 @@ void bind_sequence(py::module_& m) {
       .def("add_scale",
            [](mbm::ConvSequence& self, const Dense& sizes, bool hardsigmoid,
               const std::array<Place, 3>& places) {
-             const auto gate = hardsigmoid ? mbm::Gate::kHardsigmoid : mbm::Gate::kNone;
-             self.add(mbm::ScaleStep{dense_map(sizes), gate, conv_place(places[0]),
+             self.add(mbm::ScaleStep{dense_map(sizes), gate_of(hardsigmoid), conv_place(places[0]),
                                      conv_place(places[1]), conv_place(places[2])});
            })
       .def("run", [](const mbm::ConvSequence& self, const std::vector<Address>& addresses,
@@ -96,8 +107,24 @@ void bind_sequence(py::module_& m) {
       });
 }
 
+// The steps that no operation makes by itself, for tests.
+void bind_steps(py::module_& m) {
+  m.def("plane_means", [](const Dense& sizes, Address x, Address means, int num_threads) {
+    const mbm::DenseMap map = dense_map(sizes);
+    map.check();
+    run_means(map, x, means, num_threads);
+  });
+  m.def("scale_planes", [](const Dense& sizes, bool hardsigmoid, Address x, Address factors,
+                           Address y, int num_threads) {
+    const mbm::DenseMap map = dense_map(sizes);
+    map.check();
+    run_scale(map, gate_of(hardsigmoid), x, factors, y, num_threads);
+  });
+}
+
 void bind_conv_bias_act(py::module_& m) {
   bind_sequence(m);
+  bind_steps(m);
   m.def("conv_packed_size", [](const ConvInts& weight, bool transposed, bool winograd) {
     return MBM_CALL(conv_packed_size, conv_weight(weight, {}), {transposed, winograd, 1, 1, 1, 1});
   });

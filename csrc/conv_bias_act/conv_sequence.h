@@ -45,11 +45,6 @@ class ConvBases {
     const uintptr_t base = place.base < 0 ? 0 : addresses_[static_cast<size_t>(place.base)];
     return base == 0 ? 0 : base + static_cast<uintptr_t>(place.offset);
   }
-  template <class T>
-  T* map(const ConvPlace& place, int64_t count, const char* name) const {
-    return checked_ptr<T>((*this)[place], count, name);
-  }
-
   // What a convolution's kernel takes. Throws std::invalid_argument for a null address.
   ConvForward args(const ConvStep& step) const {
     return forward_args(

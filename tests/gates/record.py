@@ -35,7 +35,7 @@ from mbm_kernels.testing.layouts import LAYOUTS, relayout
 from mbm_kernels.testing.suite import OpSuite
 
 ADDRESSES_FROM = 2**32  # no size and no stride is as large
-COMMON = "common"  # stands for the functions of csrc/common that are bound for tests
+COMMON = "common"  # stands for the functions bound for tests, which no operation calls
 DENSE, NUMBER = "dense", "one number"  # that of sum().backward(): every stride is 0
 SPOILT = "a NaN in one"
 GRADIENTS = (DENSE, *LAYOUTS, NUMBER, SPOILT)
@@ -203,6 +203,17 @@ def record_common(recorder: Recorder) -> None:
             recorder.label = f"{function}, {size} elements"
             x, y = torch.linspace(-20, 20, size), torch.empty(size)
             native.cpu().vector_math(function, x.data_ptr(), y.data_ptr(), size)
+            recorder.forget()
+    for batch, channels, pixels in ((1, 1, 1), (2, 3, 49), (3, 17, 5), (1, 70, 33), (1, 33, 4100)):
+        for last in (False, True):
+            sizes = (batch, channels, pixels, last)
+            recorder.label = f"planes {sizes}"
+            x, y = torch.randn(batch, channels, pixels), torch.empty(batch, channels, pixels)
+            factors = torch.randn(batch, channels)
+            addresses = x.data_ptr(), factors.data_ptr(), y.data_ptr()
+            native.cpu().plane_means(sizes, *addresses[:2], 3)
+            for hardsigmoid in (False, True):
+                native.cpu().scale_planes(sizes, hardsigmoid, *addresses, 3)
             recorder.forget()
     recorder.label = "teams of threads"
     for team, taken, waited in ((2, 100, 0), (2, 4_000_000, 3_000_000), (4, 4_000_000, 100)):
