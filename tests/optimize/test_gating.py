@@ -257,7 +257,20 @@ class TestChoice:
         monkeypatch.undo()
         dispatch.reload()
 
-    def test_one_that_pytorch_runs_parts_the_others(self, monkeypatch, calls):
+    def test_where_pytorch_runs_all(self, calls):
+        model, x = warmed(Gated()), torch.randn(2, 3, 9, 9)
+        with torch.no_grad():
+            expected = model(x)
+            optimized(model, x)
+            for chain in sequences(model)[0].chains:
+                chain.backend = "torch"
+            found = [model(x) for _ in range(4)]
+        runs = sequences(model)[0]._ready[0].runs
+        assert {type(run).__name__ for run in runs} == {"_Alone"}
+        for y in found:
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+    def test_one_that_pytorch_runs_parts_the_others(self):
         model = warmed(
             nn.Sequential(
                 *(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for _ in "abc")
