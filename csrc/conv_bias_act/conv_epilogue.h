@@ -44,7 +44,9 @@ inline vf activate(Activation activation, vf z) {
     case Activation::kSilu: return z / (one + exp_to_infinity(-z));
     case Activation::kGelu: return z * half * (one + erf(z * set1(0.70710678f)));
     case Activation::kGeluTanh: return half * z * (one + tanh(gelu_tanh_inner(z)));
-    case Activation::kHardswish: return z * clamp(z + set1(3.0f), 0.0f, 6.0f) / set1(6.0f);
+    case Activation::kHardswish:
+      // 6 * (1 / 6) rounds to 1.
+      return z * (clamp(z + set1(3.0f), 0.0f, 6.0f) * set1(1.0f / 6.0f));
     case Activation::kSigmoid: return one / (one + exp_to_infinity(-z));
     case Activation::kTanh: return tanh(z);
   }
@@ -69,7 +71,7 @@ inline vf activation_slope(Activation activation, vf z) {
       return half * (one + tanh(inner)) + half * z * tanh_slope(inner) * slope;
     }
     case Activation::kHardswish: {
-      const vf middle = (z + z + set1(3.0f)) / set1(6.0f);
+      const vf middle = (z + z + set1(3.0f)) * set1(1.0f / 6.0f);
       return z <= set1(-3.0f) ? zero() : (z >= set1(3.0f) ? one : middle);
     }
     case Activation::kSigmoid: {

@@ -63,7 +63,7 @@ vf gated(Gate gate, vf z) {
   z = z + set1(3.0f);
   z = z < zero() ? zero() : z;
   z = z > set1(6.0f) ? set1(6.0f) : z;
-  return z / set1(6.0f);
+  return z * set1(1.0f / 6.0f);
 }
 
 void scale_run(const float* x, vf factor, int64_t n, float* y) {

@@ -10,6 +10,8 @@ PIXELS = f"{FOLDER}/conv_pixels_cpu.cpp"
 PLANES = f"{FOLDER}/conv_planes_cpu.cpp"
 TILE = f"{FOLDER}/conv_tile.h"
 FEW = f"{FOLDER}/conv_few_cpu.cpp"
+GATE = f"{FOLDER}/conv_gate_cpu.cpp"
+GATING = "tests/optimize/test_gating.py"
 NATIVE = "tests/ops/test_conv_native.py"
 DRAWN = "tests/ops/test_drawn.py -k conv_bias_act"
 
@@ -202,5 +204,33 @@ BUGS = (
         "(bias_by_row ? set1(t.bias[i]) : across)",
         "(bias_by_row ? set1(t.bias[0]) : across)",
         DRAWN,
+    ),
+    Mutant(
+        "mean-of-a-plane-without-its-last-pixels",
+        GATE,
+        "return i < n ? total + load_n(x + i, static_cast<int>(n - i)) : total;",
+        "return total;",
+        GATING,
+    ),
+    Mutant(
+        "factors-of-the-first-image-for-all",
+        GATE,
+        "const float* f = ready + p / map.pixels * map.C;",
+        "const float* f = ready;",
+        GATING,
+    ),
+    Mutant(
+        "hardsigmoid-without-its-upper-end",
+        GATE,
+        "z = z > set1(6.0f) ? set1(6.0f) : z;",
+        "",
+        GATING,
+    ),
+    Mutant(
+        "map-in-scratch-given-away-while-it-is-read",
+        "mbm_kernels/optimize/sequence.py",
+        "return in_use[x][0] if x in in_use and last_use[x] == i else None",
+        "return in_use[x][0] if x in in_use else None",
+        GATING,
     ),
 )

@@ -28,7 +28,12 @@ def functional(self, x):
     return torch.mul(x, F.hardsigmoid(self.fc2(squeezed)))
 
 
-FORMS = (pooled, averaged, functional)
+def kept(self, x):
+    """The map that is scaled is read once more."""
+    return pooled(self, x) + self.fc3(x)
+
+
+FORMS = (pooled, averaged, functional, kept)
 
 
 class Gated(nn.Module):
@@ -46,6 +51,7 @@ class Gated(nn.Module):
             act=nn.ReLU(),
             fc2=nn.Conv2d(small, channels, 1),
             hard=nn.Hardsigmoid(),
+            fc3=nn.Conv2d(channels, channels, 1),
         )
         self.last = nn.Sequential(nn.Conv2d(channels, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
         self.pool = nn.AdaptiveAvgPool2d((1, 1))
