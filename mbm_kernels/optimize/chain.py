@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbm_kernels._core import dispatch, packing
+from mbm_kernels._core import cost, dispatch, packing
 from mbm_kernels._core.unchanged import Watch
-from mbm_kernels.ops.conv_bias_act import backend_cpu
+from mbm_kernels.ops.conv_bias_act import backend_cpu, geometry
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
 from mbm_kernels.ops.conv_bias_act.op import OP, convolve, described
+from mbm_kernels.ops.conv_bias_act.problem import Problem
 from mbm_kernels.optimize.held import OfModules
 
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
+
+
+class Among(NamedTuple):
+    """A call among others: its problem, what runs it, and the times predicted, if they are."""
+
+    problem: Problem
+    backend: str
+    predicted: cost.Predicted | None
+
+    @property
+    def ns(self) -> float:
+        """What it is predicted to take."""
+        if self.predicted is None:
+            return math.nan
+        call = self.predicted.call_ns
+        if self.backend == "cpu":
+            return self.predicted.cpu_ns - call
+        return self.predicted.torch_ns + call
 
 
 @dataclass(eq=False)
@@ -84,29 +104,40 @@ class Chain(OfModules):
             return self.conv.weight, self.conv.bias
         return _sources(self.conv, self.norm)
 
-    def native(self, x: Tensor, residual: Tensor | None) -> backend_cpu.Constant | None:
-        """This call for a weight and a bias that stay; None where "cpu" is not what runs it among
-        others, or reads what must be copied first."""
+    def among(self, x: Tensor, residual: Tensor | None) -> Among | None:
+        """What runs this call among others; None where "cpu" cannot."""
         conv = self.conv
         if conv.padding_mode != "zeros" or x.dtype is not torch.float32 or not x.is_cpu:
             return None
-        weight, bias = self.folded()
         options = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        tensors = (x, weight, bias, residual)
+        tensors = (x, *self.folded(), residual)
         try:
             call, _, problem = described(tensors, (*options, self.activation, self.pool), "auto")
         except (TypeError, ValueError):  # PyTorch runs it, or a residual broadcasts
             return None
         if call is None or problem is None:
             return None
-        chosen = dispatch.select_among_others(
-            OP.name,
-            self.backend,
-            problem.device,
-            problem.dtype,
-            {**problem.sizes, "training": 0},
+        sizes = {**problem.sizes, "training": 0}
+        backend = dispatch.select_among_others(
+            OP.name, self.backend, problem.device, problem.dtype, sizes
         )
-        return backend_cpu.constant(problem, weight, bias) if chosen == "cpu" else None
+        return Among(problem, backend, dispatch.predicted(OP.name, sizes))
+
+    def native(
+        self, x: Tensor, residual: Tensor | None, y: Tensor | None = None
+    ) -> backend_cpu.Constant | None:
+        """This call for a weight and a bias that stay; None where "cpu" is not what runs it among
+        others, reads what must be copied first, or would not write y as that lies."""
+        found = self.among(x, residual)
+        if found is None or found.backend != "cpu":
+            return None
+        problem = found.problem
+        last = y is not None and geometry.is_channels_last(y)
+        if last and not problem.channels_last:
+            problem = replace(problem, weight_channels_last=True, derived={})
+        constant = backend_cpu.constant(problem, *self.folded())
+        as_wanted = constant is None or y is None or y.stride() == constant.y_strides
+        return constant if as_wanted else None
 
     def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same by PyTorch, module by module."""

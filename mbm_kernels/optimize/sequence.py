@@ -8,15 +8,17 @@ squeeze-and-excitation (gating.py) may stand among them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mbm_kernels._core import dispatch, native, packing, problem, profiling
 from mbm_kernels._core.unchanged import Watch
+from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.backend_cpu import Constant
 from mbm_kernels.optimize.chain import Chain
 from mbm_kernels.optimize.gating import NativeMeans, NativeScale, Scale, Squeeze
@@ -26,6 +28,9 @@ _CPU = torch.device("cpu")
 _LINE = 64  # bytes: maps start at a cache line
 MOST_READY = 4  # kinds of inputs
 MOST_SEEN = 64
+FEW = 4  # channels of an image that the first kernel reads in any layout
+# Nanoseconds that PyTorch takes to copy a float into another layout (1.1 to 1.3 on Ice Lake).
+TURN_NS = 1.2
 
 Native = Constant | NativeMeans | NativeScale
 
@@ -45,21 +50,32 @@ class Step:
     def reads(self) -> tuple[int, ...]:
         return (self.x,) if self.other is None else (self.x, self.other)
 
-    def native(self, values: Many[Tensor], y: Tensor | None = None) -> Native | None:
+    def native(self, values: Many[Tensor], y: Tensor) -> Native | None:
         """What the native code is told of it, y being its result; None where it does not run it."""
-        x, other = values[self.x], None if self.other is None else values[self.other]
-        if isinstance(self.what, Chain):
-            found = self.what.native(x, other)
-            as_is = found is not None and (y is None or y.stride() == found.y_strides)
-            return found if as_is else None
-        return None if y is None else self.what.native(x, other, y)
+        return self.what.native(values[self.x], self._other(values), y)
+
+    def ns(self, values: Many[Tensor]) -> float:
+        """What it is predicted to take among others, which no layout changes for means and
+        scales."""
+        if not isinstance(self.what, Chain):
+            return 0.0
+        found = self.what.among(values[self.x], self._other(values))
+        return math.nan if found is None else found.ns
 
     def one_by_one(self, values: Many[Tensor]) -> Tensor:
-        """Its result, by the kernel that it runs among others."""
-        x, other = values[self.x], None if self.other is None else values[self.other]
-        if isinstance(self.what, Chain) and self.what.native(x, other) is not None:
-            return self.what(x, other, "cpu")
+        """Its result."""
+        return self.what(values[self.x], self._other(values))
+
+    def watched(self, values: Many[Tensor]) -> Tensor:
+        """Its result, by the backend that runs it among others."""
+        x, other = values[self.x], self._other(values)
+        if isinstance(self.what, Chain):
+            found = self.what.among(x, other)
+            return self.what(x, other, None if found is None else found.backend)
         return self.what(x, other)
+
+    def _other(self, values: Many[Tensor]) -> Tensor | None:
+        return None if self.other is None else values[self.other]
 
 
 @dataclass(eq=False)
@@ -75,8 +91,8 @@ class Sequence:
     inputs: int
     outputs: tuple[int, ...]
     _ready: tuple[_Ready, ...] = field(default=(), init=False, repr=False)
-    # Kinds of calls that none was ready for, and whether that was tried.
-    _seen: dict[Any, bool] = field(default_factory=dict, init=False, repr=False)
+    # How all values lay in the first call of a kind; None where that was tried already.
+    _seen: dict[Any, list[_Lies] | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, chain: Chain) -> Sequence:
@@ -94,38 +110,42 @@ class Sequence:
         return tuple(step.what for step in self.steps)
 
     def __call__(self, *given: Tensor) -> Any:
-        if _alone():
-            for ready in self._ready:
-                if ready.check(*given):
-                    if ready.holds():
-                        return ready.run(given)
-                    self._drop(ready)
-                    break
-        return self._one_by_one(given)
+        if dispatch.is_watched() or profiling.active():
+            return self._one_by_one(given, Step.watched)[1]
+        for ready in self._ready:
+            if ready.check(*given):
+                if ready.holds():
+                    return ready.run(given)
+                self._drop(ready)
+                break
+        return self._not_ready(given)
 
-    def _one_by_one(self, given: tuple[Tensor, ...]) -> Any:
+    def _one_by_one(
+        self, given: tuple[Tensor, ...], run: Callable[[Step, list[Tensor]], Tensor]
+    ) -> tuple[list[Tensor], Any]:
         values = list(given)
         for step in self.steps:
-            values.append(step.one_by_one(values))
-        self._look_at(values)
-        return _results(values, self.outputs)
+            values.append(run(step, values))
+        return values, _results(values, self.outputs)
 
-    def _look_at(self, values: list[Tensor]) -> None:
-        """Makes native calls ready when a kind of inputs comes for the second time."""
-        if not _alone():
-            return
-        kind = (_kinds(values[: self.inputs]), dispatch.moment())
-        tried = self._seen.get(kind)
-        if len(self._seen) >= MOST_SEEN:
-            self._seen.clear()
-        self._seen[kind] = tried is not None
-        if tried is not False:
-            return
-        made = _Ready.made(self, kind, values)
-        if made is not None:
-            for old in self._ready[MOST_READY - 1 :]:
-                self._drop(old)
-            self._ready = (made, *self._ready)
+    def _not_ready(self, given: tuple[Tensor, ...]) -> Any:
+        """Runs the steps one by one; when a kind of inputs comes again, makes native calls."""
+        kind = (tuple([_Lies.of(t) for t in given]), dispatch.moment())
+        seen = self._seen.get(kind)
+        if seen is not None:
+            self._seen[kind] = None
+            made = _Ready.made(self, kind, given, [lies.like() for lies in seen])
+            if made is not None:
+                for old in self._ready[MOST_READY - 1 :]:
+                    self._drop(old)
+                self._ready = (made, *self._ready)
+                return made.run(given)
+        values, results = self._one_by_one(given, Step.one_by_one)
+        if kind not in self._seen:
+            if len(self._seen) >= MOST_SEEN:
+                self._seen.clear()
+            self._seen[kind] = [_Lies.of(t) for t in values]
+        return results
 
     def _drop(self, ready: _Ready) -> None:
         self._ready = tuple(r for r in self._ready if r is not ready)
@@ -141,13 +161,21 @@ def _results(values: Many[Tensor], outputs: tuple[int, ...]) -> Any:
     return tuple([values[i] for i in outputs])
 
 
-def _alone() -> bool:
-    """Whether nobody asks which backend each chain takes, or how long it runs."""
-    return not (dispatch.is_watched() or profiling.active())
+class _Lies(NamedTuple):
+    """How a tensor lies in memory."""
 
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
-def _kinds(tensors: Many[Tensor]) -> tuple[Any, ...]:
-    return tuple([(t.shape, t.stride(), t.dtype) for t in tensors])
+    @classmethod
+    def of(cls, t: Tensor) -> _Lies:
+        return cls(t.shape, t.stride(), t.dtype, t.device)
+
+    def like(self) -> Tensor:
+        """A tensor that lies so, of any content: nothing reads it."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,18 +188,21 @@ class _Ready:
     watch: Watch
     sources: list[Tensor]  # what the weights of native calls come from
     state: list[packing.State]  # theirs: one, replaced by an equal one
-    runs: tuple[_Call | _Alone, ...]
+    runs: tuple[_Call | _Alone | _Turn, ...]
     blank: tuple[None, ...]
     outputs: tuple[int, ...]
 
     @classmethod
-    def made(cls, sequence: Sequence, kind: Any, values: list[Tensor]) -> _Ready | None:
-        """For inputs and results like these; None where they cannot be told from others."""
+    def made(
+        cls, sequence: Sequence, kind: Any, given: tuple[Tensor, ...], like: list[Tensor]
+    ) -> _Ready | None:
+        """For inputs like those given, and values like these; None where it cannot be made."""
+        values, turns = _layout(sequence, like)
         natives = _natives(sequence, values)
         taken = [s.what for s, n in zip(sequence.steps, natives, strict=True) if n is not None]
         chains = [what for what in taken if isinstance(what, Chain)]
         sources = [t for chain in chains for t in chain.sources() if t is not None]
-        check = problem.guard(values[: sequence.inputs])
+        check = problem.guard(given)
         plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources)
         if check is None or not plain:
             return None
@@ -179,7 +210,9 @@ class _Ready:
         watch, state = Watch(), packing.state_of(sources)
         for chain in chains:
             chain.watch_constants(watch)
-        runs = _runs(sequence, _natives(sequence, values))
+        runs: tuple[_Call | _Alone | _Turn, ...] = _runs(sequence, values)
+        before, after = turns
+        runs = (*before, *runs, *after)
         return cls(
             kind=kind,
             check=check,
@@ -213,15 +246,17 @@ class _Ready:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Alone:
-    """A step that PyTorch runs, and the number of its result."""
+    """A step that PyTorch runs, the number of its result, and how that has to lie."""
 
     step: Step
     y: int
+    lies: _Lies
 
     def __call__(self, values: list[Any], _threads: int) -> None:
         step = self.step
         other = None if step.other is None else values[step.other]
-        values[self.y] = step.what(values[step.x], other)
+        y = step.what(values[step.x], other)
+        values[self.y] = y if y.stride() == self.lies.strides else self.lies.like().copy_(y)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,16 +300,57 @@ class _Call:
         self.call.run(addresses, threads)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """Copies values into another layout."""
+
+    values: tuple[int, ...]
+    layout: torch.memory_format
+
+    def __call__(self, values: list[Any], _threads: int) -> None:
+        for v in self.values:
+            values[v] = values[v].contiguous(memory_format=self.layout)
+
+
+def _layout(
+    sequence: Sequence, like: list[Tensor]
+) -> tuple[list[Tensor], tuple[Many[_Turn], Many[_Turn]]]:
+    """Values as they lie within the sequence: like these, or channels_last where that is predicted
+    to take less, with what turns inputs and outputs."""
+    maps = [t.dim() == 4 and not geometry.is_channels_last(t) and t.stride(1) != 1 for t in like]
+    first = sequence.inputs
+    # Images of few channels are read as they are.
+    maps[:first] = [m and t.shape[1] > FEW for m, t in zip(maps, like[:first], strict=False)]
+    if not any(maps):
+        return like, ((), ())
+    last = [
+        torch.empty_like(t, memory_format=torch.channels_last) if turned else t
+        for t, turned in zip(like, maps, strict=True)
+    ]
+    times = [[step.ns(values) for step in sequence.steps] for values in (like, last)]
+    ends = (*range(first), *sequence.outputs)
+    turned = tuple(v for v in ends if maps[v])
+    extra = TURN_NS * sum(like[v].numel() for v in turned)
+    if not sum(times[1]) + extra < sum(times[0]):  # NaN: nothing is known
+        return like, ((), ())
+    before, after = ([v for v in turned if (v < first) is early] for early in (True, False))
+    return last, (_turns(before, torch.channels_last), _turns(after, torch.contiguous_format))
+
+
+def _turns(values: list[int], layout: torch.memory_format) -> tuple[_Turn, ...]:
+    return (_Turn(tuple(values), layout),) if values else ()
+
+
 def _natives(sequence: Sequence, values: list[Tensor]) -> list[Native | None]:
     """What the native code is told of each step."""
     first = sequence.inputs
     return [s.native(values, values[first + i]) for i, s in enumerate(sequence.steps)]
 
 
-def _runs(sequence: Sequence, natives: list[Native | None]) -> tuple[_Call | _Alone, ...]:
+def _runs(sequence: Sequence, values: list[Tensor]) -> tuple[_Call | _Alone, ...]:
     """Native calls of as many steps as follow each other, each of a chain at least."""
     first = sequence.inputs
-    steps = sequence.steps
+    steps, natives = sequence.steps, _natives(sequence, values)
     found: list[_Call | _Alone] = []
     begin = 0
     while begin < len(steps):
@@ -288,7 +364,9 @@ def _runs(sequence: Sequence, natives: list[Native | None]) -> tuple[_Call | _Al
             found.append(_Call.made(first + begin, steps[begin:end], ready, kept))
         else:
             end = max(end, begin + 1)
-            found += [_Alone(steps[i], first + i) for i in range(begin, end)]
+            found += [
+                _Alone(steps[i], first + i, _Lies.of(values[first + i])) for i in range(begin, end)
+            ]
         begin = end
     return tuple(found)
 

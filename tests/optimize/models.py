@@ -125,6 +125,9 @@ def conv(channels=4, **options):
     return nn.Conv2d(channels, 4, 3, padding=1, **options)
 
 
+CALLS = 5  # of `check`: own forward, chains one by one, sequences
+
+
 def check(model, *inputs, chains=None):
     """Optimizes, compares with the model before in float64, and returns the report."""
     warmed(model)
@@ -135,7 +138,7 @@ def check(model, *inputs, chains=None):
         report = mbm_kernels.optimize(model)
         fused = [row for row in report.replaced if row.now == "mbm_kernels.conv_bias_act"]
         assert chains is None or len(fused) == chains, str(report)
-        for _ in range(5):  # own forward, chains one by one, sequences
+        for _ in range(CALLS):
             found = model(*inputs)
         for ours, exact, theirs in zip(*map(leaves, (found, expected, stock)), strict=True):
             limit = 2 * (theirs - exact).abs().max() + 1e-5 * exact.abs().max()

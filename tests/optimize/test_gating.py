@@ -85,7 +85,8 @@ class TestValues:
         assert steps_of(model).count(Scale) == 1
         assert steps_of(model).count(Squeeze) == 2
         (sequence,) = sequences(model)
-        assert [len(run.held) for run in sequence._ready[0].runs] == [len(sequence.steps)]
+        native_calls = [run for run in sequence._ready[0].runs if hasattr(run, "held")]
+        assert [len(run.held) for run in native_calls] == [len(sequence.steps)]
         assert_within_twice_torch(found, stock, truth)
 
     @pytest.mark.parametrize("batch", [0, 1, 5])
@@ -272,7 +273,7 @@ class TestChoice:
                 chain.backend = "torch"
             found = [model(x) for _ in range(4)]
         runs = sequences(model)[0]._ready[0].runs
-        assert {type(run).__name__ for run in runs} == {"_Alone"}
+        assert {type(run).__name__ for run in runs} <= {"_Alone", "_Turn"}
         for y in found:
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -291,7 +292,7 @@ class TestChoice:
             found = [model(x) for _ in range(4)]
         (sequence,) = sequences(model)
         kinds = [type(run).__name__ for run in sequence._ready[0].runs]
-        assert kinds == ["_Call", "_Alone", "_Call"]
+        assert [kind for kind in kinds if kind != "_Turn"] == ["_Call", "_Alone", "_Call"]
         assert len(report.replaced) == 3
         for y in found:
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
