@@ -155,18 +155,18 @@ def scale_of(node: Node, modules: Modules) -> tuple[Scale, tuple[Node, Node], No
     of it; None: it is none."""
     if node.op not in ("call_function", "call_method") or node.target not in PRODUCTS:
         return None
-    if node.kwargs or len(node.args) != 2 or not all(isinstance(a, Node) for a in node.args):
+    if node.kwargs or len(node.args) != 2:
         return None
-    for i, factor in enumerate(node.args):
-        assert isinstance(factor, Node)
-        found = _hardsigmoid(factor, modules)
-        if found is not None and node.args[1 - i] is not factor:
+    first, second = node.args
+    if not isinstance(first, Node) or not isinstance(second, Node) or first is second:
+        return None
+    for i, factors in enumerate((first, second)):
+        found = _hardsigmoid(factors, modules)
+        if found is not None:
             path, before = found
-            args = [before if j == i else a for j, a in enumerate(node.args)]
-            scale = _of(Scale, modules, path, gated=i)
-            return scale, (args[0], args[1]), factor  # type: ignore[return-value]
-    plain = Scale(modules=(), holders=(), gated=None)
-    return plain, (node.args[0], node.args[1]), None  # type: ignore[return-value]
+            reads = (first, before) if i else (before, second)
+            return _of(Scale, modules, path, gated=i), reads, factors
+    return Scale(modules=(), holders=(), gated=None), (first, second), None
 
 
 def gates(node: Node, modules: Modules) -> bool:

@@ -21,7 +21,8 @@ from mbm_kernels.optimize.chain import Chain
 from mbm_kernels.optimize.fused import PLAN, Fused, FusedForward, Inlined, Plan
 from mbm_kernels.optimize.fusing import FusedContainer
 from mbm_kernels.optimize.gating import Scale, Squeeze
-from mbm_kernels.optimize.sequence import Sequence, Step
+from mbm_kernels.optimize.runs import Step
+from mbm_kernels.optimize.sequence import Sequence
 
 
 def link(

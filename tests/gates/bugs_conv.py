@@ -228,7 +228,7 @@ BUGS = (
     ),
     Mutant(
         "map-in-scratch-given-away-while-it-is-read",
-        "mbm_kernels/optimize/sequence.py",
+        "mbm_kernels/optimize/runs.py",
         "return in_use[x][0] if x in in_use and last_use[x] == i else None",
         "return in_use[x][0] if x in in_use else None",
         GATING,

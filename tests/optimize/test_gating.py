@@ -273,7 +273,7 @@ class TestChoice:
                 chain.backend = "torch"
             found = [model(x) for _ in range(4)]
         runs = sequences(model)[0]._ready[0].runs
-        assert {type(run).__name__ for run in runs} <= {"_Alone", "_Turn"}
+        assert {type(run).__name__ for run in runs} <= {"Alone", "Turn"}
         for y in found:
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -292,7 +292,7 @@ class TestChoice:
             found = [model(x) for _ in range(4)]
         (sequence,) = sequences(model)
         kinds = [type(run).__name__ for run in sequence._ready[0].runs]
-        assert [kind for kind in kinds if kind != "_Turn"] == ["_Call", "_Alone", "_Call"]
+        assert [kind for kind in kinds if kind != "Turn"] == ["Call", "Alone", "Call"]
         assert len(report.replaced) == 3
         for y in found:
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

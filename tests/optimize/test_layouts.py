@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mbm_kernels.ops.conv_bias_act import geometry
-from mbm_kernels.optimize import sequence
+from mbm_kernels.optimize import runs
 from mbm_kernels.optimize.parity import stock_form
 from tests.optimize.models import OfBlocks, ResNet, optimized, sequences, warmed
 from tests.optimize.test_gating import Gated, assert_within_twice_torch
@@ -20,8 +20,8 @@ def turned(monkeypatch):
     def ns(step, values):
         return 1.0 + (not geometry.is_channels_last(values[step.x]))
 
-    monkeypatch.setattr(sequence.Step, "ns", ns)
-    monkeypatch.setattr(sequence, "TURN_NS", 0.0)
+    monkeypatch.setattr(runs.Step, "ns", ns)
+    monkeypatch.setattr(runs, "TURN_NS", 0.0)
 
 
 def kinds_of_runs(model):
@@ -41,7 +41,7 @@ class TestValues:
     @pytest.mark.usefixtures("isa")
     @pytest.mark.parametrize(
         ("make", "kinds"),
-        [(ResNet, ["_Call", "_Turn"]), (Gated, ["_Call"])],
+        [(ResNet, ["Call", "Turn"]), (Gated, ["Call"])],
         ids=["ResNet", "Gated"],
     )
     def test_of_a_model(self, make, kinds):
@@ -61,7 +61,7 @@ class TestValues:
             expected = model(x)
             optimized(model, x)
             found = model(x)
-        assert kinds_of_runs(model) == ["_Turn", "_Call", "_Turn"]
+        assert kinds_of_runs(model) == ["Turn", "Call", "Turn"]
         for name, value in expected.items():
             assert found[name].stride() == value.stride()
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ class TestValues:
             for _ in range(4):
                 torch.testing.assert_close(model(x), truth(x), rtol=1e-4, atol=1e-4)
         kinds = kinds_of_runs(model)
-        assert [k for k in kinds if k != "_Turn"] == ["_Alone", "_Call", "_Alone", "_Call"]
+        assert [k for k in kinds if k != "Turn"] == ["Alone", "Call", "Alone", "Call"]
 
     def test_what_pytorch_returns_in_another_layout(self, monkeypatch):
         model, x = warmed(ResNet()), torch.randn(2, 3, 40, 40)
@@ -111,4 +111,4 @@ class TestValues:
         with torch.no_grad():
             for _ in range(4):
                 torch.testing.assert_close(model(x), truth(x), rtol=1e-4, atol=1e-4)
-        assert "_Alone" in kinds_of_runs(model)
+        assert "Alone" in kinds_of_runs(model)
