@@ -179,18 +179,19 @@ def gates(node: Node, modules: Modules) -> bool:
 
 
 def _hardsigmoid(node: Node, modules: Modules) -> tuple[str | None, Node] | None:
-    """The module's path and the input of a Hardsigmoid that one node alone uses."""
-    plain = len(node.users) == 1 and len(node.args) == 1 and isinstance(node.args[0], Node)
-    if not plain:
+    """The module's path and the input of a Hardsigmoid; nothing else reads either."""
+    if len(node.users) != 1 or len(node.args) != 1:
         return None
-    assert isinstance(node.args[0], Node)
+    (before,) = node.args
+    if not isinstance(before, Node) or len(before.users) != 1:
+        return None
     if node.op == "call_module" and not node.kwargs:
         module = modules.get(str(node.target))
         if type(module) is not nn.Hardsigmoid or not _is_free(module):
             return None
-        return str(node.target), node.args[0]
+        return str(node.target), before
     plain = node.op == "call_function" and node.target is F.hardsigmoid
-    return (None, node.args[0]) if plain and not any(node.kwargs.values()) else None
+    return (None, before) if plain and not any(node.kwargs.values()) else None
 
 
 def _of(kind: Any, modules: Modules, path: str | None, **options: Any) -> Any:

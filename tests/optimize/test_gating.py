@@ -197,6 +197,21 @@ class TestRefused:
             torch.testing.assert_close(model(x), expected)
         assert steps_of(model).count(Scale) <= 1
 
+    def test_a_factor_that_is_written_before_its_product(self):
+        def forward(self, x):
+            y = self.a(x).relu()
+            s = self.b(y.mean((2, 3), keepdim=True))
+            gate = F.hardsigmoid(s)
+            s.add_(1)
+            return gate * y + s
+
+        model = OfBlocks(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 1)).eval()
+        x = torch.randn(2, 3, 5, 5)
+        with torch.no_grad():
+            expected = model(x)
+            optimized(model, x)
+            torch.testing.assert_close(model(x), expected)
+
     def test_what_the_filter_keeps(self):
         model = warmed(Gated())
         x = torch.randn(2, 3, 9, 9)
