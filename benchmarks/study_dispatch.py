@@ -9,7 +9,6 @@ itself loses (A/A). Rows are written as they come, into
 results/<device>/<date>-<commit>-dispatch.jsonl.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -89,14 +88,10 @@ def main(
     calibrate.check_machine()
     facts = {"constants": constants.source, "threads": torch.get_num_threads()}
     path = results.new_study(HERE / "results", "dispatch", **facts)
-    found = []
-    with path.open("a") as file:
-        for op in ops or calibrate.DRAWS:
-            for row in measured(op, seed=seed, most=problems, twice=True):
-                found.append(row)
-                file.write(json.dumps(row.as_dict()) + "\n")
-                file.flush()
-            console.print(f"{op}: done", style="dim")
+    found: list[Timed] = []
+    for op in ops or calibrate.DRAWS:
+        found += results.kept(path, measured(op, seed=seed, most=problems, twice=True))
+        console.print(f"{op}: done", style="dim")
     console.print(markdown(found, constants) if readme else report(found, constants))
     console.print(str(path))
 

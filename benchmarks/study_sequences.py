@@ -13,7 +13,7 @@ results/<device>/<date>-<commit>-sequences.jsonl.
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -137,13 +137,7 @@ def main(
     calibrate.check_machine()
     facts = {"constants": table.source, "threads": torch.get_num_threads()}
     path = results.new_study(HERE / "results", "sequences", **facts)
-    found = []
-    with path.open("a") as file:
-        for row in measured(seed, problems):
-            found.append(row)
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-    console.print(report(found, table))
+    console.print(report(list(results.kept(path, measured(seed, problems))), table))
     console.print(str(path))
 
 

@@ -9,10 +9,11 @@ whole file.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mbm_kernels._core.files import write_atomic
 from mbm_kernels.bench import isa, machine
@@ -23,6 +24,7 @@ KEY = ("op", "case", "pass", "dtype", "threads", "heap", "l2", "backend", "quick
 LOCAL = "-local"
 
 Row = dict[str, Any]
+T = TypeVar("T", bound=Any)
 
 
 def row_key(row: Row) -> tuple[str, ...]:
@@ -91,6 +93,15 @@ def new_study(base: Path, kind: str, *, go_on: bool = False, **facts: Any) -> Pa
     if not (go_on and path.exists() and path.read_text().startswith(line)):
         path.write_text(line)
     return path
+
+
+def kept(path: Path, rows: Iterable[T]) -> Iterator[T]:
+    """Passes on each row, a dataclass, once it is a line at the end of the file."""
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            yield row
 
 
 class ResultsFile:

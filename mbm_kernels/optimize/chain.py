@@ -123,20 +123,17 @@ class Chain(OfModules):
         )
         return Among(problem, backend, dispatch.predicted(OP.name, sizes))
 
-    def native(
-        self, x: Tensor, residual: Tensor | None, y: Tensor | None = None
-    ) -> backend_cpu.Constant | None:
+    def native(self, x: Tensor, residual: Tensor | None, y: Tensor) -> backend_cpu.Constant | None:
         """This call for a weight and a bias that stay; None where "cpu" is not what runs it among
         others, reads what must be copied first, or would not write y as that lies."""
         found = self.among(x, residual)
         if found is None or found.backend != "cpu":
             return None
         problem = found.problem
-        last = y is not None and geometry.is_channels_last(y)
-        if last and not problem.channels_last:
+        if geometry.is_channels_last(y) and not problem.channels_last:
             problem = replace(problem, weight_channels_last=True, derived={})
         constant = backend_cpu.constant(problem, *self.folded())
-        as_wanted = constant is None or y is None or y.stride() == constant.y_strides
+        as_wanted = constant is not None and y.stride() == constant.y_strides
         return constant if as_wanted else None
 
     def stock(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -141,12 +141,12 @@ def squeeze_of(node: Node, modules: Modules) -> Squeeze | None:
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
         size = {**dict(zip(("output_size",), node.args[1:], strict=False)), **node.kwargs}
         one = size.keys() == {"output_size"} and _of_one_pixel(size["output_size"])
-        return Squeeze(modules=(), holders=(), dims=None) if one else None
+        return Squeeze(dims=None) if one else None
     if node.op in ("call_function", "call_method") and node.target in MEANS:
         given = {**dict(zip(MEAN_ARGUMENTS, node.args[1:], strict=False)), **node.kwargs}
         dims: Any = given.get("dim")
         if dims in PLANES and given == {"dim": dims, "keepdim": True}:
-            return Squeeze(modules=(), holders=(), dims=tuple(dims))
+            return Squeeze(dims=tuple(dims))
     return None
 
 
@@ -166,7 +166,7 @@ def scale_of(node: Node, modules: Modules) -> tuple[Scale, tuple[Node, Node], No
             path, before = found
             reads = (first, before) if i else (before, second)
             return _of(Scale, modules, path, gated=i), reads, factors
-    return Scale(modules=(), holders=(), gated=None), (first, second), None
+    return Scale(gated=None), (first, second), None
 
 
 def gates(node: Node, modules: Modules) -> bool:
@@ -196,7 +196,7 @@ def _hardsigmoid(node: Node, modules: Modules) -> tuple[str | None, Node] | None
 
 def _of(kind: Any, modules: Modules, path: str | None, **options: Any) -> Any:
     if path is None:
-        return kind(modules=(), holders=(), **options)
+        return kind(**options)
     return kind(modules=(modules[path],), holders=(holder(modules[""], path),), **options)
 
 

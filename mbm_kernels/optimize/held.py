@@ -20,8 +20,8 @@ class OfModules:
     holders: of each module, the dictionary that its container finds it in, and its key there.
     """
 
-    modules: tuple[nn.Module, ...]
-    holders: tuple[Holder, ...]
+    modules: tuple[nn.Module, ...] = ()
+    holders: tuple[Holder, ...] = ()
     kinds: tuple[type, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -107,9 +107,7 @@ class Alone:
     lies: Lies
 
     def __call__(self, values: list[Any], _threads: int) -> None:
-        step = self.step
-        other = None if step.other is None else values[step.other]
-        y = step.what(values[step.x], other)
+        y = self.step.one_by_one(values)
         values[self.y] = y if y.stride() == self.lies.strides else self.lies.like().copy_(y)
 
 

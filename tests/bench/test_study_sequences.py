@@ -4,12 +4,11 @@ import json
 from dataclasses import asdict
 
 import torch
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import study_sequences
 from mbm_kernels._core import cost
-
-SIZES = {"B": 1, "training": 0}
 
 
 class Said(cost.Table):
@@ -50,8 +49,6 @@ def test_measures_drawn_convolutions(monkeypatch, tmp_path):
     path.write_text("\n".join(["{}", *(json.dumps(asdict(r)) for r in rows)]))
     monkeypatch.setattr(cost, "table", lambda: TABLE)
     monkeypatch.setattr(Said, "predict", lambda *_: cost.Predicted(1.0, 2.0, 1.0))
-    import typer
-
     app = typer.Typer()
     app.command()(study_sequences.main)
     found = CliRunner().invoke(app, ["--rows", str(path)])
