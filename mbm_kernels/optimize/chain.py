@@ -16,6 +16,7 @@ from mbm_kernels.ops.conv_bias_act import backend_cpu, geometry
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
 from mbm_kernels.ops.conv_bias_act.op import OP, convolve, described
 from mbm_kernels.ops.conv_bias_act.problem import Problem
+from mbm_kernels.optimize import norms
 from mbm_kernels.optimize.held import OfModules
 
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
@@ -48,7 +49,7 @@ class Chain(OfModules):
 
     name: str
     conv: nn.Conv2d
-    norm: nn.BatchNorm2d | None
+    norm: Any  # a batch norm (norms.py), or None
     residual: bool
     activation: str | None
     pool: Pool | None
@@ -61,7 +62,7 @@ class Chain(OfModules):
     def was(self) -> str:
         """The classes that it stands for."""
         names = ["Conv2d"]
-        names += ["BatchNorm2d"] if self.norm is not None else []
+        names += [type(self.norm).__name__] if self.norm is not None else []
         names += ["add"] if self.residual else []
         names += [TABLE[self.activation].module] if self.activation is not None else []
         names += ["MaxPool2d"] if self.pool is not None else []
@@ -140,7 +141,7 @@ class Chain(OfModules):
         """The same by PyTorch, module by module."""
         y = self.conv(x)
         if self.norm is not None:
-            y = self.norm(y)
+            y = norms.normalized(self.norm, y)
         if residual is not None:
             y = y + residual
         if self.activation is not None:
@@ -175,7 +176,7 @@ class Chain(OfModules):
         return {**vars(self), "_folded": None}
 
 
-def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
+def _sources(conv: nn.Conv2d, norm: Any) -> tuple[Any, ...]:
     """What a folded weight and bias come from; torch's own lookup of six attributes takes 10 us."""
     layer, scale, statistics = conv._parameters, norm._parameters, norm._buffers
     try:
@@ -193,7 +194,7 @@ def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+def _fold(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor | None]:
     """In float64, rounded once."""
     if norm is None:
         bias = None if conv.bias is None else conv.bias.detach().clone()
@@ -210,16 +211,3 @@ def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor 
         shift = shift + norm.bias.double()
     weight = conv.weight.double() * scale[:, None, None, None]
     return weight.to(conv.weight.dtype), shift.to(conv.weight.dtype)
-
-
-def why_not_folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> str | None:
-    """Why a BatchNorm cannot be folded into the convolution before it."""
-    if norm.running_mean is None or norm.running_var is None:
-        return "its BatchNorm2d keeps no running statistics"
-    given = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    tensors = [t for t in given if t is not None]
-    if any(t.dtype != conv.weight.dtype or t.device != conv.weight.device for t in tensors):
-        return "its BatchNorm2d has another dtype or device"
-    if norm.num_features != conv.out_channels:
-        return "its BatchNorm2d has another number of channels"
-    return None

@@ -14,8 +14,8 @@ from torch import nn
 from torch.fx import Node
 
 from mbm_kernels.nn import counterparts
-from mbm_kernels.optimize import gating
-from mbm_kernels.optimize.chain import Chain, Pool, why_not_folded
+from mbm_kernels.optimize import gating, norms
+from mbm_kernels.optimize.chain import Chain, Pool
 from mbm_kernels.optimize.fused import Inlined, Plan
 from mbm_kernels.optimize.held import holder
 from mbm_kernels.optimize.tracing import Traced
@@ -81,7 +81,7 @@ class Site:
     conv: Node
     nodes: list[Node]
     modules: list[tuple[str, nn.Module]]  # by path in the container
-    norm: nn.BatchNorm2d | None = None
+    norm: Any = None  # a batch norm (norms.py)
     residual: Node | None = None
     addition: Node | None = None  # of the residual
     activation: str | None = None
@@ -182,40 +182,54 @@ class _Growth:
 
     def _takes_module(self, node: Node) -> bool:
         name = str(node.target)
-        module = self.modules[name]
-        kind = type(module)
-        if node.kwargs or len(node.args) != 1 or "forward" in vars(module):
+        if node.kwargs or len(node.args) != 1:
             return False
-        dropout = _is_dropout(kind) and not module.training
-        activation = _activation_of(kind)
-        known = dropout or activation or kind in (nn.BatchNorm2d, nn.MaxPool2d)
-        if not known or not self.allowed(f"{self.path}.{name}" if self.path else name, module):
+        module, site = self.modules[name], self.site
+        parts = [(name, module)]
+        if norms.is_norm(type(module)):
+            parts += [(f"{name}.{key}", part) for key, part in norms.calls(module)]
+        if not all(self._may_take(*part) for part in parts):
+            return False
+        before = site.norm, site.activation, site.pool
+        if not all(self._takes_part(part) for _, part in parts):
+            site.norm, site.activation, site.pool = before
+            return False
+        site.modules += parts
+        return True
+
+    def _may_take(self, name: str, module: nn.Module) -> bool:
+        """Whether a module's class is known, and nothing but that says what it does."""
+        kind = type(module)
+        known = kind is nn.MaxPool2d or norms.is_norm(kind) or _activation_of(kind) is not None
+        if not known and not (_is_dropout(kind) and not module.training):
+            return False
+        if "forward" in vars(module):
+            return False
+        if not self.allowed(f"{self.path}.{name}" if self.path else name, module):
             return False
         if counterparts.has_hooks(module):
             self.site.stopped.append(f"a hook sits on {name!r}")
             return False
-        if isinstance(module, nn.BatchNorm2d):
-            takes = self._takes_norm(module)
-        elif isinstance(module, nn.MaxPool2d):
-            keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-            takes = self._takes_pool(**{key: getattr(module, key) for key in keys})
-        elif dropout:
-            takes = True
-        else:
-            assert activation is not None
-            takes = self._takes_activation(activation(module))
-        if takes:
-            self.site.modules.append((name, module))
-        return takes
+        return True
 
-    def _takes_norm(self, norm: nn.BatchNorm2d) -> bool:
+    def _takes_part(self, module: nn.Module) -> bool:
+        kind = type(module)
+        if norms.is_norm(kind):
+            return self._takes_norm(module)
+        if kind is nn.MaxPool2d:
+            keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+            return self._takes_pool(**{key: getattr(module, key) for key in keys})
+        if _is_dropout(kind):
+            return True
+        activation = _activation_of(kind)
+        return activation is not None and self._takes_activation(activation(module))
+
+    def _takes_norm(self, norm: nn.Module) -> bool:
         site = self.site
         if site.norm or site.residual or site.activation or site.pool:
             return False
         conv: Any = site.modules[0][1]
-        reason = why_not_folded(conv, norm)
-        if reason is None and norm.training:
-            reason = "its BatchNorm2d is in training mode"
+        reason = norms.why_not_folded(conv, norm)
         if reason is not None:
             site.stopped.append(reason)
             return False
@@ -269,17 +283,13 @@ class _Growth:
 
 
 def _is_dropout(kind: type[nn.Module]) -> bool:
-    return kind in DROPOUTS or _full_name(kind) in DROPPED_PATHS
+    return kind in DROPOUTS or norms.full_name(kind) in DROPPED_PATHS
 
 
 def _activation_of(kind: type[nn.Module]) -> Callable[[Any], str | None] | None:
     """What gives the name of the activation that a class is; None: it is none of ours."""
-    name = PACKAGES_ACTIVATIONS.get(_full_name(kind))
+    name = PACKAGES_ACTIVATIONS.get(norms.full_name(kind))
     return ACTIVATION_MODULES.get(kind) if name is None else lambda _module: name
-
-
-def _full_name(kind: type[nn.Module]) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _writes(node: Node, modules: dict[str, nn.Module]) -> bool:

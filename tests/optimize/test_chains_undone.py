@@ -15,6 +15,7 @@ from tests.optimize.models import (
     assert_same_objects,
     check,
     conv,
+    optimized,
     state,
     warmed,
 )
@@ -107,6 +108,28 @@ class TestUndone:
         with torch.no_grad():
             torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
         assert not torch.equal(found, before)
+
+    @pytest.mark.parametrize(
+        ("place", "name", "value"),
+        [
+            (0, "stride", (2, 2)),
+            (1, "eps", 1.0),
+            (2, "negative_slope", 0.5),
+            (3, "kernel_size", 3),
+            (4, "approximate", "none"),
+        ],
+    )
+    def test_another_setting_of_a_module(self, place, name, value):
+        layers = (conv(3), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.MaxPool2d(2), nn.GELU("tanh"))
+        model = warmed(nn.Sequential(*layers[:4], nn.Sequential(conv(), layers[4])))
+        stock, x = copy.deepcopy(model), torch.randn(2, 3, 16, 16)
+        optimized(model, x)
+        for changed in (model, stock):
+            owner = changed[place] if place < 4 else changed[4][1]
+            setattr(owner, name, value)
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(model(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
 class TestTools:
