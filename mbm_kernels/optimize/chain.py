@@ -69,17 +69,22 @@ class Chain(OfModules):
         return " + ".join(names)
 
     def watch_constants(self, watch: Watch) -> None:
-        """Adds what a call goes by beside its tensors and the contents of `sources`."""
+        """Adds what a call goes by beside its tensors, the contents of `sources` and settings of
+        its modules."""
         watch.attributes(self, "activation", "backend", "pool")
-        conv, norm = self.conv, self.norm
-        watch.attributes(conv, "stride", "padding", "dilation", "groups", "padding_mode")
-        for layer, names in ((conv, ("_parameters",)), (norm, ("_parameters", "_buffers"))):
-            if layer is not None:
-                watch.attributes(layer, *names, "weight", "bias", "running_mean", "running_var")
-                for name in names:
-                    watch.items(vars(layer)[name], (*vars(layer)[name],))
-        if norm is not None:
-            watch.attributes(norm, "eps")
+        for layer, kept in (
+            (self.conv, ("_parameters",)),
+            (self.norm, ("_parameters", "_buffers")),
+        ):
+            if layer is None:
+                continue
+            watch.attributes(layer, *kept)
+            held = [vars(layer)[name] for name in kept]
+            for items in held:
+                watch.items(items, items)
+            # nn.Module sets no plain attribute over a parameter or a buffer.
+            names = ("weight", "bias", "running_mean", "running_var")
+            watch.attributes(layer, *(n for n in names if not any(n in items for items in held)))
 
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
