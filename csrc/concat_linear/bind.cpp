@@ -88,6 +88,15 @@ std::pair<ConcatLinearProblem, std::string_view> linear_problem(std::string_view
           blocks.size() > kSize ? blocks.substr(kSize) : std::string_view{}};
 }
 
+// Null for 0. What reads it so knows no repeated rows.
+const float* weight_as_it_is(Address weight, const ConcatLinearProblem& p,
+                             const Addresses& indices) {
+  if (weight != 0)
+    for (const Address index : indices)
+      mbm::check_field("an index beside an unpacked weight", index != 0, 0, 0);
+  return optional_ptr<const float>(weight, p.K * p.C, "weight");
+}
+
 void bind_concat_linear(py::module_& m) {
   bind_problem_fields<ConcatLinearProblem>(m);
   bind_problem_fields<ConcatLinearInputProblem>(m);
@@ -112,31 +121,36 @@ void bind_concat_linear(py::module_& m) {
     py::gil_scoped_release release;
     MBM_CALL(concat_linear_pack_part, K, C, column, features, from, to, num_threads);
   });
-  // weight: packed weight, bias.
-  m.def("concat_linear_fwd", [](const py::bytes& blocks, const Addresses& inputs,
-                                const Addresses& indices, const std::array<Address, 2>& weight,
-                                Address y, int num_threads) {
-    const auto [p, rest] = linear_problem(blocks);
-    const auto [packed, bias] = weight;
-    mbm::ConcatLinearForward args{
-        p.R, p.K, p.C, linear_groups(p, rest, inputs, indices, {}, {}), nullptr, nullptr, nullptr};
-    const int64_t size = MBM_CALL(concat_linear_packed_size, p.K, p.C);
-    args.packed = checked_ptr<const float>(packed, size, "packed");
-    args.bias = optional_ptr<const float>(bias, p.K, "bias");
-    args.y = checked_ptr<float>(y, p.R * p.K, "y");
-    py::gil_scoped_release release;
-    MBM_CALL(concat_linear_fwd, args, num_threads);
-  });
-  // grad_y: address, stride of its rows; grads: of the inputs, then of weight and bias.
+  // weights: packed weight, or the weight as it is for few rows; bias.
+  m.def("concat_linear_fwd",
+        [](const py::bytes& blocks, const Addresses& inputs, const Addresses& indices,
+           const std::array<Address, 3>& weights, Address y, int num_threads) {
+          const auto [p, rest] = linear_problem(blocks);
+          const auto [packed, weight, bias] = weights;
+          mbm::ConcatLinearForward args{};
+          args.R = p.R, args.K = p.K, args.C = p.C;
+          args.groups = linear_groups(p, rest, inputs, indices, {}, {});
+          args.weight = weight_as_it_is(weight, p, indices);
+          const int64_t size = MBM_CALL(concat_linear_packed_size, p.K, p.C);
+          if (!args.weight) args.packed = checked_ptr<const float>(packed, size, "packed");
+          args.bias = optional_ptr<const float>(bias, p.K, "bias");
+          args.y = checked_ptr<float>(y, p.R * p.K, "y");
+          py::gil_scoped_release release;
+          MBM_CALL(concat_linear_fwd, args, num_threads);
+        });
+  // packed: parts of the weight, or none, and then the weight as it is for few rows, or 0. grad_y:
+  // address, stride of its rows; grads: of the inputs, then of weight and bias.
   m.def("concat_linear_bwd",
         [](const py::bytes& blocks, const Addresses& inputs, const Addresses& indices,
-           const Addresses& packed, const std::tuple<Address, int64_t>& grad_y,
+           const std::tuple<Addresses, Address>& packed, const std::tuple<Address, int64_t>& grad_y,
            const Addresses& grad_inputs, const std::array<Address, 2>& grads, int num_threads) {
           const auto [p, rest] = linear_problem(blocks);
           const auto [grad_weight, grad_bias] = grads;
-          mbm::ConcatLinearBackward args{
-              p.R,     p.K, p.C,     linear_groups(p, rest, inputs, indices, packed, grad_inputs),
-              nullptr, 0,   nullptr, nullptr};
+          const auto& [parts, weight] = packed;
+          mbm::ConcatLinearBackward args{};
+          args.R = p.R, args.K = p.K, args.C = p.C;
+          args.groups = linear_groups(p, rest, inputs, indices, parts, grad_inputs);
+          args.weight = weight_as_it_is(weight, p, indices);
           args.grad_y = checked_ptr<const float>(std::get<0>(grad_y), p.R * p.K, "grad_y");
           args.grad_y_stride = std::get<1>(grad_y);
           args.grad_weight = optional_ptr<float>(grad_weight, p.K * p.C, "grad_weight");

@@ -37,7 +37,8 @@ struct ConcatLinearGroup {
 struct ConcatLinearForward {
   int64_t R, K, C;
   std::vector<ConcatLinearGroup> groups;  // of those without an index there is at most one
-  const float* packed;                    // concat_linear_pack of weight [K, C]
+  const float* packed;                    // concat_linear_pack of weight [K, C]; or
+  const float* weight;                    // [K, C] contiguous, for few rows; else null
   const float* bias;                      // [K] or null
   float* y;                               // [R, K] contiguous, written
 };
@@ -45,6 +46,7 @@ struct ConcatLinearForward {
 struct ConcatLinearBackward {
   int64_t R, K, C;
   std::vector<ConcatLinearGroup> groups;
+  const float* weight;    // [K, C] contiguous, for few rows, instead of packed parts; else null
   const float* grad_y;    // [R, K]
   int64_t grad_y_stride;  // of its rows
   float* grad_weight;     // [K, C] contiguous, written; null: not needed
@@ -60,6 +62,10 @@ MBM_PER_ISA(void, concat_linear_pack,
 MBM_PER_ISA(void, concat_linear_pack_part,
             (int64_t K, int64_t C, int64_t column, int64_t features, const float* weight,
              float* packed, int num_threads))
+// Few rows: tens of them, where packing a weight takes as long as the product. Of a weight that
+// lies as it is, whose groups have no index; the gradient of the inputs alone.
+MBM_PER_ISA(void, concat_linear_few_fwd, (const ConcatLinearForward& args, int num_threads))
+MBM_PER_ISA(void, concat_linear_few_grad_x, (const ConcatLinearBackward& args, int num_threads))
 MBM_PER_ISA(void, concat_linear_fwd, (const ConcatLinearForward& args, int num_threads))
 MBM_PER_ISA(void, concat_linear_bwd, (const ConcatLinearBackward& args, int num_threads))
 

@@ -110,6 +110,7 @@ void concat_linear_pack_part(int64_t K, int64_t C, int64_t column, int64_t featu
 }
 
 void concat_linear_fwd(const ConcatLinearForward& args, int num_threads) {
+  if (args.weight) return concat_linear_few_fwd(args, num_threads);
   struct Repeated {
     const float* product;  // [rows, K]
     const int64_t* index;
@@ -166,7 +167,7 @@ void concat_linear_bwd(const ConcatLinearBackward& args, int num_threads) {
       }
     }
     for (const ConcatLinearInput& input : group.inputs) {
-      if (input.grad_x)
+      if (input.grad_x && !args.weight)
         gemm(num_threads, {group.rows,
                            input.features,
                            args.K,
@@ -181,6 +182,7 @@ void concat_linear_bwd(const ConcatLinearBackward& args, int num_threads) {
       if (args.grad_weight) weight_gradient(args, input, g, stride, group.rows, num_threads);
     }
   }
+  if (args.weight) concat_linear_few_grad_x(args, num_threads);
   if (args.grad_bias)
     sum_rows_of(fewest, fewest_stride, fewest_rows, args.K, nullptr, 1, args.grad_bias,
                 num_threads);

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import mbm_kernels
 from mbm_kernels._core import native, packing
 from mbm_kernels.ops.concat_linear import backend_cpu, problem, reference
+from mbm_kernels.ops.concat_linear.problem import FEW_ROWS
 from mbm_kernels.testing import assert_matches
 
 cpu = native.cpu()
@@ -19,6 +20,9 @@ SIZES = {
     "none has all rows": ([(5, 1, 40), (60, 31)], 70),
     "long sums of what repeats": ([(40,), (700, 8)], 19),
     "one row": ([(1, 600), (1, 520)], 1030),
+    "few rows, long sums": ([(7, 2500), (7, 90)], 45),
+    "as many as few are": ([(4, 16, 33), (4, 16, 1)], 70),
+    "one more": ([(FEW_ROWS + 1, 33)], 70),
 }
 
 
@@ -105,6 +109,23 @@ def test_weight_is_packed_again_when_it_or_its_parts_change(isa):
         weight.mul_(1.5).add_(step)
 
 
+@pytest.mark.parametrize("rows", [3, FEW_ROWS, FEW_ROWS + 1])
+def test_a_weight_and_inputs_that_are_slices(isa, rows):
+    wide, weight, bias = draw([(rows, 200)], 40)
+    a, b = wide[0][:, 3:90], wide[0][:, 100:150]
+    weight = weight[:, 20:157]
+    expected = evaluate(reference.concat_linear, [a, b], weight, bias)
+    for given in (weight, weight.contiguous()):
+        for actual, wanted in zip(evaluate(on_cpu, [a, b], given, bias), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_few_rows_keep_nothing_of_a_weight():
+    (x,), weight, bias = draw([(FEW_ROWS, 30)], 20)
+    evaluate(on_cpu, [x], weight, bias)
+    assert not [key for key in packing._entries if key[0] == id(weight)]
+
+
 def test_not_finite_spreads_as_in_torch(isa):
     inputs, weight, bias = draw([(4, 3, 20), (4, 1, 17)], 37)
     inputs[0][1, 2, 3], inputs[1][2, 0, 5], weight[8, 1] = float("nan"), float("inf"), float("-inf")
@@ -114,12 +135,12 @@ def test_not_finite_spreads_as_in_torch(isa):
 
 def test_many_splits_are_packed_once_each():
     """The gradient's entry for a part is known again however many other parts there were."""
-    weight = torch.randn(3, 301)
-    gradient = torch.randn(2, 3)
+    weight, rows = torch.randn(3, 301), FEW_ROWS + 1
+    gradient = torch.randn(rows, 3)
     needs = [True, False, False]
     for again in range(2):
         for features in range(1, 301):
-            inputs = [torch.randn(2, features), torch.randn(2, 301 - features)]
+            inputs = [torch.randn(rows, features), torch.randn(rows, 301 - features)]
             tensors = (inputs, weight, None)
             backend_cpu.bwd(problem.find(*tensors), [gradient], tensors, [], needs)
         entries = [key for key in packing._entries if key[0] == id(weight)]

@@ -1,5 +1,6 @@
 """csrc/concat_linear: what repeats is multiplied once, and the rest is added to it in place.
 
+Where rows are few and none is repeated, the weight is read as it is: nothing is packed or kept.
 bfloat16 and float16 are computed in float32 and rounded on store.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mbm_kernels._core import native, packing
 from mbm_kernels._core.problem import derived
-from mbm_kernels.ops.concat_linear.problem import Problem, Shape
+from mbm_kernels.ops.concat_linear.problem import FEW_ROWS, Problem, Shape
 
 
 def why_not(device: Any = None, dtype: Any = None, **sizes: int) -> str | None:
@@ -34,6 +35,7 @@ class _Native:
         self.order = [i for inputs in members.values() for i in inputs]
         self.leading = p.leading
         self.repeated = [shape if math.prod(shape) != p.rows else None for shape in members]
+        self.few = p.rows <= FEW_ROWS and all(s is None for s in self.repeated)
         extension = native.cpu()
         out_features, features = p.weight_shape
         sizes = {"R": p.rows, "K": out_features, "C": features}
@@ -58,6 +60,12 @@ class _Native:
     def indices(self) -> list[Tensor | None]:
         """For each group which of its rows each row of y takes; None where it has as many."""
         return [None if s is None else _index(s, self.leading) for s in self.repeated]
+
+
+def _as_it_is(plan: _Native, weight: Tensor) -> int:
+    """The address of a weight that need not be packed; 0 for others."""
+    few = plan.few and weight.dtype is torch.float32 and weight.is_contiguous()
+    return weight.data_ptr() if few else 0
 
 
 def _examples(p: Problem) -> list[Tensor]:
@@ -142,14 +150,15 @@ def fwd(p: Problem, *tensors: Any) -> tuple[Tensor]:
     y = native.empty((*p.leading, p.weight_shape[0]))
     if y.numel() > 0:
         rows = [_rows(x)[0] for x in inputs]
-        packed = packing.panels(weight)
+        few = _as_it_is(plan, weight)
+        packed = None if few else packing.panels(weight)
         dense_bias = native.dense(bias)
         indices = plan.indices()
         native.cpu().concat_linear_fwd(
             plan.block,
             plan.addresses(rows),
             [native.address(index) for index in indices],
-            (packed.data_ptr(), native.address(dense_bias)),
+            (native.address(packed), few, native.address(dense_bias)),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -178,8 +187,10 @@ def bwd(
     grad_bias = gradient(bias) if needs[2] and bias is not None else None
     if some:
         rows, (g, g_stride) = [_rows(x)[0] for x in inputs], _rows(grad_y)
-        packed = None
+        packed, few = None, 0
         if grad_inputs is not None:
+            few = _as_it_is(plan, weight)
+        if grad_inputs is not None and not few:
             parts = zip(plan.columns, rows, strict=False)
             packed = [packing.packed(*_part(c, x.size(-1)), weight) for c, x in parts]
         indices = plan.indices()
@@ -187,7 +198,7 @@ def bwd(
             plan.block,
             plan.addresses(rows),
             [native.address(index) for index in indices],
-            plan.addresses(packed),
+            (plan.addresses(packed), few),
             (g.data_ptr(), g_stride),
             plan.addresses(grad_inputs),
             (native.address(grad_weight), native.address(grad_bias)),

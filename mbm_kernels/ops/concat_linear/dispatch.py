@@ -1,6 +1,7 @@
 """The work of a projection of concatenated inputs, by each backend."""
 
 from mbm_kernels._core.cost import Sizes, Work, padded, share
+from mbm_kernels.ops.concat_linear.problem import FEW_ROWS
 
 
 def _amounts(p: Sizes) -> dict[str, float]:
@@ -19,7 +20,9 @@ def _amounts(p: Sizes) -> dict[str, float]:
 
 
 def cpu(p: Sizes) -> Work:
-    return Work("shared" if p["shared"] else "joined", _amounts(p))
+    if p["shared"]:
+        return Work("shared", _amounts(p))
+    return Work("joined few" if p["rows"] <= FEW_ROWS else "joined", _amounts(p))
 
 
 def torch(p: Sizes) -> Work:

@@ -12,6 +12,8 @@ from mbm_kernels._core import checks
 from mbm_kernels._core.problem import Problems
 
 NAME = "concat_linear"
+# Up to so many rows the kernels read the weight as it is: packing it takes as long as the product.
+FEW_ROWS = 64
 Shape = tuple[int, ...]
 
 
