@@ -49,6 +49,25 @@ void run_scale(const mbm::DenseMap& map, mbm::Gate gate, Address x, Address fact
            num_threads);
 }
 
+// B, C, K and the place of an activation in geometry.py's ACTIVATIONS.
+using Head = std::array<int64_t, 4>;
+
+mbm::LinearHead linear_head_of(const Head& sizes) {
+  mbm::check_field("activation", sizes[3], 0, static_cast<int64_t>(mbm::Activation::kTanh));
+  const mbm::LinearHead head{sizes[0], sizes[1], sizes[2], static_cast<mbm::Activation>(sizes[3])};
+  head.check();
+  return head;
+}
+
+void run_head(const mbm::LinearHead& head, Address x, Address weight, Address bias, Address y,
+              int num_threads) {
+  const auto* from = checked_ptr<const float>(x, head.B * head.C, "x");
+  const auto* by = checked_ptr<const float>(weight, head.K * head.C, "weight");
+  const auto* plus = optional_ptr<const float>(bias, head.K, "bias");
+  MBM_CALL(linear_head, head, from, by, plus, checked_ptr<float>(y, head.B * head.K, "y"),
+           num_threads);
+}
+
 mbm::Gate gate_of(bool hardsigmoid) {
   return hardsigmoid ? mbm::Gate::kHardsigmoid : mbm::Gate::kNone;
 }
@@ -69,6 +88,9 @@ struct RunStep {
   }
   void operator()(const mbm::ScaleStep& step) const {
     run_scale(step.map, step.gate, at[step.x], at[step.factors], at[step.y], num_threads);
+  }
+  void operator()(const mbm::HeadStep& step) const {
+    run_head(step.head, at[step.x], at[step.weight], at[step.bias], at[step.y], num_threads);
   }
 };
 
@@ -99,6 +121,13 @@ void bind_sequence(py::module_& m) {
              self.add(mbm::ScaleStep{dense_map(sizes), gate_of(hardsigmoid), conv_place(places[0]),
                                      conv_place(places[1]), conv_place(places[2])});
            })
+      // places: x, weight, bias, y.
+      .def("add_head",
+           [](mbm::ConvSequence& self, const Head& sizes, const std::array<Place, 4>& places) {
+             self.add(mbm::HeadStep{linear_head_of(sizes), conv_place(places[0]),
+                                    conv_place(places[1]), conv_place(places[2]),
+                                    conv_place(places[3])});
+           })
       .def("run", [](const mbm::ConvSequence& self, const std::vector<Address>& addresses,
                      int num_threads) {
         const mbm::ConvBases at = self.at(addresses);
@@ -120,6 +149,11 @@ void bind_steps(py::module_& m) {
     map.check();
     run_scale(map, gate_of(hardsigmoid), x, factors, y, num_threads);
   });
+  m.def("linear_head",
+        [](const Head& sizes, Address x, const Addresses<2>& weights, Address y, int num_threads) {
+          const auto [weight, bias] = weights;
+          run_head(linear_head_of(sizes), x, weight, bias, y, num_threads);
+        });
 }
 
 void bind_conv_bias_act(py::module_& m) {

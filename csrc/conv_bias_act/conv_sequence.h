@@ -1,5 +1,6 @@
-// Convolutions, and what squeeze-and-excitation does between them, one after another in one native
-// call: the results between them lie in scratch memory that no caller sees.
+// Convolutions, what squeeze-and-excitation does between them, and the linear layers of a
+// classifier behind them, one after another in one native call: the results between them lie in
+// scratch memory that no caller sees.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "conv_bias_act/conv_gate.h"
+#include "conv_bias_act/conv_head.h"
 #include "conv_bias_act/conv_problem.h"
 
 namespace mbm {
@@ -36,6 +38,12 @@ struct ScaleStep {
   ConvPlace x, factors, y;
 };
 
+// The weight may lie elsewhere at each call; without a bias its place is none.
+struct HeadStep {
+  LinearHead head;
+  ConvPlace x, weight, bias, y;
+};
+
 // A call's addresses, by which places are found.
 class ConvBases {
  public:
@@ -59,7 +67,7 @@ class ConvBases {
 
 class ConvSequence {
  public:
-  using Step = std::variant<ConvStep, MeansStep, ScaleStep>;
+  using Step = std::variant<ConvStep, MeansStep, ScaleStep, HeadStep>;
 
   explicit ConvSequence(int64_t bases) : bases_(bases) {}
 
@@ -78,6 +86,12 @@ class ConvSequence {
   void add(const ScaleStep& step) {
     step.map.check();
     for (const ConvPlace& place : {step.x, step.factors, step.y}) check(place, true);
+    steps_.emplace_back(step);
+  }
+  void add(const HeadStep& step) {
+    step.head.check();
+    for (const ConvPlace& place : {step.x, step.weight, step.y}) check(place, true);
+    if (step.bias.base >= 0) check(step.bias, true);
     steps_.emplace_back(step);
   }
 
