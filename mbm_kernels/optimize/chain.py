@@ -20,14 +20,16 @@ from mbm_kernels.optimize import norms
 from mbm_kernels.optimize.held import OfModules
 
 Pool = tuple[Any, Any, Any]  # kernel, stride, padding
+# Nanoseconds that PyTorch takes to copy a float into another layout (1.1 to 1.3 on Ice Lake).
+TURN_NS = 1.2
 
 
 class Among(NamedTuple):
-    """A call among others: its problem, what runs it, and the times predicted, if they are."""
+    """A call among others: what runs it, and the times predicted, if they are."""
 
-    problem: Problem
     backend: str
     predicted: cost.Predicted | None
+    problem: Problem | None = None  # of a convolution
 
     @property
     def ns(self) -> float:
@@ -127,7 +129,7 @@ class Chain(OfModules):
         backend = dispatch.select_among_others(
             OP.name, self.backend, problem.device, problem.dtype, sizes
         )
-        return Among(problem, backend, dispatch.predicted(OP.name, sizes))
+        return Among(backend, dispatch.predicted(OP.name, sizes), problem)
 
     def native(self, x: Tensor, residual: Tensor | None, y: Tensor) -> backend_cpu.Constant | None:
         """This call for a weight and a bias that stay; None where "cpu" is not what runs it among
@@ -136,6 +138,7 @@ class Chain(OfModules):
         if found is None or found.backend != "cpu":
             return None
         problem = found.problem
+        assert problem is not None
         if geometry.is_channels_last(y) and not problem.channels_last:
             problem = replace(problem, weight_channels_last=True, derived={})
         constant = backend_cpu.constant(problem, *self.folded())

@@ -124,7 +124,11 @@ def _are_factors(t: Tensor, sizes: tuple[int, int, int, bool]) -> bool:
     """Whether it is [B, C, 1, 1] without gaps."""
     batch, channels, _, _ = sizes
     plain = t.dtype is torch.float32 and t.is_cpu and t.shape == (batch, channels, 1, 1)
-    return plain and (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last))
+    return plain and without_gaps(t)
+
+
+def without_gaps(t: Tensor) -> bool:
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
 
 
 def squeeze_of(node: Node, modules: Modules) -> Squeeze | None:
@@ -135,7 +139,7 @@ def squeeze_of(node: Node, modules: Modules) -> Squeeze | None:
         module = modules.get(str(node.target))
         if type(module) is not nn.AdaptiveAvgPool2d or node.kwargs or len(node.args) != 1:
             return None
-        if not _of_one_pixel(module.output_size) or not _is_free(module):
+        if not _of_one_pixel(module.output_size) or not is_free(module):
             return None
         return _of(Squeeze, modules, str(node.target), dims=None)
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
@@ -187,7 +191,7 @@ def _hardsigmoid(node: Node, modules: Modules) -> tuple[str | None, Node] | None
         return None
     if node.op == "call_module" and not node.kwargs:
         module = modules.get(str(node.target))
-        if type(module) is not nn.Hardsigmoid or not _is_free(module):
+        if type(module) is not nn.Hardsigmoid or not is_free(module):
             return None
         return str(node.target), before
     plain = node.op == "call_function" and node.target is F.hardsigmoid
@@ -204,6 +208,6 @@ def _of_one_pixel(size: Any) -> bool:
     return size in (1, (1, 1), [1, 1])
 
 
-def _is_free(module: nn.Module) -> bool:
+def is_free(module: nn.Module) -> bool:
     """Whether nothing but its class says what it does."""
     return "forward" not in vars(module) and not counterparts.has_hooks(module)

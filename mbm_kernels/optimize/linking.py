@@ -16,12 +16,12 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from mbm_kernels.optimize import gating, patterns, tracing
+from mbm_kernels.optimize import gating, heads, patterns, tracing
 from mbm_kernels.optimize.chain import Chain
 from mbm_kernels.optimize.fused import PLAN, Fused, FusedForward, Inlined, Plan
 from mbm_kernels.optimize.fusing import FusedContainer
-from mbm_kernels.optimize.gating import Scale, Squeeze
-from mbm_kernels.optimize.runs import Step
+from mbm_kernels.optimize.heads import Head
+from mbm_kernels.optimize.runs import Step, What
 from mbm_kernels.optimize.sequence import Sequence
 
 
@@ -172,7 +172,7 @@ def _nodes(node: Node) -> list[Node]:
 class _Found:
     """A step and what it reads; within: nodes that are part of it beside its own."""
 
-    what: Chain | Squeeze | Scale
+    what: What
     reads: tuple[Node, ...]
     within: tuple[Node, ...] = ()
 
@@ -188,6 +188,7 @@ class _Grouping:
         self.copies: dict[Node, Node] = {}
         self.found: dict[str, Sequence] = {}
         self.of_one_pixel: set[Node] = set()
+        self.flat: set[Node] = set()  # of two dimensions
 
     def grouped(self) -> tuple[torch.fx.Graph, dict[str, Sequence]]:
         """The graph, and its sequences by their targets."""
@@ -214,6 +215,13 @@ class _Grouping:
         if squeeze is not None and self._may_change(node):
             self.of_one_pixel.add(node)
             return _Found(squeeze, tuple(_nodes(node)))
+        head = heads.head_of(node, self.modules, self.flat, self._may_change)
+        if head is not None:
+            self.flat.add(node)
+            linear, read, within = head
+            return _Found(linear, (read,), within)
+        if heads.is_flat(node, self.modules, self.flat):
+            self.flat.add(node)
         scale = gating.scale_of(node, self.modules)
         if scale is None:
             return None
@@ -235,8 +243,9 @@ class _Grouping:
         self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
 
     def _close(self, run: dict[Node, _Found]) -> None:
-        """Writes the run so far: as a sequence where there is a chain in it, else as it was."""
-        if any(isinstance(found.what, Chain) for found in run.values()):
+        """Writes the run so far: as a sequence where there is a chain or a linear layer in it, else
+        as it was."""
+        if any(isinstance(found.what, Chain | Head) for found in run.values()):
             self._write(run)
         else:
             for node, found in run.items():

@@ -172,13 +172,9 @@ class _Growth:
         if not node.args or node.args[0] is not self.site.last:
             return False
         if target in POOL_CALLS:
-            options = _options(node, POOL_ARGUMENTS)
-            return options is not None and self._takes_pool(**options)
-        if target in ACTIVATION_CALLS:
-            name, defaults = ACTIVATION_CALLS[target]
-            options = _options(node, defaults)
-            return options is not None and self._takes_activation(_named(name, options))
-        return False
+            given = options(node, POOL_ARGUMENTS)
+            return given is not None and self._takes_pool(**given)
+        return target in ACTIVATION_CALLS and self._takes_activation(activation_called(node))
 
     def _takes_module(self, node: Node) -> bool:
         name = str(node.target)
@@ -200,8 +196,8 @@ class _Growth:
     def _may_take(self, name: str, module: nn.Module) -> bool:
         """Whether a module's class is known, and nothing but that says what it does."""
         kind = type(module)
-        known = kind is nn.MaxPool2d or norms.is_norm(kind) or _activation_of(kind) is not None
-        if not known and not (_is_dropout(kind) and not module.training):
+        known = kind is nn.MaxPool2d or norms.is_norm(kind) or activation_of(kind) is not None
+        if not known and not (is_dropout(kind) and not module.training):
             return False
         if "forward" in vars(module):
             return False
@@ -219,9 +215,9 @@ class _Growth:
         if kind is nn.MaxPool2d:
             keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
             return self._takes_pool(**{key: getattr(module, key) for key in keys})
-        if _is_dropout(kind):
+        if is_dropout(kind):
             return True
-        activation = _activation_of(kind)
+        activation = activation_of(kind)
         return activation is not None and self._takes_activation(activation(module))
 
     def _takes_norm(self, norm: nn.Module) -> bool:
@@ -282,14 +278,23 @@ class _Growth:
         return True
 
 
-def _is_dropout(kind: type[nn.Module]) -> bool:
+def is_dropout(kind: type[nn.Module]) -> bool:
     return kind in DROPOUTS or norms.full_name(kind) in DROPPED_PATHS
 
 
-def _activation_of(kind: type[nn.Module]) -> Callable[[Any], str | None] | None:
+def activation_of(kind: type[nn.Module]) -> Callable[[Any], str | None] | None:
     """What gives the name of the activation that a class is; None: it is none of ours."""
     name = PACKAGES_ACTIVATIONS.get(norms.full_name(kind))
     return ACTIVATION_MODULES.get(kind) if name is None else lambda _module: name
+
+
+def activation_called(node: Node) -> str | None:
+    """The name of the activation that a call of a function or method is; None: none of ours."""
+    if node.op not in ("call_function", "call_method") or node.target not in ACTIVATION_CALLS:
+        return None
+    name, defaults = ACTIVATION_CALLS[node.target]
+    given = options(node, defaults)
+    return None if given is None else _named(name, given)
 
 
 def _writes(node: Node, modules: dict[str, nn.Module]) -> bool:
@@ -312,7 +317,7 @@ def _is_pure(node: Node, modules: dict[str, nn.Module]) -> bool:
     return type(modules[str(node.target)]).__module__.startswith("torch.nn.")
 
 
-def _options(node: Node, defaults: dict[str, Any]) -> dict[str, Any] | None:
+def options(node: Node, defaults: dict[str, Any]) -> dict[str, Any] | None:
     """A call's arguments after its input, by name; None where they are others than these."""
     given = dict(zip(defaults, node.args[1:], strict=False))
     if len(node.args) - 1 > len(defaults) or node.kwargs.keys() - defaults.keys():

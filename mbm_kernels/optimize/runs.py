@@ -18,15 +18,15 @@ from mbm_kernels._core import native
 from mbm_kernels.ops.conv_bias_act import geometry
 from mbm_kernels.ops.conv_bias_act.backend_cpu import Constant
 from mbm_kernels.ops.conv_bias_act.dispatch import FEW_CHANNELS
-from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.chain import TURN_NS, Chain
 from mbm_kernels.optimize.gating import NativeMeans, NativeScale, Scale, Squeeze
+from mbm_kernels.optimize.heads import Head, NativeHead
 
 _CPU = torch.device("cpu")
 _LINE = 64  # bytes: maps start at a cache line
-# Nanoseconds that PyTorch takes to copy a float into another layout (1.1 to 1.3 on Ice Lake).
-TURN_NS = 1.2
 
-Native = Constant | NativeMeans | NativeScale
+What = Chain | Squeeze | Scale | Head
+Native = Constant | NativeMeans | NativeScale | NativeHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Step:
     other: a chain's residual, or what a scale multiplies x by.
     """
 
-    what: Chain | Squeeze | Scale
+    what: What
     x: int
     other: int | None
 
@@ -51,6 +51,8 @@ class Step:
     def ns(self, values: Many[Tensor]) -> float:
         """What it is predicted to take among others, which no layout changes for means and
         scales."""
+        if isinstance(self.what, Head):
+            return self.what.ns(values[self.x])
         if not isinstance(self.what, Chain):
             return 0.0
         found = self.what.among(values[self.x], self._other(values))
@@ -119,6 +121,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]  # with shapes and strides
     scratch: int  # floats
+    live: tuple[Tensor, ...]  # weights that the native code reads where they lie
     held: tuple[Any, ...]  # memory that the native code reads
 
     @classmethod
@@ -129,16 +132,24 @@ class Call:
         inputs = tuple(v for v in read if v not in own)
         outputs = tuple(v for v in own if v in kept)
         places, scratch = _places(first, steps, natives, inputs, outputs)
-        call = native.cpu().ConvSequence(len(inputs) + len(outputs) + 1)
+        # Addresses of inputs, of outputs, of the scratch memory and of live weights.
+        bases = len(inputs) + len(outputs) + 1
+        live = [t for found in natives for t in live_of(found)]
+        call = native.cpu().ConvSequence(bases + len(live))
         for number, step, found in zip(own, steps, natives, strict=True):
             maps = (step.x, step.other, number)
-            found.add_to(call, [(-1, 0) if v is None else places[v] for v in maps])
+            at = [(-1, 0) if v is None else places[v] for v in maps]
+            for _ in live_of(found):
+                at.append((bases, 0))
+                bases += 1
+            found.add_to(call, at)
         of = [natives[v - first] for v in outputs]
         return cls(
             call,
             inputs,
             tuple((v, n.y_shape, n.y_strides) for v, n in zip(outputs, of, strict=True)),
             scratch,
+            tuple(live),
             tuple(n.held for n in natives),
         )
 
@@ -149,6 +160,7 @@ class Call:
         addresses = [values[v].data_ptr() for v in self.inputs]
         addresses += [values[v].data_ptr() for v, _, _ in self.outputs]
         addresses.append(0 if scratch is None else scratch.data_ptr())
+        addresses += [t.data_ptr() for t in self.live]
         self.call.run(addresses, threads)
 
 
@@ -198,6 +210,11 @@ def _turns(values: list[int], layout: torch.memory_format) -> tuple[Turn, ...]:
     return (Turn(tuple(values), layout),) if values else ()
 
 
+def live_of(found: Native | None) -> tuple[Tensor, ...]:
+    """The weights that the native code reads where they lie."""
+    return found.live if isinstance(found, NativeHead) else ()
+
+
 def natives_of(program: Program, values: list[Tensor]) -> list[Native | None]:
     """What the native code is told of each step."""
     first = program.inputs
@@ -205,7 +222,8 @@ def natives_of(program: Program, values: list[Tensor]) -> list[Native | None]:
 
 
 def runs_of(program: Program, values: list[Tensor]) -> tuple[Run, ...]:
-    """Native calls of as many steps as follow each other, each of a chain at least."""
+    """Native calls of as many steps as follow each other, each of a chain or a
+    linear layer at least."""
     first = program.inputs
     steps, natives = program.steps, natives_of(program, values)
     found: list[Run] = []
@@ -214,7 +232,7 @@ def runs_of(program: Program, values: list[Tensor]) -> tuple[Run, ...]:
         end = begin
         while end < len(steps) and natives[end] is not None:
             end += 1
-        if any(isinstance(step.what, Chain) for step in steps[begin:end]):
+        if any(isinstance(step.what, Chain | Head) for step in steps[begin:end]):
             outside = {v for step in (*steps[:begin], *steps[end:]) for v in step.reads}
             kept = outside | {*program.outputs}
             ready = [n for n in natives[begin:end] if n is not None]

@@ -5,6 +5,7 @@ The squeezes and scales of squeeze-and-excitation (gating.py) may stand among th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -13,11 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbm_kernels._core import dispatch, packing, problem, profiling
+from mbm_kernels._core import dispatch, native, packing, problem, profiling
 from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.optimize.chain import Chain
+from mbm_kernels.optimize.heads import Head
 from mbm_kernels.optimize.held import OfModules
-from mbm_kernels.optimize.runs import Lies, Program, Run, Step, layout_of, natives_of, runs_of
+from mbm_kernels.optimize.runs import (
+    Lies,
+    Program,
+    Run,
+    Step,
+    layout_of,
+    live_of,
+    natives_of,
+    runs_of,
+)
 
 MOST_READY = 4  # kinds of inputs
 MOST_SEEN = 64
@@ -104,11 +115,38 @@ def _results(values: Many[Tensor], outputs: tuple[int, ...]) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Live:
+    """Weights that native calls read where they lie, and how many bytes their storages have to
+    have."""
+
+    weights: tuple[Tensor, ...]
+    check: Any
+    least: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weights: list[Tensor]) -> _Live | None:
+        """None where this torch cannot tell whether their shapes are as they were."""
+        check = problem.guard(weights) if weights else None
+        if weights and check is None:
+            return None
+        least = [int(t.storage_offset()) * t.element_size() + native.extent(t) for t in weights]
+        return cls(tuple(weights), check, tuple(least))
+
+    def ready(self) -> bool:
+        """Whether they can be read as they could be."""
+        if not self.weights:
+            return True
+        sizes = [t.untyped_storage().nbytes() for t in self.weights]
+        return self.check(*self.weights) and all(map(operator.ge, sizes, self.least))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Ready:
     """What runs for one kind of inputs: native calls, and steps alone where PyTorch is faster."""
 
     kind: Any
     check: Any
+    live: _Live
     moment: tuple[Any, ...]
     watch: Watch
     sources: list[Tensor]  # what the weights of native calls come from
@@ -126,20 +164,23 @@ class _Ready:
         natives = natives_of(sequence, values)
         taken = [s.what for s, n in zip(sequence.steps, natives, strict=True) if n is not None]
         chains = [what for what in taken if isinstance(what, Chain)]
+        live = _Live.of([t for found in natives for t in live_of(found)])
         sources = [t for chain in chains for t in chain.sources() if t is not None]
         check = problem.guard(given)
         plain = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in sources)
-        if check is None or not plain:
+        if check is None or live is None or not plain:
             return None
         # Before the weights are read, so that a write meanwhile is seen at the next call.
         watch, state = Watch(), packing.state_of(sources)
-        for chain in chains:
-            chain.watch_constants(watch)
+        for what in taken:
+            if isinstance(what, Chain | Head):
+                what.watch_constants(watch)
         before, after = turns
         runs = (*before, *runs_of(sequence, values), *after)
         return cls(
             kind=kind,
             check=check,
+            live=live,
             moment=dispatch.moment(),
             watch=watch,
             sources=sources,
@@ -151,7 +192,7 @@ class _Ready:
 
     def holds(self) -> bool:
         """Whether what it was made of is as it was, but for the inputs."""
-        if dispatch.moment() != self.moment or not self.watch.same():
+        if dispatch.moment() != self.moment or not self.watch.same() or not self.live.ready():
             return False
         known = self.state[0]
         if packing.stands_still(self.sources, known):
