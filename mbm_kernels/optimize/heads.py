@@ -20,7 +20,7 @@ from mbm_kernels._core.unchanged import Watch
 from mbm_kernels.ops.concat_linear.problem import FEW_ROWS, NAME, sizes_of
 from mbm_kernels.ops.conv_bias_act.activations import TABLE
 from mbm_kernels.ops.conv_bias_act.geometry import ACTIVATIONS
-from mbm_kernels.optimize import gating, patterns
+from mbm_kernels.optimize import gating, nodes
 from mbm_kernels.optimize.chain import TURN_NS, Among
 from mbm_kernels.optimize.held import OfModules, holder
 
@@ -170,12 +170,12 @@ def _passed(node: Any, modules: Modules) -> str | None:
     if isinstance(module, nn.Flatten) and type(module) is nn.Flatten:
         return "flatten" if (module.start_dim, module.end_dim) == (1, -1) else None
     if module is not None:
-        return "same" if patterns.is_dropout(type(module)) and not module.training else None
+        return "same" if nodes.is_dropout(type(module)) and not module.training else None
     if node.target in (torch.flatten, "flatten"):
-        options = patterns.options(node, FLATTEN_ARGUMENTS)
+        options = nodes.options(node, FLATTEN_ARGUMENTS)
         return "flatten" if options == {"start_dim": 1, "end_dim": -1} else None
     if node.target is F.dropout:
-        options = patterns.options(node, DROPOUT_ARGUMENTS)
+        options = nodes.options(node, DROPOUT_ARGUMENTS)
         return "same" if options is not None and options["training"] is False else None
     return None
 
@@ -201,6 +201,6 @@ def _activation(node: Node, modules: Modules, may_change: Callable[[Node], bool]
         return None
     module = _module(node, modules)
     if module is None:
-        return patterns.activation_called(node)
-    named = patterns.activation_of(type(module))
+        return nodes.activation_called(node)
+    named = nodes.activation_of(type(module))
     return None if named is None else named(module)

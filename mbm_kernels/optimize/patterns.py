@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Node
 
 from mbm_kernels.nn import counterparts
-from mbm_kernels.optimize import gating, norms
+from mbm_kernels.optimize import gating, nodes, norms
 from mbm_kernels.optimize.chain import Chain, Pool
 from mbm_kernels.optimize.fused import Inlined, Plan
 from mbm_kernels.optimize.held import holder
@@ -22,46 +22,6 @@ from mbm_kernels.optimize.tracing import Traced
 
 Allowed = Callable[[str, nn.Module], bool]
 
-ACTIVATION_MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
-    nn.ReLU: lambda m: "relu",
-    nn.ReLU6: lambda m: "relu6",
-    nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
-    nn.SiLU: lambda m: "silu",
-    nn.GELU: lambda m: _gelu(m.approximate),
-    nn.Hardswish: lambda m: "hardswish",
-    nn.Sigmoid: lambda m: "sigmoid",
-    nn.Tanh: lambda m: "tanh",
-}
-# By function or method: the name, and the arguments after the input with their defaults.
-ACTIVATION_CALLS: dict[Any, tuple[str, dict[str, Any]]] = {
-    F.relu: ("relu", {"inplace": False}),
-    F.relu_: ("relu", {}),
-    torch.relu: ("relu", {}),
-    torch.relu_: ("relu", {}),
-    "relu": ("relu", {}),
-    "relu_": ("relu", {}),
-    F.relu6: ("relu6", {"inplace": False}),
-    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01, "inplace": False}),
-    F.silu: ("silu", {"inplace": False}),
-    F.gelu: ("gelu", {"approximate": "none"}),
-    F.hardswish: ("hardswish", {"inplace": False}),
-    torch.sigmoid: ("sigmoid", {}),
-    F.sigmoid: ("sigmoid", {}),
-    "sigmoid": ("sigmoid", {}),
-    torch.tanh: ("tanh", {}),
-    F.tanh: ("tanh", {}),
-    "tanh": ("tanh", {}),
-}
-# Classes of packages that compute the same, by name.
-PACKAGES_ACTIVATIONS = {
-    "timm.layers.activations.Sigmoid": "sigmoid",
-    "timm.layers.activations.Swish": "silu",
-    "timm.layers.activations.Tanh": "tanh",
-    "timm.layers.activations.HardSwish": "hardswish",
-}
-# Of these the input comes out in eval mode; those of packages by name.
-DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-DROPPED_PATHS = ("torchvision.ops.stochastic_depth.StochasticDepth", "timm.layers.drop.DropPath")
 POOL_CALLS = (F.max_pool2d, torch.max_pool2d)
 POOL_ARGUMENTS = {"kernel_size": None, "stride": None, "padding": 0} | {
     "dilation": 1,
@@ -172,9 +132,11 @@ class _Growth:
         if not node.args or node.args[0] is not self.site.last:
             return False
         if target in POOL_CALLS:
-            given = options(node, POOL_ARGUMENTS)
+            given = nodes.options(node, POOL_ARGUMENTS)
             return given is not None and self._takes_pool(**given)
-        return target in ACTIVATION_CALLS and self._takes_activation(activation_called(node))
+        return target in nodes.ACTIVATION_CALLS and self._takes_activation(
+            nodes.activation_called(node)
+        )
 
     def _takes_module(self, node: Node) -> bool:
         name = str(node.target)
@@ -196,8 +158,8 @@ class _Growth:
     def _may_take(self, name: str, module: nn.Module) -> bool:
         """Whether a module's class is known, and nothing but that says what it does."""
         kind = type(module)
-        known = kind is nn.MaxPool2d or norms.is_norm(kind) or activation_of(kind) is not None
-        if not known and not (is_dropout(kind) and not module.training):
+        known = kind is nn.MaxPool2d or norms.is_norm(kind) or nodes.activation_of(kind) is not None
+        if not known and not (nodes.is_dropout(kind) and not module.training):
             return False
         if "forward" in vars(module):
             return False
@@ -215,9 +177,9 @@ class _Growth:
         if kind is nn.MaxPool2d:
             keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
             return self._takes_pool(**{key: getattr(module, key) for key in keys})
-        if is_dropout(kind):
+        if nodes.is_dropout(kind):
             return True
-        activation = activation_of(kind)
+        activation = nodes.activation_of(kind)
         return activation is not None and self._takes_activation(activation(module))
 
     def _takes_norm(self, norm: nn.Module) -> bool:
@@ -278,25 +240,6 @@ class _Growth:
         return True
 
 
-def is_dropout(kind: type[nn.Module]) -> bool:
-    return kind in DROPOUTS or norms.full_name(kind) in DROPPED_PATHS
-
-
-def activation_of(kind: type[nn.Module]) -> Callable[[Any], str | None] | None:
-    """What gives the name of the activation that a class is; None: it is none of ours."""
-    name = PACKAGES_ACTIVATIONS.get(norms.full_name(kind))
-    return ACTIVATION_MODULES.get(kind) if name is None else lambda _module: name
-
-
-def activation_called(node: Node) -> str | None:
-    """The name of the activation that a call of a function or method is; None: none of ours."""
-    if node.op not in ("call_function", "call_method") or node.target not in ACTIVATION_CALLS:
-        return None
-    name, defaults = ACTIVATION_CALLS[node.target]
-    given = options(node, defaults)
-    return None if given is None else _named(name, given)
-
-
 def _writes(node: Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node writes a tensor in place, as far as its name tells."""
     if node.op == "call_module":
@@ -315,28 +258,6 @@ def _is_pure(node: Node, modules: dict[str, nn.Module]) -> bool:
     if node.op != "call_module":
         return True
     return type(modules[str(node.target)]).__module__.startswith("torch.nn.")
-
-
-def options(node: Node, defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """A call's arguments after its input, by name; None where they are others than these."""
-    given = dict(zip(defaults, node.args[1:], strict=False))
-    if len(node.args) - 1 > len(defaults) or node.kwargs.keys() - defaults.keys():
-        return None
-    return {**defaults, **given, **node.kwargs}
-
-
-def _named(name: str, options: dict[str, Any]) -> str | None:
-    if name == "leaky_relu":
-        return _leaky(options["negative_slope"])
-    return _gelu(options["approximate"]) if name == "gelu" else name
-
-
-def _leaky(slope: Any) -> str | None:
-    return "leaky_relu" if slope == 0.01 else None
-
-
-def _gelu(approximate: Any) -> str | None:
-    return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
 
 
 def chain_of(container: nn.Module, site: Site, path: str) -> Chain:
