@@ -71,12 +71,13 @@ class Head(OfModules):
         live = (weight,) if bias is None else (weight, bias)
         if not all(_is_plain(t) for t in (x, y, *live)) or not self._lies_flat(x):
             return None
+        if weight.shape != (y.size(-1), self._flat(x)[1]):
+            return None  # PyTorch says what is wrong
         found = self._among(x)
         if found.backend != "cpu" or len(x) > FEW_ROWS:
             return None
-        activation = 0 if self.activation is None else ACTIVATIONS.index(self.activation)
         rows, features = self._flat(x)
-        sizes = (rows, features, self.linear.out_features, activation)
+        sizes = (rows, features, len(weight), ACTIVATIONS.index(self.activation))
         return NativeHead(sizes, live, tuple(y.shape), y.stride())
 
     def ns(self, x: Tensor) -> float:
@@ -96,7 +97,7 @@ class Head(OfModules):
 
     def _lies_flat(self, x: Tensor) -> bool:
         """Whether the rows are one after another in memory."""
-        if x.dim() == 4 and x.shape[2:] == (1, 1):
+        if self.flattens and x.dim() == 4 and x.shape[2:] == (1, 1):
             return gating.without_gaps(x)
         return x.is_contiguous() and (x.dim() == 2 or self.flattens)
 

@@ -213,6 +213,27 @@ BUGS = (
         GATING,
     ),
     Mutant(
+        "slices-of-few-rows-replace-one-another",
+        "csrc/common/few_rows.h",
+        "store_part(y + n, load_part(y + n, outputs - n) + load_part(more + n, outputs - n),",
+        "store_part(y + n, load_part(more + n, outputs - n),",
+        "tests/optimize/test_heads.py",
+    ),
+    Mutant(
+        "more-rows-than-few-read-the-first-ones",
+        f"{FOLDER}/conv_head_cpu.cpp",
+        "add_few_rows({x + b * C, C,",
+        "add_few_rows({x, C,",
+        "tests/optimize/test_heads.py",
+    ),
+    Mutant(
+        "gradient-of-few-rows-takes-other-columns",
+        "csrc/concat_linear/concat_linear_few_cpu.cpp",
+        "args.weight + in.column + begin, args.C, in.grad_x",
+        "args.weight + begin, args.C, in.grad_x",
+        "tests/ops/test_concat_linear_native.py",
+    ),
+    Mutant(
         "factors-of-the-first-image-for-all",
         GATE,
         "const float* f = ready + p / map.pixels * map.C;",

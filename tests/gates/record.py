@@ -215,6 +215,16 @@ def record_common(recorder: Recorder) -> None:
             for hardsigmoid in (False, True):
                 native.cpu().scale_planes(sizes, hardsigmoid, *addresses, 3)
             recorder.forget()
+    for activation, sizes in enumerate(((1, 1, 1), (5, 33, 70), (64, 1100, 31), (65, 7, 33))):
+        recorder.label = f"linear head {sizes}"
+        batch, features, outputs = sizes
+        x, weight = torch.randn(batch, features), torch.randn(outputs, features)
+        bias, y = torch.randn(outputs), torch.empty(batch, outputs)
+        for plus in (0, bias.data_ptr()):
+            weights = (weight.data_ptr(), plus)
+            given = ((*sizes, activation), x.data_ptr(), weights, y.data_ptr())
+            native.cpu().linear_head(*given, 3)
+        recorder.forget()
     recorder.label = "teams of threads"
     for team, taken, waited in ((2, 100, 0), (2, 4_000_000, 3_000_000), (4, 4_000_000, 100)):
         native.cpu().note_team(team, taken, waited)
