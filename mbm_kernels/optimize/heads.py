@@ -71,8 +71,9 @@ class Head(OfModules):
         live = (weight,) if bias is None else (weight, bias)
         if not all(_is_plain(t) for t in (x, y, *live)) or not self._lies_flat(x):
             return None
-        if weight.shape != (y.size(-1), self._flat(x)[1]):
-            return None  # PyTorch says what is wrong
+        fits = weight.shape == (y.size(-1), self._flat(x)[1])
+        if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+            return None  # PyTorch says what is wrong, or broadcasts
         found = self._among(x)
         if found.backend != "cpu" or len(x) > FEW_ROWS:
             return None
@@ -104,7 +105,7 @@ class Head(OfModules):
 
 def _is_plain(t: Tensor) -> bool:
     plain = type(t) in (Tensor, nn.Parameter) and t.dtype is torch.float32 and t.is_cpu
-    return plain and (t.dim() != 2 or t.is_contiguous())
+    return plain and (t.dim() > 2 or t.is_contiguous())
 
 
 def head_of(

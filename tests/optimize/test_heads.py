@@ -145,6 +145,10 @@ def other_strides(model):
     model.fc.weight.data = torch.randn(20, 37).t()
 
 
+def strided_bias(model):
+    model.fc.bias.data = torch.randn(74)[::2]
+
+
 def other_parameter(model):
     model.last.weight = nn.Parameter(torch.randn(11, 37))
 
@@ -165,6 +169,7 @@ CHANGES = (
     write_through_data,
     other_storage,
     other_strides,
+    strided_bias,
     other_parameter,
     without_bias,
     replaced,
