@@ -23,8 +23,8 @@ class TestBlocks:
         "linear_topk": ((0,) * 3, (0,) * 2, 1),
         "linear_distillation_loss": ((0,) * 10, (0,) * 3, (0,) * 3, (0,) * 3, 1),
         "contrastive_loss": ((0,) * 4, 0, 0, (0,) * 4, 1),
-        "concat_linear_fwd": ([], [], (0, 0), 0, 1),
-        "concat_linear_bwd": ([], [], [], (0, 0), [], (0, 0), 1),
+        "concat_linear_fwd": ([], [], (0, 0, 0), 0, 1),
+        "concat_linear_bwd": ([], [], ([], 0), (0, 0), [], (0, 0), 1),
     }
     FIELDS = {
         "linear_distillation_loss": "linear_distillation_problem_fields",
@@ -92,9 +92,9 @@ class TestBlocks:
         sizes = {"R": 2, "K": 3, "C": 4, "inputs": 1, "groups": 1}
         x = {"group": 0, "rows": 2, "features": 4, "column": 0, "stride": 4}
 
-        def run(sizes, x, inputs=(64,), indices=(0,)):
+        def run(sizes, x, inputs=(64,), indices=(0,), weight=0):
             block = native.block(head, sizes) + native.block(each, x)
-            module.concat_linear_fwd(block, list(inputs), list(indices), (0, 0), 0, 1)
+            module.concat_linear_fwd(block, list(inputs), list(indices), (0, weight, 0), 0, 1)
 
         for wrong, message in (
             (({**sizes, "inputs": 2}, x, (64, 64)), "bytes of inputs"),
@@ -104,6 +104,7 @@ class TestBlocks:
             ((sizes, {**x, "rows": 1}), "rows without an index"),
             ((sizes, {**x, "group": 1}), "group"),
             ((sizes, x), "packed: got a null address"),
+            ((sizes, x, (64,), (64,), 64), "an index beside an unpacked weight"),
         ):
             with pytest.raises(ValueError, match=message):
                 run(*wrong)
