@@ -208,6 +208,20 @@ class TestSeen:
             model(x)
 
 
+def optimized_and_right(forward, channels, features):
+    """A model of a convolution to so many channels and a linear layer of so many features."""
+    body = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU())
+    model, x = (
+        OfBlocks(forward, body=body, fc=nn.Linear(features, 5)).eval(),
+        torch.randn(2, 3, 4, 4),
+    )
+    with torch.no_grad():
+        expected = model(x)
+        optimized(model, x)
+        torch.testing.assert_close(model(x), expected)
+    return model
+
+
 class TestLeft:
     def test_what_the_filter_keeps(self):
         for kept, heads in (("fc", 0), ("act", 1), ("flat", 2)):
@@ -221,13 +235,7 @@ class TestLeft:
         def forward(self, x):
             return self.fc(self.body(x).flatten(2).transpose(1, 2))
 
-        body = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
-        model, x = OfBlocks(forward, body=body, fc=nn.Linear(8, 5)).eval(), torch.randn(2, 3, 4, 4)
-        with torch.no_grad():
-            expected = model(x)
-            optimized(model, x)
-            torch.testing.assert_close(model(x), expected)
-        assert not heads_of(model)
+        assert not heads_of(optimized_and_right(forward, channels=8, features=8))
 
     def test_where_torch_is_faster(self, monkeypatch):
         monkeypatch.setattr(dispatch, "select_among_others", lambda *_: "torch")
@@ -245,12 +253,7 @@ class TestLeft:
             y += 1
             return self.fc(flat)
 
-        body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-        model, x = OfBlocks(forward, body=body, fc=nn.Linear(64, 5)).eval(), torch.randn(2, 3, 4, 4)
-        with torch.no_grad():
-            expected = model(x)
-            optimized(model, x)
-            torch.testing.assert_close(model(x), expected)
+        optimized_and_right(forward, channels=4, features=64)
 
 
 def test_refused():
